@@ -1,0 +1,36 @@
+"""cntlora: start a LoRA from the pretrained weights and a few batches of your data. No training, any trainer.
+
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16))   # plain PEFT, as always
+    report = cntlora.initialize(model, train_loader)               # the one line
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)     # only then the optimizer
+
+`InitConfig` holds the choices (method, base, ranks, ...), `compute_plan` and `apply_plan` are the two halves of
+`initialize` (a plan is one file), `initialize_from_trainer` does it for transformers' and TRL's trainers, and
+`save_adapter` writes an ordinary LoRA for the untouched base, whatever `base` was.
+"""
+
+from .adapters import apply_plan
+from .compute import compute_plan
+from .config import InitConfig
+from .core.family import methods
+from .initialize import initialize, initialize_from_trainer
+from .masks import freeze_offset
+from .plan import InitPlan, SitePlan
+from .saving import save_adapter
+from .summary import InitReport
+from .version import VERSION as __version__
+
+__all__ = [
+    "InitConfig",
+    "InitPlan",
+    "InitReport",
+    "SitePlan",
+    "__version__",
+    "apply_plan",
+    "compute_plan",
+    "freeze_offset",
+    "initialize",
+    "initialize_from_trainer",
+    "methods",
+    "save_adapter",
+]

@@ -1,0 +1,184 @@
+"""The only writer into a model: factors, ranks, scalings, DoRA magnitudes, base weights, and PEFT's own config.
+
+All checks come before the first write. PEFT's layers are handled by their attributes, so that no PEFT version's
+signatures matter; `peft_config` is brought in line with what the layers hold, so that PEFT saves and reloads it.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .compute import check_fresh
+from .layouts import weight_matrix
+from .masks import freeze_sites, unmask
+from .plan import InitPlan, SitePlan
+from .sites import Site, adapters_of, config_holder, find_sites, lora_layers, naming_root
+from .summary import InitReport
+
+SUBTRACTED: Any = WeakIdKeyDictionary()
+"""LoRA layer → {adapter: (A, B, scaling)} at step 0, where the base weight had s·B·A taken off."""
+
+
+def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default") -> InitReport:
+    """Writes a plan into the adapter of a model: call it before the optimizer is made.
+
+    Raises:
+        ValueError: if the plan is not for this model (names the site), the adapter is not fresh, a weight that would
+            be changed is shared with another module, or an optimizer already holds the parameters; nothing is
+            written then.
+    """
+    sites, refused = find_sites(model, adapter_name)
+    usable = [s for s in sites if s.name not in plan.skipped]
+    plan.check(usable)
+    for site in usable:
+        check_fresh(site)
+    _check_optimizers(usable, plan)
+    if plan.config.base == "subtract":
+        _check_untied(model, usable)
+    with torch.no_grad():
+        for site in usable:
+            _write(site, plan.sites[site.name], plan.config.base)
+    _remove_empty(model, adapter_name, [s for s in usable if plan.sites[s.name].rank == 0])
+    sync_config(model, adapter_name)
+    if plan.config.base == "offset":
+        freeze_sites([s for s in usable if plan.sites[s.name].rank > 0])
+    return InitReport.of(plan)
+
+
+def _write(site: Site, planned: SitePlan, base: str) -> None:
+    if planned.rank == 0:
+        return
+    layer, adapter = site.layer, site.adapter
+    A = _put(layer.lora_A[adapter], planned.A)
+    B = _put(layer.lora_B[adapter], planned.B)
+    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = layer.r[adapter] = planned.file_rank
+    layer.lora_alpha[adapter] = _whole(planned.alpha)
+    layer.scaling[adapter] = planned.scaling
+    if hasattr(layer, "use_rslora"):
+        layer.use_rslora[adapter] = planned.use_rslora
+    added = planned.scaling * (B.double() @ A.double())
+    if base == "subtract":
+        matrix = weight_matrix(site.base)
+        matrix.copy_(matrix.double() - added)
+        SUBTRACTED.setdefault(layer, {})[adapter] = (A.detach().clone(), B.detach().clone(), planned.scaling)
+    if site.magnitude is not None:
+        # DoRA divides by ‖W + s·B·A‖ per output: with m equal to it, its function starts as that of W + s·B·A
+        total = site.weight()
+        if base in ("subtract", "keep"):
+            total += added
+        site.magnitude.copy_(torch.linalg.vector_norm(total, dim=1))
+
+
+def _put(linear: Any, value: Tensor) -> nn.Parameter:
+    """Writes a factor; the parameter stays the same object where the shape allows, else a new one takes its place."""
+    old: nn.Parameter = linear.weight
+    unmask(old)
+    if old.shape == value.shape:
+        old.copy_(value)
+        return old
+    new = nn.Parameter(value.to(device=old.device, dtype=old.dtype, copy=True), requires_grad=old.requires_grad)
+    linear.weight = new
+    return new
+
+
+def _whole(value: float) -> int | float:
+    """2.0 as 2: `lora_alpha` is a whole number wherever it can be."""
+    return round(value) if abs(value - round(value)) < 1e-9 else value
+
+
+def _check_optimizers(sites: list[Site], plan: InitPlan) -> None:
+    """An optimizer that holds parameters about to be replaced would train what the model no longer uses."""
+    ours = {id(p): s.name for s in sites for p in (s.A, s.B)}
+    resized = {id(p) for s in sites for p in (s.A, s.B) if plan.sites[s.name].file_rank != s.rank}
+    for candidate in gc.get_objects():
+        if not issubclass(type(candidate), torch.optim.Optimizer):
+            continue
+        for parameter in (p for group in candidate.param_groups for p in group["params"]):
+            if id(parameter) in ours and (id(parameter) in resized or candidate.state.get(parameter)):
+                raise ValueError(
+                    f"site {ours[id(parameter)]}: an optimizer ({type(candidate).__name__}) already holds its "
+                    "parameters, and would go on training the old ones; initialise first, then make the optimizer"
+                )
+
+
+def _check_untied(model: nn.Module, sites: list[Site]) -> None:
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter.data_ptr(), []).append(path)
+    for site in sites:
+        shared = owners.get(site.base.weight.data_ptr(), [])
+        if len(shared) > 1:
+            raise ValueError(
+                f"site {site.name}: its weight is shared with another module ({', '.join(shared)}), so base "
+                "'subtract' would change that too; use base='offset' or leave it out of target_modules"
+            )
+
+
+def _remove_empty(model: nn.Module, adapter: str, sites: list[Site]) -> None:
+    """Takes the adapter off the sites that won no rank; a layer without any adapter becomes its base layer again."""
+    layers = {id(site.layer) for site in sites}
+    for site in sites:
+        names = (*site.layer.adapter_layer_names, *site.layer.other_param_names, "lora_variant")
+        for name in names:
+            held = getattr(site.layer, name, None)
+            if held is not None and adapter in held:
+                del held[adapter]
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if id(child) in layers and not adapters_of(child):
+                setattr(parent, key, child.get_base_layer())  # type: ignore[operator]
+
+
+def sync_config(model: nn.Module, adapter: str) -> None:
+    """Brings `peft_config[adapter]` in line with the layers, so that saving and reloading gives the same model.
+
+    The commonest rank and its alpha become `r` and `lora_alpha`; every other site gets a pattern with its anchored full
+    name (PEFT matches patterns by suffix, and `foo` would also catch `bar.foo`). `target_modules` becomes the list of
+    the sites where some lost their adapter. A bare module without a config is left alone.
+    """
+    holder = config_holder(model, adapter)
+    if holder is None:
+        return
+    config: Any = holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
+    layers = dict(lora_layers(model, adapter))
+    shapes = {name: (int(x.r[adapter]), _whole(float(x.lora_alpha[adapter]))) for name, x in layers.items()}
+    config.r, config.lora_alpha = Counter(shapes.values()).most_common(1)[0][0]
+    config.rank_pattern = {anchored(n): r for n, (r, _) in shapes.items() if r != config.r}
+    config.alpha_pattern = {anchored(n): a for n, (_, a) in shapes.items() if a != config.lora_alpha}
+    rslora = {bool(getattr(x, "use_rslora", {}).get(adapter, False)) for x in layers.values()}
+    if len(rslora) == 1:
+        config.use_rslora = rslora.pop()
+    config.target_modules = _targets(model, adapter, config.target_modules, list(layers))
+
+
+def anchored(name: str) -> str:
+    """A pattern that matches this module and no other."""
+    return f"^{re.escape(name)}"
+
+
+def _targets(model: nn.Module, adapter: str, targets: Any, names: list[str]) -> Any:
+    """`target_modules` that selects exactly `names`: the old value if it still does, else names, else one regex."""
+    root = naming_root(model, adapter)
+    candidates = {path.removeprefix(root) for path, _ in model.named_modules() if path.startswith(root)}
+    candidates = {c for c in candidates if ".lora_" not in c and not c.endswith("base_layer")} - {""}
+    if _selected(targets, candidates) == set(names):
+        return targets
+    if _selected(set(names), candidates) == set(names):
+        return set(names)
+    return "|".join(re.escape(name) for name in names)
+
+
+def _selected(targets: Any, candidates: set[str]) -> set[str]:
+    """The modules that PEFT would adapt for a value of `target_modules`."""
+    if isinstance(targets, str):
+        return set() if targets == "all-linear" else {c for c in candidates if re.fullmatch(targets, c)}
+    endings = tuple(f".{t}" for t in targets or ())
+    return {c for c in candidates if c in (targets or ()) or c.endswith(endings)} if endings else set()

@@ -1,0 +1,109 @@
+"""What a batch may be: a mapping (BatchEncoding too), a tuple or list, or a tensor; sized or not; never edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], Any]
+TokenMask = str | Callable[[Any], Tensor | None] | None
+
+
+def first_batches(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """The first `count` batches and not one more, so that a one-shot iterator keeps the rest.
+
+    Raises:
+        TypeError: if `batches` is a single batch or no iterable at all.
+    """
+    if isinstance(batches, (Mapping, str, bytes, Tensor)):
+        raise TypeError(
+            f"batches: expected an iterable of batches (a DataLoader, a list), got one {type(batches).__name__}; "
+            "put it in a list: [batch]"
+        )
+    try:
+        iterator = iter(batches)
+    except TypeError:
+        raise TypeError(
+            f"batches: expected an iterable of batches (a DataLoader, a list, a generator), got "
+            f"{type(batches).__name__}"
+        ) from None
+    return islice(iterator, count)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`; containers are rebuilt, the caller's are left alone."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """model(**batch), model(*batch) or model(batch), by the kind of the batch."""
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, (list, tuple)):
+            return model(*batch)
+        return model(batch)
+    except TypeError as error:
+        kind = f"a mapping with keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(
+            f"the model could not be called with a batch that is {kind}: {error}. "
+            "Say how with forward=, e.g. forward=lambda model, batch: model(batch[0])"
+        ) from error
+
+
+def token_masks(batch: Any, rule: TokenMask) -> list[Tensor]:
+    """The (batch, tokens) boolean masks of the tokens that count; an empty list if all do.
+
+    Args:
+        rule: None for the batch's `attention_mask` (and `decoder_attention_mask`) if it has two dimensions;
+            "labels" for those with labels other than −100 among them; "none" for every token; or a function of the
+            batch that returns a mask or None.
+
+    Raises:
+        ValueError: for an unknown rule, or "labels" without labels of shape (batch, tokens).
+    """
+    if callable(rule):
+        mask = rule(batch)
+        return [] if mask is None else [_two_dimensional(mask)]
+    if rule not in (None, "attention", "labels", "none"):
+        raise ValueError(f"token_mask: expected None, 'labels', 'none' or a function of the batch, got {rule!r}")
+    if rule == "none" or not isinstance(batch, Mapping):
+        if rule == "labels":
+            raise ValueError(
+                f"token_mask='labels' needs batches that are mappings with labels, got {type(batch).__name__}"
+            )
+        return []
+    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    found = [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2]
+    return [_label_mask(batch, found)] if rule == "labels" else found
+
+
+def _label_mask(batch: Mapping[str, Any], masks: list[Tensor]) -> Tensor:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"token_mask='labels' needs labels of shape (batch, tokens), got {shape}")
+    counted = labels != -100
+    for mask in masks:
+        if mask.shape == counted.shape:
+            counted = counted & mask
+    return counted
+
+
+def _two_dimensional(mask: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"token_mask: the function must return a (batch, tokens) mask or None, got {got}")
+    return mask.bool()

@@ -1,0 +1,214 @@
+"""The only hooks: reads the inputs of all sites during one forward pass a batch, and leaves the model as found.
+
+Sites that are given the very same tensor (q, k, v; gate, up) share one accumulator. Tensors are recognised by
+identity through weak references, so a reused address cannot be mistaken and no activation is kept alive.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .batches import Forward, TokenMask, default_forward, first_batches, to_device, token_masks
+from .core.moments import Moments
+from .sites import Site
+
+OnGroup = Callable[[int, tuple[str, ...], Moments], None]
+"""Called after a forward pass for each distinct input: batch index, names of the sites that saw it, its moments."""
+
+
+@dataclass
+class Seen:
+    """What a data pass saw: batches read, and per site the tokens and the batches in which it saw any."""
+
+    batches: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    site_batches: dict[str, int] = field(default_factory=dict)
+    masked: set[str] = field(default_factory=set)
+
+
+@contextmanager
+def as_found(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
+    """Restores the mode of every module and the state of every random generator, also after an exception."""
+    training = [(module, module.training) for module in model.modules()]
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    numpy = sys.modules.get("numpy")
+    own = list(_generators(batches))
+    states = [g.get_state() for g in own]
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+            for generator, state in zip(own, states, strict=True):
+                generator.set_state(state)
+
+
+def _generators(batches: object) -> Iterator[torch.Generator]:
+    """The generators that a DataLoader draws its order from."""
+    found = {}
+    for owner in (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+    yield from found.values()
+
+
+class _Watcher:
+    """Takes the moments of one forward pass."""
+
+    def __init__(self, gram: str, masks: list[Tensor], batch: int) -> None:
+        self.gram, self.batch = gram, batch
+        self.masks = [(mask.shape, mask.flatten().nonzero().squeeze(1)) for mask in masks]
+        self.values = masks
+        self.known: Any = WeakIdKeyDictionary()  # tensor → (version, its moments)
+        self.seen: dict[str, list[Moments]] = {}
+        self.masked: set[str] = set()
+
+    def hook(self, site: Site) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next((kwargs[k] for k in ("x", "input", "hidden_states") if k in kwargs), None)
+            if not isinstance(x, Tensor) or x.shape[-1] != site.in_features:
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(
+                    f"site {site.name}, batch {self.batch}: expected an input (..., {site.in_features}), got {got}"
+                )
+            self._see(site, x)
+
+        return see
+
+    def _see(self, site: Site, x: Tensor) -> None:
+        version, moments = self.known.get(x, (None, None))
+        if moments is None or version != x._version:
+            moments = Moments(site.in_features, self.gram)
+            moments.update(self._rows(site, x))
+            self.known[x] = (x._version, moments)
+        self.seen.setdefault(site.name, []).append(moments)
+
+    def _rows(self, site: Site, x: Tensor) -> Tensor:
+        """The tokens of `x` that count, as rows (n, d), in float64 on a device that has it."""
+        lead = x.shape[:-1]
+        # (batch, tokens, d), or the same flattened to (batch·tokens, d) as some layers do
+        fitting = [i for i, (shape, _) in enumerate(self.masks) if lead in (shape, torch.Size([shape.numel()]))]
+        if len(fitting) > 1 and not torch.equal(self.values[fitting[0]], self.values[fitting[1]]):
+            raise ValueError(
+                f"site {site.name}, batch {self.batch}: its input {tuple(x.shape)} fits both attention_mask and "
+                "decoder_attention_mask, and they differ; say which tokens count with token_mask="
+            )
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if fitting:
+            self.masked.add(site.name)
+            rows = rows.index_select(0, self.masks[fitting[0]][1].to(rows.device))
+        return rows.to("cpu") if rows.device.type == "mps" else rows
+
+    def groups(self) -> list[tuple[tuple[str, ...], Moments]]:
+        """Distinct inputs in the order of the forward pass, each with the sites that saw exactly it."""
+        names: dict[tuple[int, ...], list[str]] = {}
+        inputs: dict[tuple[int, ...], list[Moments]] = {}
+        for name, moments in self.seen.items():
+            key = tuple(map(id, moments))
+            names.setdefault(key, []).append(name)
+            inputs[key] = moments
+        return [(tuple(names[key]), _merged(inputs[key])) for key in names]
+
+
+def _merged(parts: list[Moments]) -> Moments:
+    if len(parts) == 1:
+        return parts[0]
+    total = Moments(parts[0].dim, parts[0].kind)
+    for part in parts:
+        total.merge(part)
+    return total
+
+
+@contextmanager
+def watching(sites: list[Site], watcher: _Watcher) -> Iterator[None]:
+    """Hooks on all sites, removed on the way out whatever happens; hooks of others are not touched."""
+    handles = []
+    try:
+        for site in sites:
+            handles.append(site.layer.register_forward_pre_hook(watcher.hook(site), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect(
+    model: nn.Module,
+    sites: list[Site],
+    batches: Iterable[Any],
+    on_group: OnGroup,
+    *,
+    num_batches: int = 8,
+    gram: str = "sum",
+    forward: Forward | None = None,
+    token_mask: TokenMask = None,
+    step: Callable[[], None] = lambda: None,
+) -> Seen:
+    """Runs the first `num_batches` batches through the model in eval mode without gradients.
+
+    Args:
+        on_group: receives the moments of every distinct input after each forward pass.
+        forward: how to call the model with a batch; by default by the kind of the batch.
+        token_mask: which tokens count, see `batches.token_masks`.
+        step: called after each batch (progress).
+
+    Raises:
+        ValueError: no batch, a batch without a token that counts, NaN or Inf in an input (names site and batch).
+    """
+    seen = Seen()
+    call = forward or default_forward
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    with as_found(model, batches), torch.no_grad():
+        model.eval()
+        for index, batch in enumerate(first_batches(batches, num_batches)):
+            moved = to_device(batch, device)
+            watcher = _Watcher(gram, _usable_masks(moved, token_mask, index), index)
+            with watching(sites, watcher):
+                call(model, moved)
+            _hand_on(watcher, index, on_group, seen)
+            step()
+    if seen.batches == 0:
+        raise ValueError("batches: expected at least one batch, got none; is the loader empty, or already used up?")
+    return seen
+
+
+def _usable_masks(batch: Any, rule: TokenMask, index: int) -> list[Tensor]:
+    masks = token_masks(batch, rule)
+    for mask in masks:
+        if not bool(mask.any()):
+            raise ValueError(
+                f"batch {index}: its mask {tuple(mask.shape)} hides every token, so there is nothing to learn from; "
+                "check padding and labels, or choose what counts with token_mask="
+            )
+    return masks
+
+
+def _hand_on(watcher: _Watcher, index: int, on_group: OnGroup, seen: Seen) -> None:
+    for names, moments in watcher.groups():
+        if not moments.finite():
+            raise ValueError(
+                f"site {names[0]}, batch {index}: its input has NaN or Inf; check the batch and the dtype "
+                "(float16 overflows where bfloat16 and float32 do not)"
+            )
+        if moments.tokens:
+            on_group(index, names, moments)
+        for name in names:
+            seen.tokens[name] = seen.tokens.get(name, 0) + moments.tokens
+            seen.site_batches[name] = seen.site_batches.get(name, 0) + (moments.tokens > 0)
+    seen.masked |= watcher.masked
+    seen.batches += 1

@@ -1,0 +1,164 @@
+"""`InitConfig`: every choice of the method as plain values. Data is an argument of the call, never configuration."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .core.family import METHODS
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "base": ("offset", "paired", "subtract", "keep"),
+    "decomposition": ("svd", "qr", "qr_pivoted"),
+    "gram": ("sum", "mean"),
+    "root": ("paper", "symmetric"),
+    "initial_weight": ("pretrained", "zero"),
+}
+
+
+def unknown_name(what: str, name: object, allowed: Iterable[str]) -> str:
+    """One line that lists the right names, the nearest first if there is one."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(name), allowed, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{what}: {name!r} is not known{hint}; expected one of: {', '.join(allowed)}"
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """How adapters are initialised.
+
+    Attributes:
+        method: constraint set: "cross" (eq. 4), "self" (eq. 12) or "shift" (eq. 17); see `cntlora.methods()`.
+        base: what keeps the model's function at the start. "offset": rank 2r, the negative half frozen, starts at
+            zero; "paired": the same at rank r with r/2 directions, both halves train; "subtract": W ← W − s·B·A;
+            "keep": the paper's letter, the function moves by s·B·A. r is the rank that trains in all of them.
+        decomposition: "svd", "qr" as printed in the paper, or "qr_pivoted" (column pivoting, reveals the rank).
+        p: share of the singular values that goes to A (B gets 1 − p), in [0, 1]. SVD only.
+        strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say. None for the method's own (2 for
+            the paper's modes: the α = 2r of its runs).
+        gram: G as the "sum" over tokens (the paper) or the "mean".
+        root: square root in self mode, "paper" (D^(−½) Pᵀ) or "symmetric" (P D^(−½) Pᵀ).
+        rtol: singular values at or under rtol·σ_max are dropped by †. None for max(d, b)·eps of float64.
+        shift_constant: C in shift mode: a multiple of the identity, or "gaussian".
+        num_batches: how many batches are read from the data, from its start; fewer if there are fewer.
+        batch_weights: w_j of eq. 18, one a batch; None for 1 each.
+        initial_weight: W_0 of eq. 18, "pretrained" or "zero".
+        adaptive_ranks: variable adapter structure (eq. 19): ranks by the top-K rule instead of one r for all.
+        rank_budget: K; None for the sum of the ranks that the adapter has. Needs adaptive_ranks.
+        min_rank, max_rank: bounds of a site's rank with adaptive_ranks; None for no upper bound.
+        fold_alpha: write the factors for scaling 1 (alpha = rank, no rsLoRA), so that a reader that ignores
+            `rank_pattern` and `alpha_pattern` gets the same function. The scaling that trains is then 1.
+        seed: of what is random (the Gaussian C).
+
+    Raises:
+        ValueError, TypeError: for an unknown name or a value out of range; the message lists what is right.
+    """
+
+    method: str = "self"
+    base: str = "offset"
+    decomposition: str = "svd"
+    p: float = 0.5
+    strength: float | None = None
+    gram: str = "sum"
+    root: str = "paper"
+    rtol: float | None = None
+    shift_constant: float | str = 1.0
+    num_batches: int = 8
+    batch_weights: tuple[float, ...] | None = None
+    initial_weight: str = "pretrained"
+    adaptive_ranks: bool = False
+    rank_budget: int | None = None
+    min_rank: int = 0
+    max_rank: int | None = None
+    fold_alpha: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(unknown_name(name, getattr(self, name), allowed))
+        if self.batch_weights is not None:
+            object.__setattr__(self, "batch_weights", tuple(float(w) for w in self.batch_weights))
+        self._check_numbers()
+        self._check_ranks()
+
+    def _check_numbers(self) -> None:
+        _number("p", self.p, 0.0, 1.0, "0.5 balances A and B, 1 gives the whole spectrum to A")
+        if self.strength is not None:
+            _number("strength", self.strength, 0.0, math.inf, "1 starts at [ΔW]_r itself", open_low=True)
+        if self.rtol is not None:
+            _number("rtol", self.rtol, 0.0, 1.0, "None takes max(d, b)·eps")
+        if self.shift_constant != "gaussian":
+            if isinstance(self.shift_constant, str):
+                raise ValueError(unknown_name("shift_constant", self.shift_constant, ["gaussian", "or a number"]))
+            _number("shift_constant", self.shift_constant, -math.inf, math.inf, "1 is the identity")
+        _integer("num_batches", self.num_batches, 1)
+        _integer("seed", self.seed, 0)
+        if self.batch_weights is not None and not all(map(math.isfinite, self.batch_weights)):
+            raise ValueError(f"batch_weights: expected finite numbers, got {self.batch_weights}")
+
+    def _check_ranks(self) -> None:
+        _integer("min_rank", self.min_rank, 0)
+        if self.max_rank is not None:
+            _integer("max_rank", self.max_rank, max(self.min_rank, 1))
+        if self.rank_budget is not None:
+            _integer("rank_budget", self.rank_budget, 1)
+        given = [n for n in ("rank_budget", "min_rank", "max_rank") if getattr(self, n)]
+        if given and not self.adaptive_ranks:
+            raise ValueError(f"{given[0]} has no effect without adaptive_ranks=True; set it, or leave {given[0]} out")
+
+    @property
+    def resolved_strength(self) -> float:
+        """The strength in force: the one given, else the method's own."""
+        return METHODS[self.method].strength if self.strength is None else float(self.strength)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON or TOML."""
+        values = asdict(self)
+        values["batch_weights"] = None if self.batch_weights is None else list(self.batch_weights)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InitConfig:
+        """From plain values; an unknown key is an error that names the nearest right one."""
+        return cls(**values)
+
+
+def _number(name: str, value: object, low: float, high: float, hint: str, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}; {hint}")
+    inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
+    if not inside:
+        left = "(" if open_low else "["
+        raise ValueError(f"{name}: expected a finite number in {left}{low:g}, {high:g}], got {value!r}; {hint}")
+
+
+def _integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
+    if value < low:
+        raise ValueError(f"{name}: expected at least {low}, got {value}")
+
+
+def _name_unknown_options() -> None:
+    """Makes `InitConfig(methd="self")` say which names exist; a dataclass only says that this one does not."""
+    plain = InitConfig.__init__
+    names = [f.name for f in fields(InitConfig)]
+
+    @functools.wraps(plain)
+    def checked(self: InitConfig, *args: Any, **options: Any) -> None:
+        for name in options:
+            if name not in names:
+                raise TypeError(unknown_name("InitConfig option", name, names))
+        plain(self, *args, **options)
+
+    InitConfig.__init__ = checked  # type: ignore[method-assign]
+
+
+_name_unknown_options()

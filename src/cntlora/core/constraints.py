@@ -1,0 +1,93 @@
+"""The three constraint sets of the paper as closed forms for one batch (Das et al. 2025, section 3.2).
+
+Layout: W (k, d), X (d, b), G = X Xᵀ (d, d). Cross and self give W_tar = W·T with a T (d, d) that does not know W, so
+that sites with the same input share it; shift needs W inside the pseudo-inverse and shares (I − G)⁻¹ where it may.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linalg import cholesky_inverse, default_rtol, pinv
+from .moments import Moments
+
+
+def cross_map(X: Moments, rtol: float | None = None) -> tuple[Tensor, int]:
+    """T = G† of eq. 4, W_tar = W (X Xᵀ)†, from W X_src = W_tar X and X_src Xᵀ = I.
+
+    Returns:
+        T (d, d) and the numerical rank of G. Cholesky where G is safely invertible, else its eigendecomposition;
+        the b×b dual where b ≤ d, for which G† = X (Xᵀ X)⁻² Xᵀ.
+    """
+    tolerance = X.rtol if rtol is None else rtol
+    rows = X.rows()
+    S = X.gram() if rows is None else rows @ rows.mT
+    inverse = cholesky_inverse(S, tolerance)
+    if inverse is not None:
+        if rows is None:
+            return inverse, X.dim
+        half = inverse @ rows
+        return half.mT @ half, S.shape[0]
+    pairs = X.eigenpairs(tolerance)
+    return (pairs.P / pairs.D) @ pairs.P.mT, pairs.D.numel()
+
+
+def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tuple[Tensor, int]:
+    """T = (P D^½)† of eq. 12, W_tar = W (P D^½)†, from equal output covariances and X_src X_srcᵀ = I.
+
+    Args:
+        root: "paper" for D^(−½) Pᵀ as printed, its rows ordered by falling eigenvalue and signed by
+            `linalg.fix_signs`; "symmetric" for P D^(−½) Pᵀ, the member of the same solution family that depends on
+            neither order nor signs.
+        rtol: singular values D^½ of P D^½ at or under rtol·max are dropped. The default drops eigenvalues D under
+            max(d, b)·eps instead, i.e. its square root on D^½, because D carries rounding noise of that size.
+
+    Returns:
+        T (d, d) and the numerical rank of G.
+    """
+    tolerance = X.rtol if rtol is None else rtol**2
+    pairs = X.eigenpairs(tolerance)
+    half = (pairs.P / pairs.D.sqrt()).mT  # (n, d) = D^(−½) Pᵀ
+    if root == "symmetric":
+        return pairs.P @ half, pairs.D.numel()
+    T = half.new_zeros(X.dim, X.dim)
+    T[: half.shape[0]] = half
+    return T, pairs.D.numel()
+
+
+def shift_inverse(W: Tensor, G: Tensor, rtol: float | None = None) -> Tensor:
+    """(Wᵀ − G Wᵀ)† (k, d) of eq. 17, W_tar = C (Wᵀ − G Wᵀ)†.
+
+    From W_tar Wᵀ − W_tar G Wᵀ = C (eq. 16). The default tolerance is max(d, k)·eps on the singular values.
+    """
+    return pinv(W.mT - G @ W.mT, rtol)
+
+
+def shift_constant(C: float | str, k: int, generator: torch.Generator, like: Tensor) -> Tensor | float:
+    """C of eq. 14: c for c·identity, or a (k, k) matrix of standard normal entries for "gaussian"."""
+    if C == "gaussian":
+        draws = torch.randn(k, k, generator=generator, dtype=torch.float64)
+        return draws.to(device=like.device, dtype=like.dtype)
+    return float(C)
+
+
+def shift_rtol(k: int, d: int, dtype: torch.dtype, rtol: float | None) -> float:
+    """The tolerance that `shift_inverse` applies to a (d, k) matrix."""
+    return default_rtol(d, k, dtype) if rtol is None else rtol
+
+
+def combine(W: Tensor, W_tar_sum: Tensor, batches: int, initial: str = "pretrained") -> Tensor:
+    """ΔW = W_est − W with eq. 18, W_est = (W_0 + Σ_j w_j W_tar,j) / (B + 1).
+
+    Args:
+        W: pretrained weight (k, d).
+        W_tar_sum: Σ_j w_j W_tar,j (k, d).
+        batches: B, the number of batches that contributed.
+        initial: W_0, "pretrained" for W (the paper's default) or "zero".
+
+    The paper says that W_est is "subtracted from W_src"; its own definition W_tar = W + ΔW gives W_est − W, which
+    is what this returns.
+    """
+    W_0 = W if initial == "pretrained" else torch.zeros_like(W)
+    return (W_0 + W_tar_sum) / (batches + 1) - W

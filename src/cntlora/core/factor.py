@@ -1,0 +1,107 @@
+"""From ΔW (k, d) to LoRA factors B (k, r) and A (r, d): truncated SVD or QR, then the arrangement of a `base` policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .linalg import eigh_descending, fix_signs
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """ΔW = U S Vᵀ: all singular values `S` (min(k, d),) descending, the first q triplets `U` (k, q), `Vh` (q, d)."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    @property
+    def triplets(self) -> int:
+        """q, the number of singular vectors held."""
+        return self.U.shape[1]
+
+    def relative_variance(self) -> Tensor:
+        """v_m = s_m² / Σ s² of eq. 19, (min(k, d),) descending; zeros for ΔW = 0."""
+        squares = self.S.square()
+        total = squares.sum()
+        return squares / total if float(total) > 0 else squares
+
+
+def spectrum(M: Tensor, q: int) -> Spectrum:
+    """The singular values of M (k, d) and its first q singular triplets, signs fixed by the rows of Vᵀ.
+
+    Works on the smaller Gram matrix, which costs a fraction of an SVD. That loses accuracy as (σ_1/σ_q)²·eps, so
+    where σ_q falls under 1e-4·σ_1 the SVD itself is taken.
+    """
+    q = min(q, *M.shape)
+    wide = M.shape[0] < M.shape[1]
+    D, near = eigh_descending(M @ M.mT if wide else M.mT @ M)
+    S = D.sqrt()
+    if q == 0 or float(S[q - 1]) <= 1e-4 * float(S[0]):
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        U, Vh = U[:, :q], Vh[:q]
+    elif wide:
+        U = near[:, :q]
+        Vh = (U.mT @ M) / S[:q, None]
+    else:
+        Vh = near[:, :q].mT
+        U = (M @ Vh.mT) / S[:q]
+    signs = fix_signs(Vh.mT)
+    return Spectrum(U * signs, S, Vh * signs[:, None])
+
+
+def svd_factors(s: Spectrum, r: int, p: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """B = U S^(1−p) and A = S^p Vᵀ of rank r, with S times `scale`, so that B·A = scale·[ΔW]_r.
+
+    Args:
+        p: share of the spectrum that goes to A, in [0, 1]; 0.5 balances the two.
+    """
+    S = s.S[:r] * scale
+    # 0^0 is 1: at p = 0 or 1 a zero singular value leaves one factor orthonormal and the other zero
+    return s.U[:, :r] * S ** (1.0 - p), (S**p)[:, None] * s.Vh[:r]
+
+
+def qr_factors(M: Tensor, r: int, pivoted: bool = False, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """B = Q[:, :r], A = scale·R[:r, :] of M = Q R, the diagonal of R not below zero.
+
+    Args:
+        pivoted: choose columns by the largest remaining norm (M Π = Q R), which reveals the rank; the columns of A
+            are put back in their order. Not in the paper, whose plain QR takes the leading columns as they come.
+    """
+    if pivoted:
+        return _pivoted_qr(M, r, scale)
+    Q, R = torch.linalg.qr(M)
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(M.dtype)
+    return Q[:, :r] * signs[:r], (scale * signs[:r])[:, None] * R[:r]
+
+
+def _pivoted_qr(M: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """r steps of Gram–Schmidt with column pivoting, each direction orthogonalised twice; ties to the lowest column."""
+    rest = M.clone()
+    Q = M.new_zeros(M.shape[0], r)
+    for i in range(r):
+        column = rest[:, int(rest.square().sum(dim=0).argmax())]
+        column = column - Q[:, :i] @ (Q[:, :i].mT @ column)
+        norm = torch.linalg.vector_norm(column)
+        if float(norm) == 0.0:
+            break
+        Q[:, i] = column / norm
+        rest = rest - Q[:, i, None] * (Q[:, i] @ rest)
+    return Q, scale * (Q.mT @ M)
+
+
+def offset(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, −B] (k, 2r) and [A; A] (2r, d): the product is zero, and the first halves are where training starts."""
+    return torch.cat([B, -B], dim=1), torch.cat([A, A], dim=0)
+
+
+def paired(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """`offset` at rank r from ⌈r/2⌉ directions; an odd r gives the last direction to A only, with zeros in B."""
+    h = r // 2
+    B_pairs, A_pairs = offset(B[:, :h], A[:h])
+    if r % 2 == 0:
+        return B_pairs, A_pairs
+    return torch.cat([B_pairs, torch.zeros_like(B[:, :1])], dim=1), torch.cat([A_pairs, A[h : h + 1]], dim=0)

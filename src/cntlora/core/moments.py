@@ -1,0 +1,118 @@
+"""Second moments of the inputs of one batch, streamed, in the smaller of the two forms X Xᵀ and Xᵀ X.
+
+Tensor layout: tokens arrive as rows (n, d); X of the paper is their transpose (d, b). While b ≤ d the rows are kept,
+and the b×b dual Xᵀ X serves; beyond that only G = X Xᵀ (d×d) is held, so memory never exceeds d×d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .linalg import cholesky_inverse, default_rtol, eigh_descending, fix_signs
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """The part of G = P D Pᵀ that the tolerance keeps: `P` (d, n), `D` (n,) descending, signs fixed."""
+
+    P: Tensor
+    D: Tensor
+
+
+class Moments:
+    """Accumulates the tokens that one input sees in one batch.
+
+    Args:
+        dim: number of input features d.
+        gram: "sum" for G = X Xᵀ as printed in the paper, "mean" for G / b.
+        dtype: dtype of accumulation and of everything returned.
+    """
+
+    def __init__(self, dim: int, gram: str = "sum", dtype: torch.dtype = torch.float64) -> None:
+        self.dim, self.kind, self.dtype = dim, gram, dtype
+        self.tokens = 0
+        self._rows: list[Tensor] = []
+        self._gram: Tensor | None = None
+
+    def update(self, rows: Tensor) -> None:
+        """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0."""
+        rows = rows.to(self.dtype)
+        self.tokens += rows.shape[0]
+        if self._gram is not None:
+            self._gram.addmm_(rows.mT, rows)
+            return
+        self._rows.append(rows)
+        if self.tokens > self.dim:
+            kept = torch.cat(self._rows)
+            self._gram = kept.mT @ kept
+            self._rows = []
+
+    def merge(self, other: Moments) -> None:
+        """Adds what `other` has seen (a module called several times in one forward pass)."""
+        if other._gram is None:
+            for rows in other._rows:
+                self.update(rows)
+            return
+        mine = self._gram_sum()
+        self._gram = other._gram.clone() if mine is None else mine + other._gram
+        self._rows = []
+        self.tokens += other.tokens
+
+    def finite(self) -> bool:
+        """Whether every token seen so far is free of NaN and Inf (and small enough to square)."""
+        if self._gram is not None:
+            return bool(torch.isfinite(self._gram.diagonal().sum()))
+        return all(bool(torch.isfinite(rows.square().sum())) for rows in self._rows)
+
+    @property
+    def scale(self) -> float:
+        """What X Xᵀ is multiplied with: 1, or 1/b for the mean."""
+        return 1.0 / max(self.tokens, 1) if self.kind == "mean" else 1.0
+
+    @property
+    def rtol(self) -> float:
+        """The default tolerance on the eigenvalues of G: max(d, b)·eps."""
+        return default_rtol(self.dim, self.tokens, self.dtype)
+
+    def _gram_sum(self) -> Tensor | None:
+        if self._gram is not None or not self._rows:
+            return self._gram
+        rows = torch.cat(self._rows)
+        return rows.mT @ rows
+
+    def gram(self) -> Tensor:
+        """G (d, d) = X Xᵀ, times 1/b if `gram="mean"`."""
+        total = self._gram_sum()
+        if total is None:
+            raise ValueError("no token seen: G is undefined; check the attention mask of this batch")
+        return total * self.scale
+
+    def rows(self) -> Tensor | None:
+        """√scale·Xᵀ (b, d) while b ≤ d, else None. `rowsᵀ·rows` is G."""
+        if self._gram is not None or not self._rows:
+            return None
+        return torch.cat(self._rows) * self.scale**0.5
+
+    def eigenpairs(self, rtol: float) -> Eigenpairs:
+        """P and D of G = P D Pᵀ with D > rtol·max D, by the b×b dual where b ≤ d (P = X V D^(-½))."""
+        rows = self.rows()
+        if rows is None:
+            D, P = eigh_descending(self.gram())
+        else:
+            D, V = eigh_descending(rows @ rows.mT)
+        keep = rtol * D[0] < D
+        D = D[keep]
+        P = P[:, keep] if rows is None else (rows.mT @ V[:, keep]) / D.sqrt()
+        return Eigenpairs(P * fix_signs(P), D)
+
+    def numerical_rank(self, rtol: float) -> int:
+        """Number of eigenvalues of G above rtol·λ_max: the directions that the data determine."""
+        rows = self.rows()
+        S = self.gram() if rows is None else rows @ rows.mT
+        if cholesky_inverse(S, rtol) is not None:
+            return S.shape[0]
+        D, _ = eigh_descending(S)
+        return int((rtol * D[0] < D).sum())

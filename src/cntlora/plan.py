@@ -1,0 +1,239 @@
+"""`InitPlan`: everything that will be written, as one safetensors file that another machine can apply."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+
+from .config import InitConfig
+from .sites import Site
+
+FORMAT = 1
+_KEY = "cntlora_plan"
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What one site gets.
+
+    Attributes:
+        A, B: (file_rank, in) and (out, file_rank), exactly what is written into the layer, in its dtype;
+            scaling·B·A is the function added at step 0 (zero for base "offset" and "paired").
+        rank: the rank that trains, which the budget counts; 0 takes the adapter off.
+        scaling, alpha, use_rslora: of the layer afterwards.
+        found_rank, found_scaling: of the adapter that the plan was made for.
+        singular_values: of ΔW, all min(k, d) of them.
+        delta_norm, weight_norm: ‖ΔW‖_F and ‖W‖_F.
+        sketch: uᵀWv for fixed signs u and v: tells another pretrained weight from a rounded one.
+        tokens, batches: how many the site saw; masked: whether a mask was applied.
+        effective_rank: smallest numerical rank of G over the batches: directions that the data determine.
+        rtol: the tolerance of † there.
+        seconds: spent on the site's statistics (its share) and factors.
+    """
+
+    A: Tensor
+    B: Tensor
+    rank: int
+    scaling: float
+    alpha: float
+    use_rslora: bool
+    found_rank: int
+    found_scaling: float
+    singular_values: Tensor
+    delta_norm: float
+    weight_norm: float
+    sketch: float
+    tokens: int
+    batches: int
+    masked: bool
+    effective_rank: int
+    rtol: float
+    seconds: float
+
+    @property
+    def file_rank(self) -> int:
+        """Rows of A: 2·rank for base "offset", else rank."""
+        return self.A.shape[0]
+
+    @property
+    def captured(self) -> float:
+        """Share of ‖ΔW‖² that the rank that trains covers."""
+        squares = self.singular_values.double().square()
+        return float(squares[: self.rank].sum() / squares.sum()) if float(squares.sum()) > 0 else 0.0
+
+
+_TENSORS = ("A", "B", "singular_values")
+_PLAIN = tuple(f.name for f in fields(SitePlan) if f.name not in _TENSORS)
+
+
+@dataclass(frozen=True)
+class InitPlan:
+    """The outcome of `compute_plan`: one `SitePlan` a site, by the base model's own module names.
+
+    Attributes:
+        sites: in the order of the model.
+        config: the configuration that made it.
+        skipped: sites left as plain LoRA, with the reason (only with `on_missing="warn"`).
+        batches: batches read; seconds: of the whole computation; forward_seconds: of its data pass.
+        versions: of cntlora and torch.
+    """
+
+    sites: Mapping[str, SitePlan]
+    config: InitConfig
+    skipped: Mapping[str, str]
+    batches: int
+    seconds: float
+    forward_seconds: float
+    versions: Mapping[str, str]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, first under a temporary name. No pickle, no path inside."""
+        write_atomically(Path(path), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The file as bytes."""
+        tensors = {
+            f"{name}::{key}": getattr(site, key).detach().cpu().contiguous().clone()
+            for name, site in self.sites.items()
+            for key in _TENSORS
+        }
+        head = {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "sites": {name: {key: getattr(site, key) for key in _PLAIN} for name, site in self.sites.items()},
+            "skipped": dict(self.skipped),
+            "batches": self.batches,
+            "seconds": self.seconds,
+            "forward_seconds": self.forward_seconds,
+            "versions": dict(self.versions),
+            "digest": _digest(tensors),
+        }
+        return dump_tensors(tensors, metadata={_KEY: json.dumps(head)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> InitPlan:
+        """Reads a plan.
+
+        Raises:
+            ValueError: if the file is cut short, edited, no plan, or of a newer format; says which.
+            FileNotFoundError: if there is none.
+        """
+        data = Path(path).read_bytes()
+        return cls.from_bytes(data, str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "plan") -> InitPlan:
+        """Reads what `to_bytes` made."""
+        head, tensors = _read(data, source)
+        if head.get("format") != FORMAT:
+            raise ValueError(
+                f"{source}: plan format {head.get('format')!r}, this cntlora reads {FORMAT}; update cntlora, or make "
+                "the plan again"
+            )
+        if head.get("digest") != _digest(tensors):
+            raise ValueError(
+                f"{source}: the tensors do not match the plan's digest; the file was changed, make it again"
+            )
+        sites: dict[str, SitePlan] = {}
+        for name, plain in head["sites"].items():
+            values: dict[str, Any] = {**plain, **{key: tensors[f"{name}::{key}"] for key in _TENSORS}}
+            sites[name] = SitePlan(**values)
+        rest = {key: head[key] for key in ("skipped", "batches", "seconds", "forward_seconds", "versions")}
+        return cls(sites=sites, config=InitConfig.from_dict(head["config"]), **rest)
+
+    def check(self, sites: Iterable[Site]) -> None:
+        """Whether the plan was made for a model with these sites.
+
+        Raises:
+            ValueError: names the first site that differs, what the plan has and what the model has.
+        """
+        present = {site.name: site for site in sites}
+        for name in (*self.sites, *self.skipped):
+            if name not in present and name in self.sites:
+                raise ValueError(f"the plan has site {name!r}, the model has no such adapted layer; {_OTHER_MODEL}")
+        for name, site in present.items():
+            if name in self.sites:
+                _check_site(name, self.sites[name], site)
+            elif name not in self.skipped:
+                raise ValueError(f"the model adapts {name!r}, the plan has nothing for it; {_OTHER_MODEL}")
+
+
+_OTHER_MODEL = "it was made for another model or other target_modules: make a plan for this one"
+
+
+def _check_site(name: str, plan: SitePlan, site: Site) -> None:
+    planned, found = (plan.B.shape[0], plan.A.shape[1]), (site.out_features, site.in_features)
+    if planned != found:
+        raise ValueError(f"site {name}: the plan is for (out, in) = {planned}, the layer is {found}; {_OTHER_MODEL}")
+    adapter = (site.rank, round(site.scaling, 9))
+    if adapter != (plan.found_rank, round(plan.found_scaling, 9)):
+        raise ValueError(
+            f"site {name}: the plan is for an adapter of rank {plan.found_rank} and scaling {plan.found_scaling:g}, "
+            f"this one has rank {site.rank} and scaling {site.scaling:g}; use the same LoraConfig"
+        )
+    W = site.weight()
+    # bfloat16 rounds each entry by up to 0.4 %, which moves the sketch by far less than 2 % of ‖W‖
+    if abs(weight_sketch(W) - plan.sketch) > 0.02 * max(plan.weight_norm, 1e-12):
+        raise ValueError(f"site {name}: the pretrained weight is not the one the plan was made for; {_OTHER_MODEL}")
+
+
+def weight_sketch(W: Tensor) -> float:
+    """uᵀWv for fixed random signs u, v: for another W it differs by about ‖W‖_F, for a rounded W by next to nothing."""
+    generator = torch.Generator().manual_seed(W.shape[0] * 1_000_003 + W.shape[1])
+    u, v = (torch.randint(0, 2, (n,), generator=generator).to(W) * 2 - 1 for n in W.shape)
+    return float(u @ W @ v)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _read(data: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        tensors = load_tensors(data)
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{source}: not a whole safetensors file ({error}); it was cut short or is no plan") from error
+    if _KEY not in metadata:
+        raise ValueError(f"{source}: a safetensors file, but no cntlora plan; plans are written by InitPlan.save")
+    return json.loads(metadata[_KEY]), tensors
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes to a temporary name beside `path`, then renames: the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink()
+        raise
+
+
+def site_dict(site: SitePlan) -> dict[str, Any]:
+    """The plain values of a site, without its matrices."""
+    values = {key: getattr(site, key) for key in _PLAIN}
+    return {**values, "file_rank": site.file_rank, "captured": site.captured}

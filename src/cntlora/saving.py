@@ -1,0 +1,120 @@
+"""`save_adapter`: an ordinary LoRA folder for the pristine base, whatever `base` was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapters import SUBTRACTED, anchored
+from .config import unknown_name
+from .sites import config_holder, find_sites
+
+PREFIX = "base_model.model."
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", *, fold_alpha: bool = True
+) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors` that plain PEFT loads on the untouched base.
+
+    For base "subtract" the base weights in memory have s·B₀·A₀ taken off, so the file holds [A; A₀] and [B, −B₀], of
+    rank 2r: on the pristine base the same function. The other policies are written at the rank they have.
+
+    Args:
+        model: a PeftModel, a model with `add_adapter`, or a module that PEFT injected LoRA layers into.
+        path: the folder; written under a temporary name first, so that it is whole or not there.
+        adapter_name: of the adapter.
+        fold_alpha: rewrite the factors so that alpha = rank everywhere (scaling 1, no rsLoRA), right also for readers
+            that ignore `alpha_pattern`.
+
+    Raises:
+        ValueError: if the model has no such adapter, or no PEFT configuration for it.
+    """
+    from peft import get_peft_model_state_dict
+
+    sites, _ = find_sites(model, adapter_name)
+    holder = config_holder(model, adapter_name)
+    if holder is None:
+        raise ValueError(
+            f"the model has LoRA layers but no PEFT configuration for adapter {adapter_name!r}, so there is none to "
+            "save; put the LoRA in with get_peft_model, add_adapter or inject_adapter_in_model"
+        )
+    owner: Any = _state_owner(model, adapter_name) or holder[1]
+    state = {_file_key(k): v for k, v in get_peft_model_state_dict(owner, adapter_name=adapter_name).items()}
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    shapes = {}
+    for site in sites:
+        key_A, key_B = (f"{PREFIX}{site.name}.lora_{half}.weight" for half in "AB")
+        if key_A not in state:
+            raise ValueError(unknown_name("adapter state of site", key_A, [k for k in state if "lora_A" in k][:5]))
+        A, B = _for_pristine_base(site.layer, adapter_name, state[key_A], state[key_B])
+        scale = site.scaling if fold_alpha else 1.0
+        state[key_A], state[key_B] = A, (B * scale if scale != 1.0 else B)
+        rank = A.shape[0]
+        plain_alpha = site.alpha * (rank / site.rank) ** (0.5 if site.use_rslora else 1.0)
+        shapes[site.name] = (rank, float(rank) if fold_alpha else plain_alpha)
+    config = _file_config(holder[1].peft_config[adapter_name], shapes, fold_alpha)  # type: ignore[index,union-attr]
+    _write_folder(Path(path), state, config)
+
+
+def _state_owner(model: nn.Module, adapter: str) -> nn.Module | None:
+    """The outermost module with the adapter's config: a PeftModel there knows `modules_to_save` too."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict) and adapter in configs:
+            return module
+    return None
+
+
+def _file_key(key: str) -> str:
+    """Keys of an adapter file start with PEFT's prefix, also where the model in memory has none."""
+    return key if key.startswith(PREFIX) else PREFIX + key
+
+
+def _for_pristine_base(layer: Any, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    start = SUBTRACTED.get(layer, {}).get(adapter)
+    if start is None:
+        return A, B
+    A0, B0, _ = start
+    return torch.cat([A, A0.to(A)], dim=0), torch.cat([B, -B0.to(B)], dim=1)
+
+
+def _file_config(config: Any, shapes: dict[str, tuple[int, float]], fold_alpha: bool) -> dict[str, Any]:
+    """The adapter's own configuration with the ranks and alphas of the file."""
+    config = copy.deepcopy(config)
+    pairs = list(shapes.values())
+    config.r, config.lora_alpha = max(pairs, key=lambda pair: (pairs.count(pair), pair))
+    config.rank_pattern = {anchored(n): r for n, (r, _) in shapes.items() if r != config.r}
+    config.alpha_pattern = {anchored(n): a for n, (_, a) in shapes.items() if a != config.lora_alpha}
+    config.use_rslora = config.use_rslora and not fold_alpha
+    config.inference_mode = True
+    values: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    name = values.get("base_model_name_or_path")
+    if name and Path(name).is_absolute():
+        values["base_model_name_or_path"] = Path(name).name  # no path of this machine in a file that travels
+    return values
+
+
+def _write_folder(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """All files into a temporary folder beside `path`, then each renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        save_file(state, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True, default=str)
+        (temporary / "adapter_config.json").write_text(text)
+        path.mkdir(exist_ok=True)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+            file.replace(path / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

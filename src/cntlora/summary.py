@@ -1,0 +1,86 @@
+"""`InitReport`: what happened at every site, as a table to read and a dict to keep."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .config import InitConfig
+from .plan import InitPlan, site_dict
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """The report of `initialize`; `print(report)` shows it.
+
+    Attributes:
+        config: the configuration in force.
+        sites: per site rank (that trains), file_rank, scaling, tokens, batches, masked, effective_rank, rtol,
+            delta_norm, weight_norm, captured (share of ‖ΔW‖² that the rank covers), seconds.
+        skipped: sites left as plain LoRA, and why.
+        batches: batches read. seconds, forward_seconds: of the whole, and of the data pass with its statistics.
+    """
+
+    config: InitConfig
+    sites: Mapping[str, Mapping[str, Any]]
+    skipped: Mapping[str, str]
+    batches: int
+    seconds: float
+    forward_seconds: float
+
+    @classmethod
+    def of(cls, plan: InitPlan) -> InitReport:
+        """The report of a plan."""
+        sites = {name: site_dict(site) for name, site in plan.sites.items()}
+        return cls(plan.config, sites, dict(plan.skipped), plan.batches, plan.seconds, plan.forward_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "config": self.config.to_dict(),
+            "sites": {name: dict(site) for name, site in self.sites.items()},
+            "skipped": dict(self.skipped),
+            "batches": self.batches,
+            "seconds": self.seconds,
+            "forward_seconds": self.forward_seconds,
+        }
+
+    def __str__(self) -> str:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+
+        c = self.config
+        total = sum(site["rank"] for site in self.sites.values())
+        title = (
+            f"{c.method} · base {c.base} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
+            f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
+        )
+        table = Table("site", title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+        for head in ("rank", "file rank", "tokens", "eff. rank", "rtol", "‖ΔW‖/‖W‖", "captured", "ms"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for name, s in self.sites.items():
+            table.add_row(name, *_cells(s))
+        for name, reason in self.skipped.items():
+            table.add_row(f"{name}: left as plain LoRA, {reason}")
+        width = 92 + max((len(name) for name in self.sites), default=0)
+        console = Console(file=io.StringIO(), width=width, force_terminal=False)
+        console.print(table)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+
+def _cells(s: Mapping[str, Any]) -> tuple[str, ...]:
+    few = "*" if s["effective_rank"] < s["rank"] else ""
+    return (
+        str(s["rank"]),
+        str(s["file_rank"]),
+        f"{s['tokens']:,}",
+        f"{s['effective_rank']}{few}",
+        f"{s['rtol']:.0e}",
+        f"{s['delta_norm'] / s['weight_norm']:.3f}",
+        f"{s['captured']:.1%}",
+        f"{1e3 * s['seconds']:.0f}",
+    )

@@ -1,0 +1,315 @@
+"""Float64 textbook reference of ConsNoTrainLoRA, written from the paper: numpy only, slow and obvious.
+
+The project's own code is tested against this file, so nothing here imports it. One function is one formula.
+Symbols: W (k, d) = (out, in), the frozen weight; X (d, b), its inputs, one column a token; G = X X^T (d, d);
+B (k, r) and A (r, d), the LoRA factors. A sign convention is fixed wherever the paper leaves signs free.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+
+import numpy as np
+
+EPS = float(np.finfo(np.float64).eps)
+
+
+def _f64(array: object) -> np.ndarray:
+    """Any array-like as a float64 array."""
+    return np.asarray(array, dtype=np.float64)
+
+
+def _inverse(values: np.ndarray, rtol: float) -> np.ndarray:
+    """1/v for non-negative values above rtol * max, 0 for the others; (n,) -> (n,)."""
+    keep = values > rtol * values.max(initial=0.0)
+    return np.where(keep, 1.0 / np.where(keep, values, 1.0), 0.0)
+
+
+def _row_signs(rows: np.ndarray) -> np.ndarray:
+    """The +1/-1 per row that makes its largest-magnitude entry (the first such) positive; (n, m) -> (n,)."""
+    largest = rows[np.arange(len(rows)), np.argmax(np.abs(rows), axis=1)]
+    return np.where(largest < 0, -1.0, 1.0)
+
+
+def _check_rank(r: int, limit: int) -> None:
+    """Refuses a rank for which there are not enough directions."""
+    if not 0 <= r <= limit:
+        raise ValueError(f"rank {r} is not between 0 and {limit}")
+
+
+# --- linear algebra ---
+
+
+def pinv(M: np.ndarray, rtol: float) -> np.ndarray:
+    """Moore-Penrose inverse M^+ by SVD, singular values <= rtol * max dropped; (m, n) -> (n, m)."""
+    U, s, Vt = np.linalg.svd(_f64(M), full_matrices=False)
+    return (Vt.T * _inverse(s, rtol)) @ U.T
+
+
+def gram(X: np.ndarray, kind: str = "sum") -> np.ndarray:
+    """G = X X^T (left side of eq. 9), divided by the number of tokens b for "mean"; (d, b) -> (d, d)."""
+    X = _f64(X)
+    if kind == "sum":
+        return X @ X.T
+    if kind == "mean":
+        return X @ X.T / X.shape[1]
+    raise ValueError(f"unknown gram kind {kind!r}")
+
+
+def default_rtol(d: int, b: int) -> float:
+    """max(d, b) * eps, the relative tolerance on the singular values of G, X being (d, b)."""
+    return max(d, b) * EPS
+
+
+# --- the three modes ---
+
+
+def cross_target(W: np.ndarray, X: np.ndarray, rtol: float | None = None, gram_kind: str = "sum") -> np.ndarray:
+    """Eq. 4, W_tar = W (X X^T)^+; W (k, d), X (d, b) -> (k, d). rtol is on the singular values of G."""
+    W, X = _f64(W), _f64(X)
+    if rtol is None:
+        rtol = default_rtol(*X.shape)
+    return W @ pinv(gram(X, gram_kind), rtol)
+
+
+def _eigen_root(X: np.ndarray, gram_kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """P (d, m) and the diagonal of D^1/2 (m,), descending, of G = P D P^T, from the SVD of X; m = min(d, b).
+
+    Eq. 9. Eigenvalues beyond the m-th are exactly 0 and are left out. Column signs: largest entry positive.
+    """
+    if gram_kind not in ("sum", "mean"):
+        raise ValueError(f"unknown gram kind {gram_kind!r}")
+    P, s, _ = np.linalg.svd(X, full_matrices=False)
+    return P * _row_signs(P.T), s / np.sqrt(X.shape[1]) if gram_kind == "mean" else s
+
+
+def self_target(
+    W: np.ndarray, X: np.ndarray, root: str = "paper", rtol: float | None = None, gram_kind: str = "sum"
+) -> np.ndarray:
+    """Eq. 9-12; W (k, d), X (d, b) -> (k, d).
+
+    root "paper": W_tar = W (P D^1/2)^+ = W (D^1/2)^+ P^T, eq. 12. root "symmetric": W_tar = W P (D^1/2)^+ P^T.
+    rtol is on the singular values D^1/2 of P D^1/2. The default keeps the eigenvalues D above
+    default_rtol(d, b) * max D, which is its square root on D^1/2.
+    """
+    W, X = _f64(W), _f64(X)
+    d, b = X.shape
+    if rtol is None:
+        rtol = float(np.sqrt(default_rtol(d, b)))
+    P, half = _eigen_root(X, gram_kind)
+    inverse_half = _inverse(half, rtol)
+    if root == "symmetric":
+        return W @ ((P * inverse_half) @ P.T)
+    if root != "paper":
+        raise ValueError(f"unknown root {root!r}")
+    inverse = np.zeros((d, d))  # (P D^1/2)^+ of the whole d x d matrix: its rows past min(d, b) are 0
+    inverse[: len(half)] = (P * inverse_half).T
+    return W @ inverse
+
+
+def shift_target(
+    W: np.ndarray,
+    X: np.ndarray,
+    C: np.ndarray | float | None = None,
+    rtol: float | None = None,
+    gram_kind: str = "sum",
+) -> np.ndarray:
+    """Eq. 17, W_tar = C M^+ with M = W^T - G W^T (d, k); W (k, d), X (d, b), C (k, k) -> (k, d).
+
+    C None is the identity, a number c is c * identity. rtol is on the singular values of M.
+    """
+    W, X = _f64(W), _f64(X)
+    C = _f64(1.0 if C is None else C)
+    if C.ndim == 0:
+        C = C * np.eye(len(W))
+    M = W.T - gram(X, gram_kind) @ W.T
+    if rtol is None:
+        rtol = max(M.shape) * EPS
+    return C @ pinv(M, rtol)
+
+
+# --- the estimate ---
+
+
+def estimate(
+    W: np.ndarray,
+    targets: Sequence[np.ndarray],
+    weights: Sequence[float] | None = None,
+    initial: str = "pretrained",
+) -> np.ndarray:
+    """Eq. 18, W_est = (W_0 + sum_j w_j W_tar,j) / (B + 1), B = len(targets); all (k, d) -> (k, d).
+
+    initial "pretrained": W_0 = W; "zero": W_0 = 0. The divisor is B + 1 whatever the weights and W_0 are.
+    """
+    if initial not in ("pretrained", "zero"):
+        raise ValueError(f"unknown initial {initial!r}")
+    total = _f64(W).copy() if initial == "pretrained" else np.zeros_like(_f64(W))
+    for w, target in zip([1.0] * len(targets) if weights is None else weights, targets, strict=True):
+        total = total + w * _f64(target)
+    return total / (len(targets) + 1)
+
+
+def delta(
+    W: np.ndarray,
+    batches: Sequence[np.ndarray],
+    method: str,
+    *,
+    weights: Sequence[float] | None = None,
+    initial: str = "pretrained",
+    root: str = "paper",
+    C: np.ndarray | float | None = None,
+    rtol: float | None = None,
+    gram_kind: str = "sum",
+) -> np.ndarray:
+    """Delta W = W_est - W (from W_tar = W + Delta W, section 3.2); W (k, d), each batch (d, b_j) -> (k, d)."""
+    if method == "cross":
+        targets = [cross_target(W, X, rtol, gram_kind) for X in batches]
+    elif method == "self":
+        targets = [self_target(W, X, root, rtol, gram_kind) for X in batches]
+    elif method == "shift":
+        targets = [shift_target(W, X, C, rtol, gram_kind) for X in batches]
+    else:
+        raise ValueError(f"unknown method {method!r}")
+    return estimate(W, targets, weights, initial) - _f64(W)
+
+
+# --- factors ---
+
+
+def svd_factors(M: np.ndarray, r: int, p: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """After eq. 18: B = U S^(1-p) (k, r), A = S^p V^T (r, d), top r triplets of M (k, d).
+
+    Each pair (column of U, row of V^T) is signed so that the row's largest-magnitude entry is positive.
+    """
+    M = _f64(M)
+    _check_rank(r, min(M.shape))
+    U, s, Vt = np.linalg.svd(M, full_matrices=False)
+    signs = _row_signs(Vt)
+    return (U * signs * s ** (1.0 - p))[:, :r], (Vt.T * signs * s**p).T[:r]
+
+
+def _householder_qr(M: np.ndarray, pivot: bool) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Q (k, m), R (m, d), order with Q R = M[:, order]; m = min(k, d), the diagonal of R >= 0.
+
+    With pivot, each step first brings forward the column of largest remaining norm, ties to the lowest index.
+    """
+    k, d = M.shape
+    m = min(k, d)
+    Q, R, order = np.eye(k), M.copy(), list(range(d))
+    for i in range(m):
+        if pivot:
+            j = i + int(np.argmax(np.linalg.norm(R[i:, i:], axis=0)))
+            R[:, [i, j]] = R[:, [j, i]]
+            order[i], order[j] = order[j], order[i]
+        v = R[i:, i].copy()
+        v[0] += np.copysign(np.linalg.norm(v), v[0])
+        if np.linalg.norm(v) > 0:
+            v /= np.linalg.norm(v)
+            R[i:] -= 2.0 * np.outer(v, v @ R[i:])
+            Q[:, i:] -= 2.0 * np.outer(Q[:, i:] @ v, v)
+    signs = np.where(np.diag(R) < 0, -1.0, 1.0)
+    return Q[:, :m] * signs, np.triu((R[:m].T * signs).T), order
+
+
+def qr_factors(M: np.ndarray, r: int, pivot: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """After eq. 18: M = Q R, B = Q[:, :r] (k, r), A = R[:r] (r, d), the diagonal of R >= 0; M (k, d).
+
+    pivot: column-pivoted QR; the columns of A are put back in the order of M's.
+    """
+    M = _f64(M)
+    _check_rank(r, min(M.shape))
+    Q, R, order = _householder_qr(M, pivot)
+    A = np.empty_like(R)
+    A[:, order] = R
+    return Q[:, :r], A[:r]
+
+
+# --- variable adapter structure ---
+
+
+def relative_variances(M: np.ndarray) -> np.ndarray:
+    """Eq. 19, v_m = s_m^2 / sum s^2, descending; M (k, d) -> (min(k, d),). A zero matrix gives zeros."""
+    s = np.linalg.svd(_f64(M), compute_uv=False)
+    total = np.sum(s**2)
+    return s**2 / total if total > 0 else np.zeros_like(s)
+
+
+def allocate(
+    deltas: Mapping[str, np.ndarray], budget: int, min_rank: int = 0, max_rank: int | None = None
+) -> dict[str, int]:
+    """Section 3.3, VAS: a rank for each site from its Delta W (k, d).
+
+    Every site gets min_rank (or its cap, if smaller); then the largest remaining relative variances of all
+    sites together get one each until the budget is spent, ties to the lower m, then to the lower name.
+    A site's cap is min(k, d), or max_rank where that is smaller.
+    """
+    caps = {name: min(np.shape(M)) for name, M in deltas.items()}
+    if max_rank is not None:
+        caps = {name: min(cap, max_rank) for name, cap in caps.items()}
+    ranks = {name: min(min_rank, cap) for name, cap in caps.items()}
+    left = budget - sum(ranks.values())
+    if left < 0:
+        raise ValueError(f"budget {budget} is below the {sum(ranks.values())} that min_rank takes")
+    entries = []
+    for name, M in deltas.items():
+        variances = relative_variances(M)
+        entries += [(-variances[m], m, name) for m in range(ranks[name], caps[name])]
+    for _, _, name in sorted(entries)[:left]:
+        ranks[name] += 1
+    return ranks
+
+
+# --- what becomes of W ---
+
+
+def offset(B: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """method.md point 1: ([B, -B] (k, 2r), [A; A] (2r, d)) from B (k, r), A (r, d); their product is 0."""
+    B, A = _f64(B), _f64(A)
+    return np.hstack([B, -B]), np.vstack([A, A])
+
+
+def paired(B: np.ndarray, A: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
+    """method.md point 1: (k, r) and (r, d) with product 0 from the first ceil(r/2) directions of B and A.
+
+    ([B_h, -B_h], [A_h; A_h]), h = r // 2; an odd r appends direction h as a row of A with a zero column in B.
+    """
+    B, A = _f64(B), _f64(A)
+    _check_rank(ceil(r / 2), len(A))
+    h = r // 2
+    B_full, A_full = offset(B[:, :h], A[:h])
+    if r % 2:
+        B_full, A_full = np.hstack([B_full, np.zeros((len(B), 1))]), np.vstack([A_full, A[h : h + 1]])
+    return B_full, A_full
+
+
+# --- the peers of appendix C ---
+
+
+def pissa_factors(W: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 24-26, Delta W = W: B = U S^1/2 (k, r), A = S^1/2 V^T (r, d); W (k, d)."""
+    return svd_factors(W, r, 0.5)
+
+
+def olora_factors(W: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 28-30, Delta W = W = Q R: B = Q[:, :r] (k, r), A = R[:r] (r, d); W (k, d)."""
+    return qr_factors(W, r)
+
+
+def corda_factors(W: np.ndarray, X: np.ndarray, r: int, rtol: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 34-36, U S V^T = SVD(W C), C = X X^T: B = U S^1/2 (k, r), A = S^1/2 V^T C^+ (r, d).
+
+    W (k, d), X (d, b). rtol is on the singular values of C. Signs are those of svd_factors(W C), before C^+.
+    """
+    W, X = _f64(W), _f64(X)
+    if rtol is None:
+        rtol = default_rtol(*X.shape)
+    C = gram(X)
+    B, A = svd_factors(W @ C, r, 0.5)
+    return B, A @ pinv(C, rtol)
+
+
+def eva_directions(X: np.ndarray, r: int) -> np.ndarray:
+    """Eq. 38-39: the top r left singular vectors of X (d, b) as rows, largest entry positive -> (r, d)."""
+    X = _f64(X)
+    _check_rank(r, min(X.shape))
+    U, _, _ = np.linalg.svd(X, full_matrices=False)
+    return (U * _row_signs(U.T)).T[:r]
