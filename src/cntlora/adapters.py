@@ -34,7 +34,7 @@ def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default
             be changed is shared with another module, or an optimizer already holds the parameters; nothing is
             written then.
     """
-    sites, refused = find_sites(model, adapter_name)
+    sites, _ = find_sites(model, adapter_name)
     usable = [s for s in sites if s.name not in plan.skipped]
     plan.check(usable)
     for site in usable:
