@@ -36,9 +36,6 @@ def _check_rank(r: int, limit: int) -> None:
         raise ValueError(f"rank {r} is not between 0 and {limit}")
 
 
-# --- linear algebra ---
-
-
 def pinv(M: np.ndarray, rtol: float) -> np.ndarray:
     """Moore-Penrose inverse M^+ by SVD, singular values <= rtol * max dropped; (m, n) -> (n, m)."""
     U, s, Vt = np.linalg.svd(_f64(M), full_matrices=False)
@@ -58,9 +55,6 @@ def gram(X: np.ndarray, kind: str = "sum") -> np.ndarray:
 def default_rtol(d: int, b: int) -> float:
     """max(d, b) * eps, the relative tolerance on the singular values of G, X being (d, b)."""
     return max(d, b) * EPS
-
-
-# --- the three modes ---
 
 
 def cross_target(W: np.ndarray, X: np.ndarray, rtol: float | None = None, gram_kind: str = "sum") -> np.ndarray:
@@ -87,7 +81,8 @@ def self_target(
 ) -> np.ndarray:
     """Eq. 9-12; W (k, d), X (d, b) -> (k, d).
 
-    root "paper": W_tar = W (P D^1/2)^+ = W (D^1/2)^+ P^T, eq. 12. root "symmetric": W_tar = W P (D^1/2)^+ P^T.
+    root "paper": W_tar = W (P D^1/2)^+ = W (D^1/2)^+ P^T, eq. 12.
+    root "symmetric": W_tar = W P (D^1/2)^+ P^T, another solution of eq. 8.
     rtol is on the singular values D^1/2 of P D^1/2. The default keeps the eigenvalues D above
     default_rtol(d, b) * max D, which is its square root on D^1/2.
     """
@@ -127,9 +122,6 @@ def shift_target(
     return C @ pinv(M, rtol)
 
 
-# --- the estimate ---
-
-
 def estimate(
     W: np.ndarray,
     targets: Sequence[np.ndarray],
@@ -160,7 +152,7 @@ def delta(
     rtol: float | None = None,
     gram_kind: str = "sum",
 ) -> np.ndarray:
-    """Delta W = W_est - W (from W_tar = W + Delta W, section 3.2); W (k, d), each batch (d, b_j) -> (k, d)."""
+    """Delta W = W_est - W (section 3.2: W_tar = W + Delta W); W (k, d), each batch (d, b_j) -> (k, d)."""
     if method == "cross":
         targets = [cross_target(W, X, rtol, gram_kind) for X in batches]
     elif method == "self":
@@ -170,9 +162,6 @@ def delta(
     else:
         raise ValueError(f"unknown method {method!r}")
     return estimate(W, targets, weights, initial) - _f64(W)
-
-
-# --- factors ---
 
 
 def svd_factors(M: np.ndarray, r: int, p: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -223,9 +212,6 @@ def qr_factors(M: np.ndarray, r: int, pivot: bool = False) -> tuple[np.ndarray, 
     return Q[:, :r], A[:r]
 
 
-# --- variable adapter structure ---
-
-
 def relative_variances(M: np.ndarray) -> np.ndarray:
     """Eq. 19, v_m = s_m^2 / sum s^2, descending; M (k, d) -> (min(k, d),). A zero matrix gives zeros."""
     s = np.linalg.svd(_f64(M), compute_uv=False)
@@ -258,9 +244,6 @@ def allocate(
     return ranks
 
 
-# --- what becomes of W ---
-
-
 def offset(B: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """method.md point 1: ([B, -B] (k, 2r), [A; A] (2r, d)) from B (k, r), A (r, d); their product is 0."""
     B, A = _f64(B), _f64(A)
@@ -279,9 +262,6 @@ def paired(B: np.ndarray, A: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray
     if r % 2:
         B_full, A_full = np.hstack([B_full, np.zeros((len(B), 1))]), np.vstack([A_full, A[h : h + 1]])
     return B_full, A_full
-
-
-# --- the peers of appendix C ---
 
 
 def pissa_factors(W: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Tweets, 3 classes, MiniLM-L6, 100 steps: self mode (offset, paired) against plain LoRA, learning rates × seeds.
 
-    python experiments/tweets/sweep.py run            # 36 runs of about a minute on one core; continues where it stopped
-    python experiments/tweets/sweep.py table          # prints docs/results.md's tables from the records
+    python experiments/tweets/sweep.py run    # 36 runs of about a minute on one core; goes on where it stopped
+    python experiments/tweets/sweep.py table  # prints docs/results.md's tables from the records
 
 Every method has rank 8 that trains, alpha 16, the same batches in the same order, AdamW, 10 warm-up steps, linear decay
 and no weight decay; only initialisation and learning rate differ. One JSON record a run under results/tweets/.

@@ -59,7 +59,7 @@ def _write(site: Site, planned: SitePlan, base: str) -> None:
     A = _put(layer.lora_A[adapter], planned.A)
     B = _put(layer.lora_B[adapter], planned.B)
     layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = layer.r[adapter] = planned.file_rank
-    layer.lora_alpha[adapter] = _whole(planned.alpha)
+    layer.lora_alpha[adapter] = whole(planned.alpha)
     layer.scaling[adapter] = planned.scaling
     if hasattr(layer, "use_rslora"):
         layer.use_rslora[adapter] = planned.use_rslora
@@ -88,7 +88,7 @@ def _put(linear: Any, value: Tensor) -> nn.Parameter:
     return new
 
 
-def _whole(value: float) -> int | float:
+def whole(value: float) -> int | float:
     """2.0 as 2: `lora_alpha` is a whole number wherever it can be."""
     return round(value) if abs(value - round(value)) < 1e-9 else value
 
@@ -149,7 +149,7 @@ def sync_config(model: nn.Module, adapter: str) -> None:
         return
     config: Any = holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
     layers = dict(lora_layers(model, adapter))
-    shapes = {name: (int(x.r[adapter]), _whole(float(x.lora_alpha[adapter]))) for name, x in layers.items()}
+    shapes = {name: (int(x.r[adapter]), whole(float(x.lora_alpha[adapter]))) for name, x in layers.items()}
     config.r, config.lora_alpha = Counter(shapes.values()).most_common(1)[0][0]
     config.rank_pattern = {anchored(n): r for n, (r, _) in shapes.items() if r != config.r}
     config.alpha_pattern = {anchored(n): a for n, (_, a) in shapes.items() if a != config.lora_alpha}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import SUBTRACTED, anchored
+from .adapters import SUBTRACTED, anchored, whole
 from .config import unknown_name
 from .sites import config_holder, find_sites
 
@@ -61,7 +61,7 @@ def save_adapter(
         state[key_A], state[key_B] = A, (B * scale if scale != 1.0 else B)
         rank = A.shape[0]
         plain_alpha = site.alpha * (rank / site.rank) ** (0.5 if site.use_rslora else 1.0)
-        shapes[site.name] = (rank, float(rank) if fold_alpha else plain_alpha)
+        shapes[site.name] = (rank, rank if fold_alpha else whole(plain_alpha))
     config = _file_config(holder[1].peft_config[adapter_name], shapes, fold_alpha)  # type: ignore[index,union-attr]
     _write_folder(Path(path), state, config)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,28 +48,34 @@ class InitReport:
         }
 
     def __str__(self) -> str:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-
         c = self.config
         total = sum(site["rank"] for site in self.sites.values())
         title = (
             f"{c.method} · base {c.base} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
         )
-        table = Table("site", title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
-        for head in ("rank", "file rank", "tokens", "eff. rank", "rtol", "‖ΔW‖/‖W‖", "captured", "ms"):
-            table.add_column(head, justify="right", no_wrap=True)
-        for name, s in self.sites.items():
-            table.add_row(name, *_cells(s))
-        for name, reason in self.skipped.items():
-            table.add_row(f"{name}: left as plain LoRA, {reason}")
-        width = 92 + max((len(name) for name in self.sites), default=0)
-        console = Console(file=io.StringIO(), width=width, force_terminal=False)
-        console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        heads = ("rank", "file rank", "tokens", "eff. rank", "rtol", "‖ΔW‖/‖W‖", "captured", "ms")
+        lines = [text_table(title, heads, [(name, *_cells(s)) for name, s in self.sites.items()])]
+        if any(s["effective_rank"] < s["rank"] for s in self.sites.values()):
+            lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
+        lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of sites as plain text: the first column to the left, the numbers under `heads` to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("site", box=SIMPLE_HEAD)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    buffer = io.StringIO()
+    Console(file=buffer, width=500, force_terminal=False).print(table)
+    return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())])
 
 
 def _cells(s: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ def allocate(
     min_rank: int = 0,
     max_rank: int | None = None,
 ) -> dict[str, int]:
-    """Ranks by the top-K rule: all sites' relative variances in one list, the K largest win, a site's count is its rank.
+    """Ranks by the top-K rule: all relative variances in one list, the K largest win, a site's count is its rank.
 
     Args:
         variances: per site v_m = s_m²/Σ s², all of them, descending; their number is the largest rank of the site.

@@ -1,4 +1,4 @@
-"""From ΔW (k, d) to LoRA factors B (k, r) and A (r, d): truncated SVD or QR, then the arrangement of a `base` policy."""
+"""From ΔW (k, d) to LoRA factors B (k, r) and A (r, d): truncated SVD or QR, then the arrangement of a `base`."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def fix_signs(columns: Tensor) -> Tensor:
 
 
 def eigh_descending(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,), largest first and not below zero, and eigenvectors (n, n) of a positive semi-definite matrix."""
+    """Eigenvalues (n,), descending and not below zero, and eigenvectors (n, n) of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(S)
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
 

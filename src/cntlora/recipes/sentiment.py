@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
+from .loading import quiet
 from .samples import minilm_folder, tweets
 from .text import EncodedBatches, Table, encode_batches, shuffled
 
@@ -53,16 +51,15 @@ class SentimentTask:
         """MiniLM with a new classification head, drawn under `seed`; global generators are left as found."""
         names = self.tables[0].names
         cuda = list(range(torch.cuda.device_count()))
-        with torch.random.fork_rng(devices=cuda), _quiet():
+        with torch.random.fork_rng(devices=cuda), quiet():
             torch.manual_seed(seed)
             model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
                 minilm_folder(),
                 num_labels=len(names),
                 id2label=dict(enumerate(names)),
                 label2id={name: i for i, name in enumerate(names)},
-                dtype=torch.float32,
             )
-        return model
+        return model.float()  # newer transformers keep the file's dtype, older ones make it float32
 
     def train_batches(self, seed: int) -> EncodedBatches:
         """All training tweets once, in an order that depends on `seed` alone."""
@@ -76,17 +73,3 @@ class SentimentTask:
         return encode_batches(
             self.tokenizer, table.texts, table.labels, batch_size=self.batch_size, max_length=self.max_length
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No report of the new head and no bar for a second's loading; the settings are restored."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -1,0 +1,223 @@
+"""The command line: `cntlora init`, `inspect` and `demo`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Start a LoRA from the pretrained weights and a few batches of your data, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns what the user can mend into one line and exit code 1; Ctrl-C into exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("cntlora: stopped; nothing was half-written", err=True)
+        raise typer.Exit(130) from None
+    except ModuleNotFoundError as error:
+        typer.echo(f"cntlora: {error.name} is not installed; pip install 'cntlora[demo]'", err=True)
+        raise typer.Exit(1) from None
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if isinstance(error, typer.Exit):
+            raise
+        typer.echo(f"cntlora: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .version import VERSION
+
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Start a LoRA from the pretrained weights and a few batches of your data, without training."""
+
+
+@app.command("init")
+def init(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of the pretrained model.")],
+    data: Annotated[Path, typer.Option(help="Your fine-tuning texts: .csv, .tsv, .jsonl or .txt (one a line).")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter; made if missing.")],
+    text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label: Annotated[str | None, typer.Option(help="Column of the classes, for classification.")] = None,
+    task: Annotated[str, typer.Option(help="auto, causal-lm, classification or encoder.")] = "auto",
+    method: Annotated[str, typer.Option(help="Constraint set: self, cross or shift.")] = "self",
+    base: Annotated[
+        str,
+        typer.Option(
+            help="offset: file of rank 2r that starts at zero; paired: the same within rank r; keep: the function "
+            "moves by B·A, as the paper has it. (subtract changes the base model and needs the Python call.)"
+        ),
+    ] = "offset",
+    rank: Annotated[int, typer.Option(help="Rank that trains.")] = 16,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.  [default: 2 x rank]")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated module names, or all-linear.  [default: PEFT's choice for the model]"),
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha over the root of the rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed LoRA.")] = False,
+    decomposition: Annotated[str, typer.Option(help="svd, qr or qr_pivoted.")] = "svd",
+    p: Annotated[float, typer.Option(help="Share of the singular values that A gets, 0 to 1.")] = 0.5,
+    strength: Annotated[float | None, typer.Option(help="Size of the start.  [default: the method's own]")] = None,
+    adaptive_ranks: Annotated[bool, typer.Option("--adaptive-ranks", help="Share the ranks out by the data.")] = False,
+    rank_budget: Annotated[int | None, typer.Option(help="Sum of all ranks.  [default: rank x sites]")] = None,
+    min_rank: Annotated[int, typer.Option(help="Least rank of a site, with --adaptive-ranks.")] = 0,
+    max_rank: Annotated[int | None, typer.Option(help="Largest rank of a site, with --adaptive-ranks.")] = None,
+    gram: Annotated[str, typer.Option(help="sum or mean over the tokens of a batch.")] = "sum",
+    root: Annotated[str, typer.Option(help="Square root in self mode: paper or symmetric.")] = "paper",
+    rtol: Annotated[float | None, typer.Option(help="Relative cut-off of the pseudo-inverse.")] = None,
+    shift_constant: Annotated[str, typer.Option(help="C of shift mode: a number, or gaussian.")] = "1",
+    initial_weight: Annotated[str, typer.Option(help="Start of the average over batches: pretrained or zero.")] = (
+        "pretrained"
+    ),
+    num_batches: Annotated[int, typer.Option(help="Batches to read.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Texts a batch.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens a text; longer ones are cut.")] = 256,
+    seed: Annotated[int, typer.Option(help="Order of the texts, and what else is random.")] = 0,
+    fold_alpha: Annotated[
+        bool, typer.Option(help="Write alpha = rank, right for every reader.", show_default=True)
+    ] = True,
+    plan: Annotated[Path | None, typer.Option(help="Also keep the plan, one safetensors file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write an initialised adapter folder that plain PEFT loads on the untouched model."""
+    options = {key: value for key, value in locals().items() if key in _CONFIG_OPTIONS}
+    with one_line_errors():
+        from .recipes.loading import LoraOptions
+
+        options["shift_constant"] = _number_or_name(shift_constant)
+
+        if base == "subtract":
+            raise ValueError("--base subtract changes the base model, which a file cannot do; use offset, or Python")
+        if out.exists() and any(out.iterdir()) and not overwrite:
+            raise ValueError(f"--out {out} is not empty; choose another folder, or replace it with --overwrite")
+        lora = LoraOptions(rank, alpha, None if targets is None else tuple(targets.split(",")), rslora, dora)
+        report = _initialise(model, (data, text, label), task, lora, options, (batch_size, max_length), (out, plan))
+        if as_json:
+            typer.echo(json.dumps(report.to_dict(), indent=2))
+        else:
+            typer.echo(str(report))
+            typer.echo(f"\nadapter written to {out}")
+            if base == "offset":
+                typer.echo("to train it: PeftModel.from_pretrained(model, folder, is_trainable=True), then")
+                typer.echo("cntlora.freeze_offset(model), before the optimizer is made")
+
+
+_CONFIG_OPTIONS = (
+    "method", "base", "decomposition", "p", "strength", "adaptive_ranks", "rank_budget", "min_rank", "max_rank", "gram",
+    "root", "rtol", "shift_constant", "initial_weight", "num_batches", "seed", "fold_alpha",
+)  # fmt: skip
+
+
+def _number_or_name(value: str) -> float | str:
+    """C as the configuration takes it."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _initialise(
+    name: str,
+    source: tuple[Path, str, str | None],
+    task: str,
+    lora: Any,
+    options: dict[str, Any],
+    sizes: tuple[int, int],
+    outputs: tuple[Path, Path | None],
+) -> Any:
+    """Model, data, plan, adapter folder; returns the report."""
+    from .adapters import apply_plan
+    from .compute import compute_plan
+    from .config import InitConfig
+    from .recipes.loading import add_lora, batches_of, load_model
+    from .recipes.text import read_table, shuffled
+    from .saving import save_adapter
+
+    config = InitConfig(**options)
+    path, text, label = source
+    table = shuffled(read_table(path, text=text, label=label), config.seed)
+    table = table.take(range(min(len(table), config.num_batches * sizes[0])))
+    base_model, tokenizer, resolved = load_model(name, task, table, config.seed)
+    model = add_lora(base_model, resolved, lora, config.seed)
+    plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes), config)
+    report = apply_plan(model, plan)
+    save_adapter(model, outputs[0], fold_alpha=config.fold_alpha)
+    if outputs[1] is not None:
+        plan.save(outputs[1])
+    return report
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, as PEFT or `cntlora init` writes it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show ranks, scalings and sizes of an adapter, site by site."""
+    with one_line_errors():
+        from .inspection import inspect_adapter
+
+        sites = inspect_adapter(adapter)
+        if as_json:
+            typer.echo(json.dumps({"sites": [site.to_dict() for site in sites]}, indent=2))
+            return
+        from .summary import text_table
+
+        ranks = [site.rank for site in sites]
+        title = f"{adapter} · {len(sites)} sites · ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all"
+        heads = ("rank", "alpha", "scaling", "‖s·B·A‖", "σ max", "stable rank", "halves")
+        rows = [
+            (s.name, str(s.rank), f"{s.alpha:g}", f"{s.scaling:g}", f"{s.norm:.4g}", f"{s.spectral_norm:.4g}",
+             f"{s.stable_rank:.1f}", s.halves)
+            for s in sites
+        ]  # fmt: skip
+        typer.echo(text_table(title, heads, rows))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for curves, adapter and record.")] = Path("demo-output"),
+    steps: Annotated[int, typer.Option(help="Training steps of each run.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Of head, data order and dropout, the same for both runs.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Sentiment of tweets on MiniLM: plain LoRA against cntlora, about five minutes on 2 cores."""
+    with one_line_errors():
+        from .demo import run_demo
+
+        say = (lambda line: None) if as_json else typer.echo
+        record = run_demo(out, steps=steps, seed=seed, say=say)
+        if as_json:
+            typer.echo(json.dumps(record, indent=2))
+
+
+def main() -> None:
+    """Entry point of the `cntlora` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

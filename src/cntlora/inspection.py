@@ -1,0 +1,104 @@
+"""What an adapter folder holds, without its base model: ranks, scalings, sizes and spectra of s·B·A per site."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .saving import PREFIX
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    """One site of a saved adapter.
+
+    Attributes:
+        rank: rows of A. alpha, scaling: as its configuration says for this site.
+        norm: ‖s·B·A‖_F; spectral_norm: its largest singular value.
+        stable_rank: ‖s·B·A‖_F² / σ_max², how many directions carry it; 0 for a zero product.
+        halves: "cancel" if B·A is zero by [B, −B] and [A; A] (an offset or paired start), else "".
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    scaling: float
+    norm: float
+    spectral_norm: float
+    stable_rank: float
+    halves: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def inspect_adapter(path: str | os.PathLike[str]) -> list[AdapterSite]:
+    """Reads a LoRA folder as PEFT writes it.
+
+    Raises:
+        ValueError: if it is no adapter folder, no LoRA, cut short, or its ranks contradict its configuration.
+    """
+    folder = Path(path)
+    config, state = _read(folder)
+    names = sorted(key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight"))
+    if not names:
+        raise ValueError(f"{folder}: the file has no lora_A weight; expected an adapter of PEFT's type LORA")
+    return [_site(name.removeprefix(PREFIX), state, name, config, folder) for name in names]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for file in (config_file, weights):
+        if not file.is_file():
+            raise ValueError(
+                f"{folder}: no {file.name}; expected a folder written by save_pretrained or `cntlora init`"
+            )
+    try:
+        return json.loads(config_file.read_text()), load_file(weights)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder}: cannot be read ({error}); is it cut short?") from error
+
+
+def _site(name: str, state: Mapping[str, Tensor], key: str, config: Mapping[str, Any], folder: Path) -> AdapterSite:
+    A, B = (state[f"{key}.lora_{half}.weight"].double() for half in "AB")
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+        raise ValueError(f"{folder}: site {name} has A {tuple(A.shape)} and B {tuple(B.shape)}, which do not fit")
+    rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
+    if rank != A.shape[0]:
+        raise ValueError(f"{folder}: site {name} has rank {A.shape[0]}, its configuration says {rank}")
+    alpha = float(_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    S = scaling * _product_spectrum(B, A)
+    half = rank // 2
+    cancels = (
+        half > 0 and torch.equal(A[:half], A[half : 2 * half]) and torch.equal(B[:, :half], -B[:, half : 2 * half])
+    )
+    norm, top = (0.0, 0.0) if cancels and rank % 2 == 0 else (float(S.norm()), float(S.max()))
+    return AdapterSite(
+        name, rank, alpha, scaling, norm, top, (norm / top) ** 2 if top else 0.0, "cancel" if cancels else ""
+    )
+
+
+def _product_spectrum(B: Tensor, A: Tensor) -> Tensor:
+    """Singular values of B·A through two small QRs, without forming the product."""
+    return torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that PEFT would match with this module name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

@@ -1,0 +1,125 @@
+"""A model by name or folder with fresh LoRA layers, and batches of the user's texts: what `cntlora init` needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import unknown_name
+from .text import EncodedBatches, Table, encode_batches
+
+TASKS = ("auto", "causal-lm", "classification", "encoder")
+_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "encoder": "FEATURE_EXTRACTION"}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No report of the new head and no bar for a second's loading; the settings are restored."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The LoRA to put in: as in `peft.LoraConfig`; alpha None for 2·rank, targets None for PEFT's own choice."""
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None
+    rslora: bool = False
+    dora: bool = False
+
+
+def resolve_task(task: str, architectures: list[str], has_labels: bool) -> str:
+    """The task that "auto" stands for: labels mean classification, else what the checkpoint was made for."""
+    if task not in TASKS:
+        raise ValueError(unknown_name("task", task, TASKS))
+    if task != "auto":
+        if task == "classification" and not has_labels:
+            raise ValueError("task 'classification' needs labels: name their column with --label")
+        return task
+    if has_labels:
+        return "classification"
+    return "causal-lm" if any("CausalLM" in name or "LMHead" in name for name in architectures) else "encoder"
+
+
+def load_model(name: str, task: str, table: Table, seed: int) -> tuple[nn.Module, Any, str]:
+    """Model (float32 or the checkpoint's dtype), tokenizer and resolved task, from a hub name or a folder.
+
+    Raises:
+        ValueError: if there is no such model, or it has no tokenizer; says what was tried.
+    """
+    import transformers as hf
+
+    try:
+        config = hf.AutoConfig.from_pretrained(name)
+        tokenizer = hf.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {name!r}: cannot be loaded ({first}); expected a folder or a hub name") from error
+    task = resolve_task(task, list(config.architectures or ()), bool(table.labels))
+    kind = {
+        "causal-lm": hf.AutoModelForCausalLM,
+        "classification": hf.AutoModelForSequenceClassification,
+        "encoder": hf.AutoModel,
+    }[task]
+    extra = {"num_labels": len(table.names)} if task == "classification" else {}
+    with torch.random.fork_rng(), quiet():
+        torch.manual_seed(seed)  # a new classification head
+        model = kind.from_pretrained(name, **extra)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if task == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer, task
+
+
+def add_lora(model: nn.Module, task: str, options: LoraOptions, seed: int) -> nn.Module:
+    """The model with fresh LoRA layers by PEFT.
+
+    Raises:
+        ValueError: for a rank below 1, or targets that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if options.rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {options.rank}")
+    targets: Any = None if options.targets is None else list(options.targets)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        task_type=_TASK_TYPES[task],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)  # type: ignore[arg-type]
+        except ValueError as error:
+            linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            known = ", ".join(sorted(linears))
+            raise ValueError(f"targets: {error} The model's linear layers end in: {known}") from error
+
+
+def batches_of(tokenizer: Any, table: Table, task: str, batch_size: int, max_length: int) -> EncodedBatches:
+    """Batches for the task: labels for a classifier, shifted ones for a language model, none for an encoder."""
+    labels = table.labels if task == "classification" else None
+    return encode_batches(
+        tokenizer, table.texts, labels, batch_size=batch_size, max_length=max_length, causal=task == "causal-lm"
+    )
