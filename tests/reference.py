@@ -57,7 +57,12 @@ def default_rtol(d: int, b: int) -> float:
     return max(d, b) * EPS
 
 
-def cross_target(W: np.ndarray, X: np.ndarray, rtol: float | None = None, gram_kind: str = "sum") -> np.ndarray:
+def cross_target(
+    W: np.ndarray,
+    X: np.ndarray,
+    rtol: float | None = None,
+    gram_kind: str = "sum",
+) -> np.ndarray:
     """Eq. 4, W_tar = W (X X^T)^+; W (k, d), X (d, b) -> (k, d). rtol is on the singular values of G."""
     W, X = _f64(W), _f64(X)
     if rtol is None:
@@ -274,7 +279,12 @@ def olora_factors(W: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
     return qr_factors(W, r)
 
 
-def corda_factors(W: np.ndarray, X: np.ndarray, r: int, rtol: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+def corda_factors(
+    W: np.ndarray,
+    X: np.ndarray,
+    r: int,
+    rtol: float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Eq. 34-36, U S V^T = SVD(W C), C = X X^T: B = U S^1/2 (k, r), A = S^1/2 V^T C^+ (r, d).
 
     W (k, d), X (d, b). rtol is on the singular values of C. Signs are those of svd_factors(W C), before C^+.

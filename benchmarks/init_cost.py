@@ -1,0 +1,133 @@
+"""Cost of the initialisation against the bare forward pass over the same batches (MiniLM-L6, 8 batches of 16 tweets).
+
+    python benchmarks/init_cost.py            # prints the table, writes results/init_cost.json
+
+Everything runs in one process with the same threads, repeated and interleaved, so that the ratios can be trusted on a noisy
+machine. Peak memory is measured in a process of its own for each row, above the model after its own forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+import cntlora
+from cntlora.plan import write_atomically
+from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask
+
+OUT = Path(__file__).parents[1] / "results" / "init_cost.json"
+ROWS = {
+    "cross": {"method": "cross"},
+    "self": {"method": "self"},
+    "shift": {"method": "shift"},
+    "cross + VAS": {"method": "cross", "adaptive_ranks": True},
+    "self + VAS": {"method": "self", "adaptive_ranks": True},
+    "shift + VAS": {"method": "shift", "adaptive_ranks": True},
+}
+
+
+def fresh(task: SentimentTask) -> torch.nn.Module:
+    """MiniLM with plain LoRA, rank 8."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", target_modules=list(TARGET_MODULES))
+    return get_peft_model(task.build_model(0), lora).eval()
+
+
+def forward_pass(model: torch.nn.Module, batches: Iterable[dict[str, Any]]) -> None:
+    """What cannot be avoided: every batch once through the model."""
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+
+
+def jobs(task: SentimentTask, batches: list[dict[str, Any]]) -> dict[str, Callable[[], object]]:
+    """The rows of the table; a plan leaves the model as it was, so one model serves all."""
+    model = fresh(task)
+
+    def plan(options: dict[str, Any]) -> Callable[[], object]:
+        return lambda: cntlora.compute_plan(model, batches, cntlora.InitConfig(**options), progress=False)
+
+    return {"forward pass": lambda: forward_pass(model, batches)} | {name: plan(o) for name, o in ROWS.items()}
+
+
+def peak_above_model(name: str) -> float:
+    """MiB by which one row raises the peak of a process that has loaded the model and run one batch."""
+    command = [sys.executable, "-W", "ignore", __file__, "--peak-of", name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(repeats: int, threads: int) -> dict[str, Any]:
+    """Seconds of every row, its ratio to the forward pass of the same round, and peak memory."""
+    torch.set_num_threads(threads)
+    task = SentimentTask()
+    batches = [batch for batch, _ in zip(task.train_batches(0), range(8), strict=False)]
+    work = jobs(task, batches)
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats + 1):
+        for name, job in work.items():
+            start = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start)
+    seconds = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+    floor = seconds["forward pass"]
+    table = {
+        name: {
+            "seconds": median(values),
+            "ratio": median(v / f for v, f in zip(values, floor, strict=True)),
+            "ratios": sorted(v / f for v, f in zip(values, floor, strict=True)),
+            "peak_mib": peak_above_model(name),
+        }
+        for name, values in seconds.items()
+    }
+    machine = {"processor": _processor(), "threads": threads, "torch": torch.__version__, "repeats": repeats}
+    return {"machine": machine, "rows": table}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak_of:
+        task = SentimentTask()
+        batches = [batch for batch, _ in zip(task.train_batches(0), range(8), strict=False)]
+        work = jobs(task, batches)
+        forward_pass(fresh(task), batches[:1])
+        before = _peak()
+        work[options.peak_of]()
+        print(_peak() - before)
+        return
+    result = measure(options.repeats, options.threads)
+    print("| | seconds | × forward pass (median, range) | peak memory above the model, MiB |\n|---|---|---|---|")
+    for name, row in result["rows"].items():
+        low, high = row["ratios"][0], row["ratios"][-1]
+        print(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) | {row['peak_mib']:.0f} |")
+    write_atomically(OUT, json.dumps(result, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
