@@ -2,7 +2,7 @@
 
     python benchmarks/init_cost.py            # prints the table, writes results/init_cost.json
 
-Everything runs in one process with the same threads, repeated and interleaved, so that the ratios can be trusted on a noisy
+Everything runs in one process with the same threads, repeated and interleaved, so that ratios can be trusted on a noisy
 machine. Peak memory is measured in a process of its own for each row, above the model after its own forward pass.
 """
 

@@ -19,7 +19,7 @@ from .compute import check_fresh
 from .layouts import weight_matrix
 from .masks import freeze_sites, unmask
 from .plan import InitPlan, SitePlan
-from .sites import Site, adapters_of, config_holder, find_sites, lora_layers, naming_root
+from .sites import Site, adapters_of, config_holder, find_sites, lora_layers, naming_root, uses_rslora
 from .summary import InitReport
 
 SUBTRACTED: Any = WeakIdKeyDictionary()
@@ -31,16 +31,17 @@ def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default
 
     Raises:
         ValueError: if the plan is not for this model (names the site), the adapter is not fresh, a weight that would
-            be changed is shared with another module, or an optimizer already holds the parameters; nothing is
-            written then.
+            be changed is shared with another module or adapter, or an optimizer or DistributedDataParallel already
+            holds the parameters; nothing is written then.
     """
     sites, _ = find_sites(model, adapter_name)
     usable = [s for s in sites if s.name not in plan.skipped]
     plan.check(usable)
     for site in usable:
         check_fresh(site)
-    _check_optimizers(usable, plan)
+    _check_holders(usable, plan)
     if plan.config.base == "subtract":
+        _check_alone(usable)
         _check_untied(model, usable)
     with torch.no_grad():
         for site in usable:
@@ -93,11 +94,13 @@ def whole(value: float) -> int | float:
     return round(value) if abs(value - round(value)) < 1e-9 else value
 
 
-def _check_optimizers(sites: list[Site], plan: InitPlan) -> None:
-    """An optimizer that holds parameters about to be replaced would train what the model no longer uses."""
+def _check_holders(sites: list[Site], plan: InitPlan) -> None:
+    """An optimizer or DDP that holds parameters about to be replaced would go on with what the model no longer uses."""
     ours = {id(p): s.name for s in sites for p in (s.A, s.B)}
     resized = {id(p) for s in sites for p in (s.A, s.B) if plan.sites[s.name].file_rank != s.rank}
     for candidate in gc.get_objects():
+        if issubclass(type(candidate), nn.parallel.DistributedDataParallel):
+            _check_wrapper(candidate, ours, resized)
         if not issubclass(type(candidate), torch.optim.Optimizer):
             continue
         for parameter in (p for group in candidate.param_groups for p in group["params"]):
@@ -106,6 +109,26 @@ def _check_optimizers(sites: list[Site], plan: InitPlan) -> None:
                     f"site {ours[id(parameter)]}: an optimizer ({type(candidate).__name__}) already holds its "
                     "parameters, and would go on training the old ones; initialise first, then make the optimizer"
                 )
+
+
+def _check_wrapper(wrapper: nn.Module, ours: dict[int, str], resized: set[int]) -> None:
+    """DDP averages the gradients of the parameters it found when it was made, so that new ones would drift apart."""
+    name = next((ours[id(p)] for p in wrapper.parameters() if id(p) in resized), None)
+    if name is not None:
+        raise ValueError(
+            f"site {name}: the model is already wrapped in {type(wrapper).__name__}, which would not synchronise its new "
+            "parameters, of another rank; initialise first, then wrap (base='paired' keeps the rank, and works after)"
+        )
+
+
+def _check_alone(sites: list[Site]) -> None:
+    for site in sites:
+        others = sorted(adapters_of(site.layer) - {site.adapter})
+        if others:
+            raise ValueError(
+                f"site {site.name}: it also has adapter {others[0]!r}, and base 'subtract' changes the weight that both "
+                "stand on; use base='offset', which leaves it alone"
+            )
 
 
 def _check_untied(model: nn.Module, sites: list[Site]) -> None:
@@ -149,14 +172,19 @@ def sync_config(model: nn.Module, adapter: str) -> None:
         return
     config: Any = holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
     layers = dict(lora_layers(model, adapter))
-    shapes = {name: (int(x.r[adapter]), whole(float(x.lora_alpha[adapter]))) for name, x in layers.items()}
+    config.use_rslora = all(uses_rslora(layer, adapter) for layer in layers.values())
+    shapes = {n: (int(x.r[adapter]), _alpha(x, adapter, config.use_rslora)) for n, x in layers.items()}
     config.r, config.lora_alpha = Counter(shapes.values()).most_common(1)[0][0]
     config.rank_pattern = {anchored(n): r for n, (r, _) in shapes.items() if r != config.r}
     config.alpha_pattern = {anchored(n): a for n, (_, a) in shapes.items() if a != config.lora_alpha}
-    rslora = {bool(getattr(x, "use_rslora", {}).get(adapter, False)) for x in layers.values()}
-    if len(rslora) == 1:
-        config.use_rslora = rslora.pop()
     config.target_modules = _targets(model, adapter, config.target_modules, list(layers))
+
+
+def _alpha(layer: Any, adapter: str, use_rslora: bool) -> int | float:
+    """The alpha that gives a layer its scaling by the rule of the config, where some layers use rsLoRA and some not."""
+    alpha, rank = float(layer.lora_alpha[adapter]), int(layer.r[adapter])
+    own = uses_rslora(layer, adapter)
+    return whole(alpha if own == use_rslora else alpha * (rank**0.5 if own else rank**-0.5))
 
 
 def anchored(name: str) -> str:

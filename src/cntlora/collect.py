@@ -60,7 +60,8 @@ def as_found(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
 def _generators(batches: object) -> Iterator[torch.Generator]:
     """The generators that a DataLoader draws its order from."""
     found = {}
-    for owner in (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)):
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    for owner in (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             found[id(generator)] = generator

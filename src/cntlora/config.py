@@ -84,7 +84,7 @@ class InitConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown_name(name, getattr(self, name), allowed))
         if self.batch_weights is not None:
-            object.__setattr__(self, "batch_weights", tuple(float(w) for w in self.batch_weights))
+            object.__setattr__(self, "batch_weights", _weights(self.batch_weights))
         self._check_numbers()
         self._check_ranks()
 
@@ -100,8 +100,9 @@ class InitConfig:
             _number("shift_constant", self.shift_constant, -math.inf, math.inf, "1 is the identity")
         _integer("num_batches", self.num_batches, 1)
         _integer("seed", self.seed, 0)
-        if self.batch_weights is not None and not all(map(math.isfinite, self.batch_weights)):
-            raise ValueError(f"batch_weights: expected finite numbers, got {self.batch_weights}")
+        for name in ("adaptive_ranks", "fold_alpha"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
     def _check_ranks(self) -> None:
         _integer("min_rank", self.min_rank, 0)
@@ -137,6 +138,19 @@ def _number(name: str, value: object, low: float, high: float, hint: str, *, ope
     if not inside:
         left = "(" if open_low else "["
         raise ValueError(f"{name}: expected a finite number in {left}{low:g}, {high:g}], got {value!r}; {hint}")
+
+
+def _weights(values: object) -> tuple[float, ...]:
+    """Any iterable of numbers as plain floats."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"batch_weights: expected one number a batch, such as (1.0, 0.5), got {values!r}")
+    weights = tuple(values)
+    for w in weights:
+        if isinstance(w, (str, bytes, bool)) or not hasattr(w, "__float__"):
+            raise TypeError(f"batch_weights: expected a number for each batch, got {w!r}")
+    if not weights or not all(map(math.isfinite, weights)):
+        raise ValueError(f"batch_weights: expected one number a batch, all of them finite, got {weights}")
+    return tuple(float(w) for w in weights)
 
 
 def _integer(name: str, value: object, low: int) -> None:

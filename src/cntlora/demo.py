@@ -111,6 +111,7 @@ def _run(
             batches,
             steps=steps,
             learning_rate=LEARNING_RATES[name],
+            warmup=min(10, steps),
             evaluate=lambda m: evaluate_classifier(m, held_out),
             eval_at=at,
             progress=lambda step, loss: bar.update(line, completed=step),

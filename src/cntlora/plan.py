@@ -118,7 +118,7 @@ class InitPlan:
             "seconds": self.seconds,
             "forward_seconds": self.forward_seconds,
             "versions": dict(self.versions),
-            "digest": _digest(tensors),
+            "digests": {key: _digest(tensor) for key, tensor in tensors.items()},
         }
         return dump_tensors(tensors, metadata={_KEY: json.dumps(head)})
 
@@ -142,10 +142,7 @@ class InitPlan:
                 f"{source}: plan format {head.get('format')!r}, this cntlora reads {FORMAT}; update cntlora, or make "
                 "the plan again"
             )
-        if head.get("digest") != _digest(tensors):
-            raise ValueError(
-                f"{source}: the tensors do not match the plan's digest; the file was changed, make it again"
-            )
+        _check_digests(head["digests"], tensors, source)
         sites: dict[str, SitePlan] = {}
         for name, plain in head["sites"].items():
             values: dict[str, Any] = {**plain, **{key: tensors[f"{name}::{key}"] for key in _TENSORS}}
@@ -196,13 +193,21 @@ def weight_sketch(W: Tensor) -> float:
     return float(u @ W @ v)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+def _digest(tensor: Tensor) -> str:
+    tensor = tensor.contiguous()
+    digest = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def _check_digests(digests: Mapping[str, str], tensors: Mapping[str, Tensor], source: str) -> None:
+    for key in sorted(digests.keys() | tensors.keys()):
+        if key not in tensors or digests.get(key) != _digest(tensors[key]):
+            name, _, part = key.rpartition("::")
+            raise ValueError(
+                f"{source}: site {name}: its {part} is not what was saved (the digests differ); the file was changed, "
+                "make the plan again"
+            )
 
 
 def _read(data: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

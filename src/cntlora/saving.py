@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import SUBTRACTED, anchored, whole
-from .config import unknown_name
-from .sites import config_holder, find_sites
+from .sites import config_holder, find_sites, lora_layers, uses_rslora
 
 PREFIX = "base_model.model."
 
@@ -41,7 +40,7 @@ def save_adapter(
     """
     from peft import get_peft_model_state_dict
 
-    sites, _ = find_sites(model, adapter_name)
+    find_sites(model, adapter_name)  # says which adapters there are, if not this one
     holder = config_holder(model, adapter_name)
     if holder is None:
         raise ValueError(
@@ -51,18 +50,21 @@ def save_adapter(
     owner: Any = _state_owner(model, adapter_name) or holder[1]
     state = {_file_key(k): v for k, v in get_peft_model_state_dict(owner, adapter_name=adapter_name).items()}
     state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    held = {key.partition(".lora_")[0] for key in state}
     shapes = {}
-    for site in sites:
-        key_A, key_B = (f"{PREFIX}{site.name}.lora_{half}.weight" for half in "AB")
-        if key_A not in state:
-            raise ValueError(unknown_name("adapter state of site", key_A, [k for k in state if "lora_A" in k][:5]))
-        A, B = _for_pristine_base(site.layer, adapter_name, state[key_A], state[key_B])
-        scale = site.scaling if fold_alpha else 1.0
-        state[key_A], state[key_B] = A, (B * scale if scale != 1.0 else B)
-        rank = A.shape[0]
-        plain_alpha = site.alpha * (rank / site.rank) ** (0.5 if site.use_rslora else 1.0)
-        shapes[site.name] = (rank, rank if fold_alpha else whole(plain_alpha))
-    config = _file_config(holder[1].peft_config[adapter_name], shapes, fold_alpha)  # type: ignore[index,union-attr]
+    config: Any = holder[1].peft_config[adapter_name]  # type: ignore[index,union-attr]
+    for name, layer in lora_layers(model, adapter_name):
+        if PREFIX + name not in held:
+            raise ValueError(f"site {name}: PEFT gives no weights for it, only for {', '.join(sorted(held)[:5])}")
+        rank = _for_pristine_base(state, f"{PREFIX}{name}.", layer, adapter_name)
+        # by alpha, so that a passing `set_scale` does not get into the file
+        r, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
+        scaling = alpha / (r**0.5 if uses_rslora(layer, adapter_name) else r)
+        if fold_alpha:
+            _fold(state, f"{PREFIX}{name}.", scaling)
+        plain_alpha = whole(scaling * (rank**0.5 if config.use_rslora else rank))
+        shapes[name] = (rank, rank if fold_alpha else plain_alpha)
+    config = _file_config(config, shapes, fold_alpha)
     _write_folder(Path(path), state, config)
 
 
@@ -80,12 +82,23 @@ def _file_key(key: str) -> str:
     return key if key.startswith(PREFIX) else PREFIX + key
 
 
-def _for_pristine_base(layer: Any, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _for_pristine_base(state: dict[str, Tensor], site: str, layer: Any, adapter: str) -> int:
+    """Appends what base "subtract" took off the weight of a site to its factors in `state`; returns their rank."""
     start = SUBTRACTED.get(layer, {}).get(adapter)
     if start is None:
-        return A, B
+        return int(layer.r[adapter])
+    A, B = state[f"{site}lora_A.weight"], state[f"{site}lora_B.weight"]
     A0, B0, _ = start
-    return torch.cat([A, A0.to(A)], dim=0), torch.cat([B, -B0.to(B)], dim=1)
+    state[f"{site}lora_A.weight"] = torch.cat([A, A0.to(A)], dim=0)
+    state[f"{site}lora_B.weight"] = torch.cat([B, -B0.to(B)], dim=1)
+    return A.shape[0] + A0.shape[0]
+
+
+def _fold(state: dict[str, Tensor], site: str, scaling: float) -> None:
+    """Multiplies the scaling of a site into all that it scales: B and its bias, or the B of an embedding."""
+    for key in (f"{site}lora_B.weight", f"{site}lora_B.bias", f"{site}lora_embedding_B"):
+        if key in state and scaling != 1.0:
+            state[key] = state[key] * scaling
 
 
 def _file_config(config: Any, shapes: dict[str, tuple[int, float]], fold_alpha: bool) -> dict[str, Any]:

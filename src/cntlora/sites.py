@@ -59,7 +59,7 @@ class Site:
 
     @property
     def use_rslora(self) -> bool:
-        return bool(getattr(self.layer, "use_rslora", {}).get(self.adapter, False))
+        return uses_rslora(self.layer, self.adapter)
 
     @property
     def magnitude(self) -> nn.Parameter | None:
@@ -91,6 +91,11 @@ def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         if is_lora_layer(module) and adapter in adapters_of(module):
             yield path.removeprefix(root), module
+
+
+def uses_rslora(layer: Any, adapter: str) -> bool:
+    """Whether one adapter of a LoRA layer has scaling alpha/√r instead of alpha/r."""
+    return bool(getattr(layer, "use_rslora", {}).get(adapter, False))
 
 
 def adapters_of(layer: Any) -> set[str]:

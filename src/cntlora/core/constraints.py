@@ -41,12 +41,13 @@ def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tupl
             `linalg.fix_signs`; "symmetric" for P D^(−½) Pᵀ, the member of the same solution family that depends on
             neither order nor signs.
         rtol: singular values D^½ of P D^½ at or under rtol·max are dropped. The default drops eigenvalues D under
-            max(d, b)·eps instead, i.e. its square root on D^½, because D carries rounding noise of that size.
+            max(d, b)·eps instead, i.e. its square root on D^½, because D carries rounding noise of that size; for
+            the same reason a smaller rtol acts as the default.
 
     Returns:
         T (d, d) and the numerical rank of G.
     """
-    tolerance = X.rtol if rtol is None else rtol**2
+    tolerance = X.rtol if rtol is None else max(rtol**2, X.rtol)
     pairs = X.eigenpairs(tolerance)
     half = (pairs.P / pairs.D.sqrt()).mT  # (n, d) = D^(−½) Pᵀ
     if root == "symmetric":

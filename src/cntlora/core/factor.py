@@ -79,18 +79,23 @@ def qr_factors(M: Tensor, r: int, pivoted: bool = False, scale: float = 1.0) -> 
 
 
 def _pivoted_qr(M: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """r steps of Gram–Schmidt with column pivoting, each direction orthogonalised twice; ties to the lowest column."""
-    rest = M.clone()
-    Q = M.new_zeros(M.shape[0], r)
+    """r Householder steps with column pivoting, ties to the lowest column; Q is orthonormal also past the rank of M."""
+    R = M.clone()
+    Q = torch.eye(M.shape[0], r, dtype=M.dtype, device=M.device)
+    signs = M.new_ones(r)
+    reflections = []
     for i in range(r):
-        column = rest[:, int(rest.square().sum(dim=0).argmax())]
-        column = column - Q[:, :i] @ (Q[:, :i].mT @ column)
-        norm = torch.linalg.vector_norm(column)
-        if float(norm) == 0.0:
-            break
-        Q[:, i] = column / norm
-        rest = rest - Q[:, i, None] * (Q[:, i] @ rest)
-    return Q, scale * (Q.mT @ M)
+        pivot = int(R[i:].square().sum(dim=0).argmax())
+        v = R[i:, pivot].clone()
+        v[0] += torch.copysign(torch.linalg.vector_norm(v), v[0])
+        v = torch.nn.functional.normalize(v, dim=0, eps=torch.finfo(M.dtype).tiny)
+        R[i:] -= 2 * v[:, None] * (v @ R[i:])
+        R[i + 1 :, pivot] = 0.0  # exactly, so that no rounding noise of a used column is chosen again
+        signs[i] = -1.0 if float(R[i, pivot]) < 0 else 1.0
+        reflections.append(v)
+    for i, v in reversed(list(enumerate(reflections))):
+        Q[i:] -= 2 * v[:, None] * (v @ Q[i:])
+    return Q * signs, (scale * signs)[:, None] * R[:r]
 
 
 def offset(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,13 +38,15 @@ class Moments:
         self._gram: Tensor | None = None
 
     def update(self, rows: Tensor) -> None:
-        """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0."""
-        rows = rows.to(self.dtype)
+        """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards."""
+        given, rows = rows, rows.to(self.dtype)
         self.tokens += rows.shape[0]
         if self._gram is not None:
             self._gram.addmm_(rows.mT, rows)
             return
-        self._rows.append(rows)
+        if rows.shape[0] == 0:
+            return
+        self._rows.append(rows.clone() if rows is given else rows)
         if self.tokens > self.dim:
             kept = torch.cat(self._rows)
             self._gram = kept.mT @ kept

@@ -122,6 +122,11 @@ class ShiftEstimator:
             part = inverse.mT @ resolvents
             total = part if total is None else total + part
         assert total is not None, f"{name} saw no batch"
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
-        C = shift_constant(self.constant, W.shape[0], generator, W)
+        C = shift_constant(self.constant, W.shape[0], constant_generator(self.seed, name), W)
         return combine(W, C @ total if isinstance(C, Tensor) else C * total, batches, initial)
+
+
+def constant_generator(seed: int, name: str) -> torch.Generator:
+    """The stream of the Gaussian C of one site, by seed and site name alone."""
+    # torch's CPU generator reads only the low 32 bits of its seed, so both must reach those
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

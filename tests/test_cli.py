@@ -1,0 +1,175 @@
+"""The command line as a user meets it: real files in, an adapter folder out, one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from typer.testing import CliRunner
+
+from cntlora import InitPlan
+from cntlora.cli import app
+from cntlora.inspection import inspect_adapter
+
+WORDS = ["the", "a", "good", "bad", "film", "plot", "music", "is", "was", "very", "not", "and", "dull", "bright"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    lines = ["text,label"]
+    for i in range(48):
+        words = [WORDS[int(j)] for j in torch.randint(0, len(WORDS), (3 + i % 5,), generator=generator)]
+        lines.append(f"{' '.join(words)},{'yes' if i % 2 else 'no'}")
+    path = tmp_path / "data.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def cntlora(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def init(model_folder: Path, data: Path, out: Path, *more: object) -> tuple[int, str, str]:
+    fixed = ("--targets", "query,value", "--rank", 4, "--batch-size", 8, "--num-batches", 3, "--label", "label")
+    return cntlora("init", model_folder, "--data", data, "--out", out, *fixed, *more)
+
+
+def test_init_writes_a_folder_that_plain_peft_loads(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    code, out, err = init(model_folder, data, tmp_path / "adapter", "--plan", tmp_path / "plan.safetensors")
+    assert code == 0, err
+    assert "bert.encoder.layer.0.attention.self.query" in out and "freeze_offset" in out
+    base = BertForSequenceClassification.from_pretrained(model_folder, num_labels=2).eval()
+    ids = torch.tensor([[2, 5, 7, 9, 3]])
+    before = base.bert(ids).last_hidden_state
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded.base_model.model.bert(ids).last_hidden_state, before)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    A = weights["base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"]
+    assert A.shape == (8, 32) and torch.equal(A[:4], A[4:]) and A.any()
+    assert InitPlan.load(tmp_path / "plan.safetensors").config.fold_alpha
+
+
+def test_keep_moves_the_function(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """The control of the test above: with base keep the loaded adapter is no longer neutral."""
+    assert init(model_folder, data, tmp_path / "adapter", "--base", "keep")[0] == 0
+    base = BertForSequenceClassification.from_pretrained(model_folder, num_labels=2).eval()
+    ids = torch.tensor([[2, 5, 7, 9, 3]])
+    before = base.bert(ids).last_hidden_state
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert (loaded.base_model.model.bert(ids).last_hidden_state - before).abs().max() > 1e-2
+
+
+def test_json_is_one_document(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    _, out, _ = init(model_folder, data, tmp_path / "adapter", "--json", "--adaptive-ranks", "--rank-budget", 10)
+    report = json.loads(out)
+    assert sum(site["rank"] for site in report["sites"].values()) == 10
+    assert report["config"]["adaptive_ranks"] and report["batches"] == 3
+    _, out, _ = cntlora("inspect", tmp_path / "adapter", "--json")
+    assert sum(site["rank"] for site in json.loads(out)["sites"]) == 20  # offset: twice the rank that trains
+
+
+def test_inspect_reads_ranks_alphas_and_sizes(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    assert init(model_folder, data, tmp_path / "adapter", "--base", "keep", "--no-fold-alpha")[0] == 0
+    sites = inspect_adapter(tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    site = sites[0]
+    A, B = (weights[f"base_model.model.{site.name}.lora_{x}.weight"] for x in "AB")
+    product = site.scaling * B @ A
+    assert (site.rank, site.alpha, site.scaling, site.halves) == (4, 8.0, 2.0, "")
+    assert site.norm == pytest.approx(float(product.norm()), rel=1e-5)
+    assert site.spectral_norm == pytest.approx(float(torch.linalg.matrix_norm(product, 2)), rel=1e-5)
+    code, out, _ = cntlora("inspect", tmp_path / "adapter")
+    assert code == 0 and site.name in out and "stable rank" in out
+
+
+def test_existing_folder_is_not_overwritten(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "precious.txt").write_text("mine")
+    code, _, err = init(model_folder, data, tmp_path / "adapter")
+    assert code == 1 and "--overwrite" in err
+    assert init(model_folder, data, tmp_path / "adapter", "--overwrite")[0] == 0
+    assert (tmp_path / "adapter" / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--method", "slef"), "did you mean 'self'"),
+        (("--base", "ofset"), "did you mean 'offset'"),
+        (("--base", "subtract"), "--base subtract"),
+        (("--p", "1.5"), "[0, 1]"),
+        (("--rank", "0"), "at least 1"),
+        (("--rank", "64"), "above min(in, out) = 32"),
+        (("--targets", "quarry"), "query"),
+        (("--task", "poetry"), "causal-lm"),
+        (("--text", "body"), "text, label"),
+        (("--rank-budget", "5"), "adaptive_ranks"),
+        (("--adaptive-ranks", "--rank-budget", "0"), "at least 1"),
+        (("--adaptive-ranks", "--rank-budget", "9999"), "between"),
+        (("--shift-constant", "gausian"), "gaussian"),
+        (("--num-batches", "0"), "at least 1"),
+        (("--max-length", "0"), "at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(
+    model_folder: Path, data: Path, tmp_path: Path, more: tuple[str, ...], says: str
+) -> None:
+    code, out, err = init(model_folder, data, tmp_path / "adapter", *more)
+    assert code == 1 and out == ""
+    lines = [line for line in err.splitlines() if line.startswith("cntlora: ")]
+    assert len(lines) == 1 and says in lines[0], err
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_missing_data_and_missing_model(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    code, _, err = init(model_folder, tmp_path / "absent.csv", tmp_path / "adapter")
+    assert code == 1 and "absent.csv" in err
+    code, _, err = init(tmp_path / "no-model", data, tmp_path / "adapter")
+    assert code == 1 and "no-model" in err
+
+
+def test_inspect_refuses_what_is_no_adapter(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    code, _, err = cntlora("inspect", tmp_path)
+    assert code == 1 and "adapter_config.json" in err
+    assert init(model_folder, data, tmp_path / "adapter")[0] == 0
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    code, _, err = cntlora("inspect", tmp_path / "adapter")
+    assert code == 1 and "cut short" in err
+    weights.write_bytes(whole)
+    state = load_file(weights)
+    key = next(k for k in state if "lora_A" in k)
+    state[key] = state[key][:2].clone()
+    save_file(state, weights)
+    code, _, err = cntlora("inspect", tmp_path / "adapter")
+    assert code == 1 and "do not fit" in err
+
+
+def test_help_and_version() -> None:
+    code, out, _ = cntlora("--help")
+    assert code == 0 and all(command in out for command in ("init", "inspect", "demo"))
+    code, out, _ = cntlora("--version")
+    assert code == 0 and out.strip().count(".") == 2
