@@ -1,7 +1,7 @@
 """Tweets, 3 classes, MiniLM-L6, 100 steps: self mode (offset, paired) against plain LoRA, learning rates × seeds.
 
     python experiments/tweets/sweep.py run    # 36 runs of about a minute on one core; goes on where it stopped
-    python experiments/tweets/sweep.py table  # prints docs/results.md's tables from the records
+    python experiments/tweets/sweep.py table  # makes the tables of docs/results.md from the records
 
 Every method has rank 8 that trains, alpha 16, the same batches in the same order, AdamW, 10 warm-up steps, linear decay
 and no weight decay; only initialisation and learning rate differ. One JSON record a run under results/tweets/.
@@ -29,6 +29,8 @@ from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask
 from cntlora.recipes.training import evaluate_classifier, train
 
 RECORDS = Path(__file__).parents[2] / "results" / "tweets"
+DOCS = Path(__file__).parents[2] / "docs" / "results.md"
+MARKS = ("<!-- tweets: begin -->", "<!-- tweets: end -->")
 ARMS: dict[str, dict[str, Any] | None] = {
     "lora": None,
     "self-offset": {"method": "self", "base": "offset"},
@@ -105,8 +107,8 @@ def rows() -> list[dict[str, Any]]:
             table.append({"arm": arm, "lr": lr, "seeds": len(same), "diverged": sum(r["diverged"] for r in same)})
             whole = [r for r in same if not r["diverged"]]
             for key, of in (
-                ("mean loss", lambda r: r["mean_loss"]),
-                ("final eval loss", lambda r: r["evaluations"][-1]["loss"]),
+                ("mean training loss", lambda r: r["mean_loss"]),
+                ("final eval. loss", lambda r: r["evaluations"][-1]["loss"]),
                 ("final accuracy", lambda r: r["evaluations"][-1]["accuracy"]),
                 ("final macro F1", lambda r: r["evaluations"][-1]["macro_f1"]),
                 ("init s", lambda r: r["init_seconds"]),
@@ -122,19 +124,40 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values) if len(values) > 1 else 0.0:.{digits}f}"
 
 
-def print_table() -> None:
-    """Markdown: every learning rate, the best of each arm (by mean training loss) in bold."""
+def tables() -> str:
+    """Markdown: the best learning rate of each start, then all of them (mean over seeds ± standard deviation)."""
     table = rows()
-    keys = ("mean loss", "final eval loss", "final accuracy", "final macro F1")
-    print("| start | learning rate | seeds | mean training loss | final eval. loss | final accuracy | final macro F1 |")
-    print("|---|---|---|---|---|---|---|")
-    for arm in ARMS:
-        mine = [row for row in table if row["arm"] == arm]
-        best = min(mine, key=lambda row: mean(row["mean loss"]) if row["mean loss"] else float("inf"))
-        for row in mine:
-            cells = [arm, f"{row['lr']:g}", str(row["seeds"]), *(spread(row[key]) for key in keys)]
-            cells = [f"**{cell}**" for cell in cells] if row is best else cells
-            print(f"| {' | '.join(cells)} |")
+    best = {arm: min((r for r in table if r["arm"] == arm), key=_mean_loss) for arm in ARMS}
+    heads = ("start", "learning rate", "seeds", *KEYS)
+    lines = ["At its best learning rate (lowest mean training loss):", "", *_head(heads)]
+    lines += [_line(best[arm]) for arm in ARMS]
+    lines += ["", "All learning rates (the best of each start in bold):", "", *_head(heads)]
+    lines += [_line(row, bold=row is best[row["arm"]]) for row in table]
+    return "\n".join(lines)
+
+
+KEYS = ("mean training loss", "final eval. loss", "final accuracy", "final macro F1", "init s")
+
+
+def _mean_loss(row: dict[str, Any]) -> float:
+    return mean(row["mean training loss"]) if row["mean training loss"] else float("inf")
+
+
+def _head(heads: tuple[str, ...]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+
+
+def _line(row: dict[str, Any], bold: bool = False) -> str:
+    cells = [row["arm"], f"{row['lr']:g}", str(row["seeds"]), *(spread(row[key]) for key in KEYS[:-1])]
+    cells.append(spread(row[KEYS[-1]], 1) if any(row[KEYS[-1]]) else "–")
+    return f"| {' | '.join(f'**{c}**' if bold else c for c in cells)} |"
+
+
+def write_tables() -> None:
+    """Puts the tables between the two marks of docs/results.md."""
+    before, rest = DOCS.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    write_atomically(DOCS, f"{before}{MARKS[0]}\n\n{tables()}\n\n{MARKS[1]}{after}".encode())
 
 
 def main() -> None:
@@ -145,7 +168,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=1, help="number of processes side by side")
     options = parser.parse_args()
     if options.command == "table":
-        print_table()
+        write_tables()
     else:
         run_all(options.part, options.parts)
 

@@ -116,8 +116,8 @@ def _check_wrapper(wrapper: nn.Module, ours: dict[int, str], resized: set[int]) 
     name = next((ours[id(p)] for p in wrapper.parameters() if id(p) in resized), None)
     if name is not None:
         raise ValueError(
-            f"site {name}: the model is already wrapped in {type(wrapper).__name__}, which would not synchronise its new "
-            "parameters, of another rank; initialise first, then wrap (base='paired' keeps the rank, and works after)"
+            f"site {name}: the model is already wrapped in {type(wrapper).__name__}, which would not synchronise its "
+            "new parameters, of another rank; initialise first, then wrap (base='paired' keeps the rank, and works after)"
         )
 
 
@@ -126,8 +126,8 @@ def _check_alone(sites: list[Site]) -> None:
         others = sorted(adapters_of(site.layer) - {site.adapter})
         if others:
             raise ValueError(
-                f"site {site.name}: it also has adapter {others[0]!r}, and base 'subtract' changes the weight that both "
-                "stand on; use base='offset', which leaves it alone"
+                f"site {site.name}: it also has adapter {others[0]!r}, and base 'subtract' changes the weight that "
+                "both stand on; use base='offset', which leaves it alone"
             )
 
 

@@ -18,7 +18,8 @@ def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
 
     `initialize` and `apply_plan` do this themselves, and loading a checkpoint into such a model keeps it. Call it where
     the adapter comes from a file into a new model (`PeftModel.from_pretrained(..., is_trainable=True)`), since a file
-    of an ordinary LoRA cannot say that half of it is frozen. Calling it twice does no harm.
+    of an ordinary LoRA cannot say that half of it is frozen, and after `copy.deepcopy(model)` or
+    `load_state_dict(..., assign=True)`, which make new parameters. Calling it twice does no harm.
 
     Gradients are masked before they are accumulated, so gradient accumulation, clipping and DDP see the masked ones.
     Decoupled weight decay (AdamW) shrinks both halves alike, so that what did not train keeps cancelling.
