@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tests import reference
 from torch import Tensor, nn
 
 from cntlora import InitConfig
@@ -21,7 +22,6 @@ from cntlora.core.constraints import shift_constant
 from cntlora.core.family import METHODS
 from cntlora.core.moments import Moments
 from cntlora.core.solve import constant_generator
-from tests import reference
 
 torch.set_num_threads(1)
 
@@ -198,7 +198,7 @@ def lora(r: int = 3, alpha: float = 6, targets: Sequence[str] = Mlp.targets, **m
 
 
 def wrapped(base: nn.Module, config: LoraConfig | None = None, how: str = "get_peft_model") -> nn.Module:
-    """The base with a fresh adapter, whose factors take the dtype of the base. Changes `base` in place, as PEFT does."""
+    """The base with a fresh adapter, its factors in the dtype of the base. Changes `base` in place, as PEFT does."""
     config = config or lora()
     dtype = next(base.parameters()).dtype
     with torch.random.fork_rng(devices=[]):
@@ -208,7 +208,9 @@ def wrapped(base: nn.Module, config: LoraConfig | None = None, how: str = "get_p
         return inject_adapter_in_model(config, base).to(dtype)
 
 
-def token_batches(sizes: Sequence[tuple[int, int]], width: int = 10, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def token_batches(
+    sizes: Sequence[tuple[int, int]], width: int = 10, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     """One (batch, tokens, width) tensor a size."""
     return [draw(200 + i, *size, width).to(dtype) for i, size in enumerate(sizes)]
 

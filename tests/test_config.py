@@ -129,5 +129,8 @@ def test_replace_checks_as_well() -> None:
 
 
 def test_the_nearest_name_is_offered_only_if_there_is_one() -> None:
-    assert unknown_name("x", "abd", ["abc", "xyz"]) == "x: 'abd' is not known (did you mean 'abc'?); expected one of: abc, xyz"
+    assert (
+        unknown_name("x", "abd", ["abc", "xyz"])
+        == "x: 'abd' is not known (did you mean 'abc'?); expected one of: abc, xyz"
+    )
     assert "did you mean" not in unknown_name("x", "q", ["abc", "xyz"])

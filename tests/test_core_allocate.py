@@ -6,11 +6,11 @@ import random
 
 import numpy as np
 import pytest
+from tests import reference
+from tests.cases import array, draw
 
 from cntlora.core.allocate import allocate
 from cntlora.core.factor import spectrum
-from tests import reference
-from tests.cases import array, draw
 
 SHAPES = {"enc.q": (8, 12), "enc.k": (8, 12), "enc.up": (16, 8), "enc.down": (8, 16), "head": (3, 8), "zz": (12, 12)}
 DELTAS = {name: draw(i, *shape) * (0.3 + i) for i, (name, shape) in enumerate(SHAPES.items())}
@@ -24,7 +24,9 @@ MOST = sum(min(shape) for shape in SHAPES.values())
 def test_eq_19_top_k_of_the_relative_variances(budget: int, low: int, high: int | None) -> None:
     most = sum(min(len(v), high or 99) for v in VARIANCES.values())
     if not low * len(SHAPES) <= budget <= most:
-        with pytest.raises(ValueError, match=f"expected between {max(low * len(SHAPES), 1)} .* and {most} .*got {budget}"):
+        with pytest.raises(
+            ValueError, match=f"expected between {max(low * len(SHAPES), 1)} .* and {most} .*got {budget}"
+        ):
             allocate(VARIANCES, budget, low, high)
         return
     ranks = allocate(VARIANCES, budget, low, high)
@@ -40,7 +42,7 @@ def test_the_winners_are_the_largest_of_the_one_list() -> None:
         won = [v for name, values in VARIANCES.items() for v in values[: ranks[name]]]
         lost = [v for name, values in VARIANCES.items() for v in values[ranks[name] :]]
         assert min(won) >= max(lost)
-    uniform = {name: 3 for name in VARIANCES}
+    uniform = dict.fromkeys(VARIANCES, 3)
     won = [v for name, values in VARIANCES.items() for v in values[: uniform[name]]]
     lost = [v for name, values in VARIANCES.items() for v in values[uniform[name] :]]
     assert min(won) < max(lost)  # control: equal ranks do not have that property

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests import reference
+from tests.cases import CASES, Case, array, draw, moments, relative_error
 from torch import Tensor
 
 from cntlora.core.constraints import combine, cross_map, self_map, shift_constant, shift_inverse, shift_rtol
-from tests import reference
-from tests.cases import CASES, Case, array, draw, moments, relative_error
 
 case = pytest.mark.parametrize("case", CASES, ids=repr)
 full_case = pytest.mark.parametrize("case", [c for c in CASES if c.full], ids=repr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests import reference
+from tests.cases import array, draw, relative_error
 
 from cntlora.core.linalg import (
     cholesky_inverse,
@@ -17,8 +19,6 @@ from cntlora.core.linalg import (
     plain_inverse,
     tall_pinv,
 )
-from tests import reference
-from tests.cases import array, draw, relative_error
 
 SHAPES = [(4, 9), (9, 4), (6, 6)]
 

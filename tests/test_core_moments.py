@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests import reference
+from tests.cases import CASES, Case, array, draw, moments, relative_error
 
 from cntlora.core.linalg import default_rtol
 from cntlora.core.moments import Moments
-from tests import reference
-from tests.cases import CASES, Case, array, draw, moments, relative_error
 
 case = pytest.mark.parametrize("case", CASES, ids=repr)
 gram = pytest.mark.parametrize("gram", ["sum", "mean"])
@@ -93,6 +93,13 @@ def test_the_numerical_rank_sees_a_repeated_row() -> None:
     assert moments(X).numerical_rank(moments(X).rtol) == 6
     X[5] = X[0]
     assert moments(X).numerical_rank(moments(X).rtol) == 5
+
+
+def test_eigenvalues_at_the_tolerance_are_dropped() -> None:
+    X = torch.diag(torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
+    assert moments(X).eigenpairs(0.25).D.tolist() == [4.0]
+    assert moments(X).eigenpairs(0.2499).D.tolist() == [4.0, 1.0]
+    assert moments(X.repeat(1, 4)).eigenpairs(0.25).D.tolist() == [16.0]  # not the dual but G itself
 
 
 def test_the_default_tolerance_is_that_of_the_whole_batch() -> None:

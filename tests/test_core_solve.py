@@ -9,14 +9,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from cntlora import InitConfig
-from cntlora.core import solve
-from cntlora.core.constraints import cross_map
-from cntlora.core.family import METHODS
-from cntlora.core.moments import Moments
-from cntlora.core.solve import MapEstimator, SharedSums, ShiftEstimator, constant_generator
 from tests import reference
 from tests.cases import (
     CASES,
@@ -32,6 +24,14 @@ from tests.cases import (
     reference_delta,
     relative_error,
 )
+from torch import Tensor
+
+from cntlora import InitConfig
+from cntlora.core import solve
+from cntlora.core.constraints import cross_map
+from cntlora.core.family import METHODS
+from cntlora.core.moments import Moments
+from cntlora.core.solve import MapEstimator, SharedSums, ShiftEstimator, constant_generator
 
 case = pytest.mark.parametrize("case", CASES, ids=repr)
 mode = pytest.mark.parametrize("mode", MODES, ids=repr)
@@ -156,8 +156,16 @@ def test_sites_that_miss_a_batch_have_their_own_sum_and_divisor(mode: Mode) -> N
     estimator.absorb(["always", "once"], moments(X[0]), 1.0)
     estimator.absorb(["always"], moments(X[1]), 1.0)
     both, first = [array(x) for x in X], [array(X[0])]
-    assert relative_error(estimator.delta("always", 2, "pretrained"), reference_delta(mode, array(W["always"]), both, "always")) < 1e-8
-    assert relative_error(estimator.delta("once", 1, "pretrained"), reference_delta(mode, array(W["once"]), first, "once")) < 1e-8
+    assert (
+        relative_error(
+            estimator.delta("always", 2, "pretrained"), reference_delta(mode, array(W["always"]), both, "always")
+        )
+        < 1e-8
+    )
+    assert (
+        relative_error(estimator.delta("once", 1, "pretrained"), reference_delta(mode, array(W["once"]), first, "once"))
+        < 1e-8
+    )
 
 
 def test_the_inverse_is_made_once_for_all_sites_of_a_group() -> None:
@@ -175,7 +183,12 @@ def shift_case(k: int, d: int, seed: int = 0) -> tuple[Tensor, Moments]:
 
 
 def test_shift_shares_one_resolvent_where_w_has_full_column_rank() -> None:
-    weights = {"tall": draw(0, 9, 6), "square": draw(1, 6, 6), "wide": draw(2, 4, 6), "low": draw(3, 9, 2) @ draw(4, 2, 6)}
+    weights = {
+        "tall": draw(0, 9, 6),
+        "square": draw(1, 6, 6),
+        "wide": draw(2, 4, 6),
+        "low": draw(3, 9, 2) @ draw(4, 2, 6),
+    }
     estimator = ShiftEstimator(weights.__getitem__)
     X = draw(5, 6, 20)
     estimator.absorb(list(weights), moments(X), 1.0)
@@ -198,7 +211,9 @@ def test_shift_with_a_singular_resolvent_falls_back() -> None:
     estimator = ShiftEstimator(lambda name: W)
     estimator.absorb(["site"], moments(X), 1.0)
     assert estimator.shared.get("site") is None
-    assert relative_error(estimator.delta("site", 1, "pretrained"), reference.delta(array(W), [array(X)], "shift")) < 1e-8
+    assert (
+        relative_error(estimator.delta("site", 1, "pretrained"), reference.delta(array(W), [array(X)], "shift")) < 1e-8
+    )
     other = ShiftEstimator(lambda name: W)
     other.absorb(["site"], moments(0.9 * X), 1.0)
     assert other.shared.get("site") is not None  # control
@@ -258,3 +273,22 @@ def test_seeds_and_names_give_distinct_streams() -> None:
     assert len(set(draws.values())) == len(draws)
     lost = {float(torch.randn((), generator=torch.Generator().manual_seed(s * 2**32))) for s in range(3)}
     assert len(lost) == 1  # control: the high bits alone change nothing
+
+
+# --- conditioning -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [20, 80], ids=["b<d", "b>d"])
+@pytest.mark.parametrize("decades", [1, 3, 5])
+@pytest.mark.parametrize("mode", MODES[:3], ids=repr)
+def test_the_error_grows_no_faster_than_the_condition_of_g(mode: Mode, decades: int, tokens: int) -> None:
+    """G squares the condition of X, so 1e-8 holds while cond(X) is under about 1e4; beyond it is cond(G)·eps."""
+    d = 32
+    X = torch.linalg.qr(draw(3, d, d))[0] * torch.logspace(0, -decades, d, dtype=torch.float64) @ draw(0, d, tokens)
+    W = draw(1, 24, d)
+    values = torch.linalg.svdvals(X)
+    condition = float(values[0] / values[min(d, tokens) - 1]) ** 2
+    error = relative_error(delta(InitConfig(**mode.options), W, [X]), reference_delta(mode, array(W), [array(X)]))
+    eps = float(np.finfo(np.float64).eps)
+    assert error < 100 * eps * condition
+    assert decades < 5 or tokens < d or error > 1e-2 * eps * condition**0.5  # control: there is something to bound

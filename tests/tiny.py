@@ -199,3 +199,38 @@ def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
 
 def one_shot(batches: list[Batch]) -> Iterator[Batch]:
     yield from batches
+
+
+def unet(seed: int = 0) -> Any:
+    """A diffusers UNet with cross-attention, without an adapter; diffusers is imported only here, it takes seconds."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DConditionModel(
+            sample_size=8,
+            in_channels=2,
+            out_channels=2,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=12,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        ).eval()
+
+
+def unet_batches(count: int = 2, rows: int = 3, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(latents, time steps, prompt embeddings): neither a mapping nor in the order of the model's arguments' names."""
+    g = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(rows, 2, 8, 8, generator=g), torch.tensor([0] * rows), torch.randn(rows, 5, 12, generator=g))
+        for _ in range(count)
+    ]
+
+
+def denoise(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The `forward=` of a UNet."""
+    latents, steps, prompt = batch
+    return model(sample=latents, timestep=steps, encoder_hidden_states=prompt).sample

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from .compute import check_fresh
 from .layouts import weight_matrix
 from .masks import freeze_sites, unmask
 from .plan import InitPlan, SitePlan
-from .sites import Site, adapters_of, config_holder, find_sites, lora_layers, naming_root, uses_rslora
+from .sites import Site, adapters_of, base_name, config_holder, find_sites, lora_layers, naming_root, uses_rslora
 from .summary import InitReport
 
 SUBTRACTED: Any = WeakIdKeyDictionary()
-"""LoRA layer → {adapter: (A, B, scaling)} at step 0, where the base weight had s·B·A taken off."""
+"""LoRA layer → {adapter: (A, B)} at step 0, where the base weight had s·B·A taken off."""
 
 
 def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default") -> InitReport:
@@ -68,7 +69,7 @@ def _write(site: Site, planned: SitePlan, base: str) -> None:
     if base == "subtract":
         matrix = weight_matrix(site.base)
         matrix.copy_(matrix.double() - added)
-        SUBTRACTED.setdefault(layer, {})[adapter] = (A.detach().clone(), B.detach().clone(), planned.scaling)
+        SUBTRACTED.setdefault(layer, {})[adapter] = (A.detach().clone(), B.detach().clone())
     if site.magnitude is not None:
         # DoRA divides by ‖W + s·B·A‖ per output: with m equal to it, its function starts as that of W + s·B·A
         total = site.weight()
@@ -98,17 +99,41 @@ def _check_holders(sites: list[Site], plan: InitPlan) -> None:
     """An optimizer or DDP that holds parameters about to be replaced would go on with what the model no longer uses."""
     ours = {id(p): s.name for s in sites for p in (s.A, s.B)}
     resized = {id(p) for s in sites for p in (s.A, s.B) if plan.sites[s.name].file_rank != s.rank}
+    if not any(_concerns(holder, ours) for holder in _holders()):
+        return
+    gc.collect()  # one that the caller has dropped may still wait in a reference cycle
+    for holder in _holders():
+        if isinstance(holder, nn.Module):
+            _check_wrapper(holder, ours, resized)
+        else:
+            _check_optimizer(holder, ours, resized)
+
+
+def _holders() -> Iterator[Any]:
+    """Every optimizer and DDP in this process."""
+    known: dict[type, bool] = {}  # each type is looked at once: there are hundreds of thousands of objects
     for candidate in gc.get_objects():
-        if issubclass(type(candidate), nn.parallel.DistributedDataParallel):
-            _check_wrapper(candidate, ours, resized)
-        if not issubclass(type(candidate), torch.optim.Optimizer):
-            continue
-        for parameter in (p for group in candidate.param_groups for p in group["params"]):
-            if id(parameter) in ours and (id(parameter) in resized or candidate.state.get(parameter)):
-                raise ValueError(
-                    f"site {ours[id(parameter)]}: an optimizer ({type(candidate).__name__}) already holds its "
-                    "parameters, and would go on training the old ones; initialise first, then make the optimizer"
-                )
+        kind = type(candidate)
+        if kind not in known:
+            known[kind] = issubclass(kind, (torch.optim.Optimizer, nn.parallel.DistributedDataParallel))
+        if known[kind]:
+            yield candidate
+
+
+def _concerns(holder: Any, ours: dict[int, str]) -> bool:
+    """Whether an optimizer or DDP holds any of our parameters."""
+    if isinstance(holder, nn.Module):
+        return any(id(p) in ours for p in holder.parameters())
+    return any(id(p) in ours for group in holder.param_groups for p in group["params"])
+
+
+def _check_optimizer(optimizer: Any, ours: dict[int, str], resized: set[int]) -> None:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if id(parameter) in ours and (id(parameter) in resized or optimizer.state.get(parameter)):
+            raise ValueError(
+                f"site {ours[id(parameter)]}: an optimizer ({type(optimizer).__name__}) already holds its parameters, "
+                "and would go on training the old ones; initialise first, then make the optimizer"
+            )
 
 
 def _check_wrapper(wrapper: nn.Module, ours: dict[int, str], resized: set[int]) -> None:
@@ -117,7 +142,7 @@ def _check_wrapper(wrapper: nn.Module, ours: dict[int, str], resized: set[int]) 
     if name is not None:
         raise ValueError(
             f"site {name}: the model is already wrapped in {type(wrapper).__name__}, which would not synchronise its "
-            "new parameters, of another rank; initialise first, then wrap (base='paired' keeps the rank, and works after)"
+            "new parameters, of another rank; initialise first, then wrap (base='paired' keeps the rank)"
         )
 
 
@@ -177,7 +202,12 @@ def sync_config(model: nn.Module, adapter: str) -> None:
     config.r, config.lora_alpha = Counter(shapes.values()).most_common(1)[0][0]
     config.rank_pattern = {anchored(n): r for n, (r, _) in shapes.items() if r != config.r}
     config.alpha_pattern = {anchored(n): a for n, (_, a) in shapes.items() if a != config.lora_alpha}
-    config.target_modules = _targets(model, adapter, config.target_modules, list(layers))
+    # bare parameters have a list of their own, and the projection inside an attention layer comes with that layer
+    inside = {name for name in layers if name.rpartition(".")[0] in layers}
+    modules = [n for n, layer in layers.items() if n not in inside and not hasattr(layer, "parameter_name")]
+    config.target_modules = _targets(model, adapter, config.target_modules, modules)
+    if isinstance(config.target_modules, str):
+        config.layers_to_transform = config.layers_pattern = None  # PEFT takes them with a list only
 
 
 def _alpha(layer: Any, adapter: str, use_rslora: bool) -> int | float:
@@ -195,8 +225,8 @@ def anchored(name: str) -> str:
 def _targets(model: nn.Module, adapter: str, targets: Any, names: list[str]) -> Any:
     """`target_modules` that selects exactly `names`: the old value if it still does, else names, else one regex."""
     root = naming_root(model, adapter)
-    candidates = {path.removeprefix(root) for path, _ in model.named_modules() if path.startswith(root)}
-    candidates = {c for c in candidates if ".lora_" not in c and not c.endswith("base_layer")} - {""}
+    paths = {path.removeprefix(root) for path, _ in model.named_modules() if path.startswith(root)}
+    candidates = {base_name(path) for path in paths if ".lora_" not in path} - {""}
     if _selected(targets, candidates) == set(names):
         return targets
     if _selected(set(names), candidates) == set(names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ app = typer.Typer(
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns what the user can mend into one line and exit code 1; Ctrl-C into exit code 130."""
+    warnings.simplefilter("ignore", FutureWarning)  # of the libraries, which a user of the command cannot mend
     try:
         yield
     except KeyboardInterrupt:

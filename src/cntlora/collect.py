@@ -75,7 +75,7 @@ class _Watcher:
         self.gram, self.batch = gram, batch
         self.masks = [(mask.shape, mask.flatten().nonzero().squeeze(1)) for mask in masks]
         self.values = masks
-        self.known: Any = WeakIdKeyDictionary()  # tensor → (version, its moments)
+        self.known: Any = WeakIdKeyDictionary()  # tensor → (version, its moments, whether a mask was applied)
         self.seen: dict[str, list[Moments]] = {}
         self.masked: set[str] = set()
 
@@ -92,15 +92,20 @@ class _Watcher:
         return see
 
     def _see(self, site: Site, x: Tensor) -> None:
-        version, moments = self.known.get(x, (None, None))
-        if moments is None or version != x._version:
+        # an inference tensor counts no versions: an edit of it would go unseen, so it is never taken for known
+        version = None if x.is_inference() else x._version
+        entry = self.known.get(x)
+        if entry is None or version is None or entry[0] != version:
             moments = Moments(site.in_features, self.gram)
-            moments.update(self._rows(site, x))
-            self.known[x] = (x._version, moments)
-        self.seen.setdefault(site.name, []).append(moments)
+            rows, masked = self._rows(site, x)
+            moments.update(rows)
+            entry = self.known[x] = (version, moments, masked)
+        self.seen.setdefault(site.name, []).append(entry[1])
+        if entry[2]:
+            self.masked.add(site.name)
 
-    def _rows(self, site: Site, x: Tensor) -> Tensor:
-        """The tokens of `x` that count, as rows (n, d), in float64 on a device that has it."""
+    def _rows(self, site: Site, x: Tensor) -> tuple[Tensor, bool]:
+        """The tokens of `x` that count, as rows (n, d) on a device that has float64, and whether a mask chose them."""
         lead = x.shape[:-1]
         # (batch, tokens, d), or the same flattened to (batch·tokens, d) as some layers do
         fitting = [i for i, (shape, _) in enumerate(self.masks) if lead in (shape, torch.Size([shape.numel()]))]
@@ -111,9 +116,8 @@ class _Watcher:
             )
         rows = x.detach().reshape(-1, x.shape[-1])
         if fitting:
-            self.masked.add(site.name)
             rows = rows.index_select(0, self.masks[fitting[0]][1].to(rows.device))
-        return rows.to("cpu") if rows.device.type == "mps" else rows
+        return rows.to("cpu") if rows.device.type == "mps" else rows, bool(fitting)
 
     def groups(self) -> list[tuple[tuple[str, ...], Moments]]:
         """Distinct inputs in the order of the forward pass, each with the sites that saw exactly it."""

@@ -36,17 +36,30 @@ class _Work:
     estimator: Estimator
     config: InitConfig
     effective_rank: dict[str, int] = field(default_factory=dict)
+    largest_batch: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def absorb(self, index: int, names: tuple[str, ...], X: Moments) -> None:
         """One input of one batch."""
         weights = self.config.batch_weights
+        if weights is not None and index >= len(weights):
+            raise ValueError(
+                f"batch_weights: expected one for each of the batches, which are more than {index}, got {len(weights)}"
+            )
         start = time.perf_counter()
         rank = self.estimator.absorb(names, X, 1.0 if weights is None else weights[index])
         share = (time.perf_counter() - start) / len(names)
         for name in names:
             self.effective_rank[name] = min(rank, self.effective_rank.get(name, rank))
+            self.largest_batch[name] = max(X.tokens, self.largest_batch.get(name, 0))
             self.seconds[name] = self.seconds.get(name, 0.0) + share
+
+    def rtol(self, site: Site) -> float:
+        """The tolerance of † at a site, of its largest batch where that depends on the batch."""
+        if self.config.rtol is not None:
+            return self.config.rtol
+        other = site.out_features if self.config.method == "shift" else self.largest_batch[site.name]
+        return default_rtol(site.in_features, other, DTYPE)
 
 
 def compute_plan(
@@ -81,6 +94,8 @@ def compute_plan(
     if on_missing not in ON_MISSING:
         raise ValueError(f"on_missing: expected one of {', '.join(ON_MISSING)}, got {on_missing!r}")
     sites, skipped = _usable_sites(model, adapter_name, on_missing)
+    for site in sites:
+        _check_adapter(site, config)
     weights = {site.name: site for site in sites}
     work = _Work(METHODS[config.method].estimator(lambda name: weights[name].weight(DTYPE), config), config)
     with _progress(config.num_batches, progress) as step:
@@ -143,6 +158,18 @@ def check_fresh(site: Site) -> None:
         )
 
 
+def _check_adapter(site: Site, config: InitConfig) -> None:
+    """Raises ValueError where the rank or the scaling that the adapter has cannot hold the factors."""
+    most = min(site.in_features, site.out_features)
+    if site.rank > most and not config.adaptive_ranks:
+        raise ValueError(f"site {site.name}: rank {site.rank} is above min(in, out) = {most}; lower r")
+    if site.scaling <= 0 and not config.fold_alpha:
+        raise ValueError(
+            f"site {site.name}: scaling {site.scaling:g} cannot carry strength·[ΔW]_r; expected lora_alpha above 0 "
+            "(or fold_alpha=True, which sets the scaling to 1)"
+        )
+
+
 def _report_missing(problems: Mapping[str, str], on_missing: str) -> None:
     if not problems:
         return
@@ -198,10 +225,6 @@ def _delta(site: Site, work: _Work, seen: Seen) -> Tensor:
 def _plan_site(site: Site, work: _Work, seen: Seen, r: int, known: Spectrum | None) -> SitePlan:
     start = time.perf_counter()
     config = work.config
-    if r > min(site.in_features, site.out_features):
-        raise ValueError(
-            f"site {site.name}: rank {r} is above min(in, out) = {min(site.in_features, site.out_features)}; lower r"
-        )
     M = None
     if known is None or known.triplets < r or config.decomposition != "svd":
         M = _delta(site, work, seen)
@@ -231,7 +254,7 @@ def _plan_site(site: Site, work: _Work, seen: Seen, r: int, known: Spectrum | No
         batches=seen.site_batches[site.name],
         masked=site.name in seen.masked,
         effective_rank=work.effective_rank[site.name],
-        rtol=default_rtol(site.in_features, seen.tokens[site.name], DTYPE) if config.rtol is None else config.rtol,
+        rtol=work.rtol(site),
         seconds=work.seconds[site.name] + time.perf_counter() - start,
     )
 

@@ -15,13 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import SUBTRACTED, anchored, whole
-from .sites import config_holder, find_sites, lora_layers, uses_rslora
+from .plan import InitPlan
+from .sites import base_name, config_holder, find_sites, lora_paths, uses_rslora
 
 PREFIX = "base_model.model."
 
 
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", *, fold_alpha: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    fold_alpha: bool = True,
+    plan: InitPlan | None = None,
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` that plain PEFT loads on the untouched base.
 
@@ -34,6 +40,8 @@ def save_adapter(
         adapter_name: of the adapter.
         fold_alpha: rewrite the factors so that alpha = rank everywhere (scaling 1, no rsLoRA), right also for readers
             that ignore `alpha_pattern`.
+        plan: for base "subtract" where the model in memory is not the very object that was initialised (resumed in
+            another process, or copied): the plan that was applied then.
 
     Raises:
         ValueError: if the model has no such adapter, or no PEFT configuration for it.
@@ -53,15 +61,16 @@ def save_adapter(
     held = {key.partition(".lora_")[0] for key in state}
     shapes = {}
     config: Any = holder[1].peft_config[adapter_name]  # type: ignore[index,union-attr]
-    for name, layer in lora_layers(model, adapter_name):
-        if PREFIX + name not in held:
+    for inner, layer in lora_paths(model, adapter_name):
+        name = base_name(inner, layer)
+        if PREFIX + inner not in held:
             raise ValueError(f"site {name}: PEFT gives no weights for it, only for {', '.join(sorted(held)[:5])}")
-        rank = _for_pristine_base(state, f"{PREFIX}{name}.", layer, adapter_name)
         # by alpha, so that a passing `set_scale` does not get into the file
         r, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
+        rank = r + _for_pristine_base(state, f"{PREFIX}{inner}.", _start(name, layer, adapter_name, plan))
         scaling = alpha / (r**0.5 if uses_rslora(layer, adapter_name) else r)
         if fold_alpha:
-            _fold(state, f"{PREFIX}{name}.", scaling)
+            _fold(state, f"{PREFIX}{inner}.", scaling)
         plain_alpha = whole(scaling * (rank**0.5 if config.use_rslora else rank))
         shapes[name] = (rank, rank if fold_alpha else plain_alpha)
     config = _file_config(config, shapes, fold_alpha)
@@ -82,16 +91,23 @@ def _file_key(key: str) -> str:
     return key if key.startswith(PREFIX) else PREFIX + key
 
 
-def _for_pristine_base(state: dict[str, Tensor], site: str, layer: Any, adapter: str) -> int:
-    """Appends what base "subtract" took off the weight of a site to its factors in `state`; returns their rank."""
-    start = SUBTRACTED.get(layer, {}).get(adapter)
+def _start(name: str, layer: Any, adapter: str, plan: InitPlan | None) -> tuple[Tensor, Tensor] | None:
+    """A₀ and B₀ that base "subtract" took off the weight of a site, or None where it took nothing."""
+    if plan is not None and plan.config.base == "subtract" and name in plan.sites:
+        return plan.sites[name].A, plan.sites[name].B
+    known: tuple[Tensor, Tensor] | None = SUBTRACTED.get(layer, {}).get(adapter)
+    return known
+
+
+def _for_pristine_base(state: dict[str, Tensor], site: str, start: tuple[Tensor, Tensor] | None) -> int:
+    """Appends what base "subtract" took off the weight of a site to its factors in `state`; returns its rank."""
     if start is None:
-        return int(layer.r[adapter])
+        return 0
     A, B = state[f"{site}lora_A.weight"], state[f"{site}lora_B.weight"]
-    A0, B0, _ = start
+    A0, B0 = start
     state[f"{site}lora_A.weight"] = torch.cat([A, A0.to(A)], dim=0)
     state[f"{site}lora_B.weight"] = torch.cat([B, -B0.to(B)], dim=1)
-    return A.shape[0] + A0.shape[0]
+    return A0.shape[0]
 
 
 def _fold(state: dict[str, Tensor], site: str, scaling: float) -> None:

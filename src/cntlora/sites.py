@@ -85,12 +85,28 @@ def is_lora_layer(module: nn.Module) -> bool:
     return hasattr(module, "get_base_layer") and hasattr(module, "lora_A") and hasattr(module, "lora_B")
 
 
-def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of every layer that carries `adapter`, also of kinds that cannot be initialised."""
+def lora_paths(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """(path below the naming root, layer) of every layer that carries `adapter`."""
     root = naming_root(model, adapter)
     for path, module in model.named_modules():
         if is_lora_layer(module) and adapter in adapters_of(module):
             yield path.removeprefix(root), module
+
+
+def base_name(path: str, layer: Any = None) -> str:
+    """The base model's own name for a path: without the `base_layer` of LoRA layers around it.
+
+    A layer that adapts a bare parameter (`target_parameters`) has the name of the parameter, as in PEFT's patterns.
+    """
+    parts = [part for part in path.split(".") if part != "base_layer"]
+    parameter = getattr(layer, "parameter_name", None)
+    return ".".join(parts if parameter is None else [*parts, parameter])
+
+
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of every layer that carries `adapter`, also of kinds that cannot be initialised."""
+    for path, layer in lora_paths(model, adapter):
+        yield base_name(path, layer), layer
 
 
 def uses_rslora(layer: Any, adapter: str) -> bool:

@@ -1,0 +1,56 @@
+"""Fixtures of all tests: one thread, no hub, a fresh interpreter, a process group of one."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
+
+RunFresh = Callable[..., str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported_objects_are_out_of_sight() -> None:
+    """`apply_plan` looks through all objects for optimizers; those of imported libraries are most of them by far."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def run_fresh(tmp_path_factory: pytest.TempPathFactory) -> RunFresh:
+    """Runs a script in a new interpreter and returns what it prints; `block` makes importing cntlora an error."""
+
+    def run(script: str, *arguments: object, block: bool = False) -> str:
+        head = "import sys, warnings\nwarnings.simplefilter('ignore')\n"
+        if block:
+            head += "sys.modules['cntlora'] = None\n"
+        path = tmp_path_factory.mktemp("fresh") / "script.py"
+        path.write_text(head + script)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, str(path), *map(str, arguments)],
+            capture_output=True, text=True, env=environment, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A gloo process group of this process alone, so that a model can be wrapped in DDP."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

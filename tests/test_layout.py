@@ -1,0 +1,54 @@
+"""The structure that the docs promise, read from the code itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "cntlora"
+ORDER = ["core", "config", "layouts", "sites", "batches", "collect", "plan", "compute", "masks", "summary", "adapters"]
+
+
+def imports(path: Path) -> set[str]:
+    """First components of the relative imports of a module at the top of the package."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("index", range(1, len(ORDER)))
+def test_imports_point_one_way(index: int) -> None:
+    later = set(ORDER[index + 1 :])
+    assert not imports(PACKAGE / f"{ORDER[index]}.py") & later
+
+
+def test_core_knows_nothing_of_the_rest() -> None:
+    for path in (PACKAGE / "core").glob("*.py"):
+        assert not re.search(r"^from \.\.", path.read_text(), re.MULTILINE), path
+
+
+def test_the_check_can_fail() -> None:
+    assert "core" in imports(PACKAGE / "config.py")
+
+
+def test_every_option_is_in_the_readme() -> None:
+    from dataclasses import fields
+
+    from cntlora import InitConfig
+
+    readme = (ROOT / "README.md").read_text()
+    hidden = {"seed", "rank_budget", "min_rank", "max_rank"}
+    missing = [f.name for f in fields(InitConfig) if f"`{f.name}`" not in readme and f.name not in hidden]
+    assert not missing
+
+
+def test_no_pickle_is_loaded() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert "torch.load" not in path.read_text() and "pickle.load" not in path.read_text(), path
