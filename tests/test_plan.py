@@ -217,6 +217,13 @@ def scaled_weight() -> nn.Module:
     return model
 
 
+def shifted_weight() -> nn.Module:
+    model = adapted()
+    with torch.no_grad():
+        find_sites(model)[0][-1].base.weight.add_(1.0)  # one layer only, by a constant
+    return model
+
+
 OTHERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "other names": (lambda: adapted("gpt2"), [FIRST, "no such adapted layer"]),
     "fewer sites": (lambda: adapted(target_modules=["query"]), ["self.value", "no such adapted layer"]),
@@ -227,6 +234,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "other seed": (lambda: adapted(seed=5), [FIRST, "weight is not the one"]),
     "rows in another order": (with_other_weight, [FIRST, "weight is not the one"]),
     "subtracted before": (scaled_weight, [FIRST, "weight is not the one"]),
+    "one layer shifted": (shifted_weight, ["layer.1.attention.self.value", "weight is not the one"]),
     "no adapter": (base_model, ["no LoRA layer"]),
 }
 

@@ -5,6 +5,7 @@ All cases are trained here, then one fresh interpreter in which cntlora cannot b
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from tests.tiny import (
 )
 from torch import Tensor, nn
 
-from cntlora import InitConfig, initialize, save_adapter
+from cntlora import InitConfig, apply_plan, compute_plan, initialize, save_adapter
 
 BASES = ["offset", "paired", "subtract", "keep"]
 SAVERS = ["save_pretrained", "folded", "plain alpha"]
@@ -293,6 +294,24 @@ def test_a_passing_set_scale_is_not_saved(tmp_path: Path) -> None:
         save_adapter(model, tmp_path / str(fold), fold_alpha=fold)
         reloaded = PeftModel.from_pretrained(base_model(), tmp_path / str(fold)).eval()
         torch.testing.assert_close(logits(reloaded, batch), wanted, **EXACT)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_copy_of_a_subtracted_model_is_saved_with_its_plan(tmp_path: Path, fold: bool) -> None:
+    """What was subtracted is known of the very object that was initialised; the plan tells it of any other."""
+    model, batches = adapted(target_modules=DENSE), text_batches()
+    plan = compute_plan(model, batches, InitConfig(base="subtract", **ADAPTIVE))
+    apply_plan(model, plan)
+    train(model, batches)
+    other = copy.deepcopy(model)
+    for given, right in ((plan, True), (None, False)):
+        save_adapter(other, tmp_path / "out", fold_alpha=fold, plan=given)
+        read = logits(PeftModel.from_pretrained(base_model(), tmp_path / "out").eval(), batches[0])
+        assert torch.allclose(read, logits(model, batches[0]), rtol=2e-4, atol=2e-5) == right
+    save_adapter(model, tmp_path / "known", fold_alpha=fold)
+    save_adapter(model, tmp_path / "out", fold_alpha=fold, plan=plan)
+    known, told = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("known", "out"))
+    assert known.keys() == told.keys() and all(torch.equal(known[key], told[key]) for key in known)
 
 
 @pytest.mark.parametrize("base", ["offset", "subtract"])

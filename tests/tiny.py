@@ -145,7 +145,8 @@ def base_model(kind: str = "bert", seed: int = 0) -> Any:
 
 def lora_config(kind: str = "bert", **options: Any) -> LoraConfig:
     targets = list(options.pop("target_modules", KINDS[kind].targets))
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **options})
+    plain = {"r": 4, "lora_alpha": 8, "target_modules": targets, "fan_in_fan_out": kind == "gpt2"}
+    return LoraConfig(**{**plain, **options})
 
 
 def adapted(kind: str = "bert", seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -55,12 +55,20 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         if isinstance(batch, (list, tuple)):
             return model(*batch)
         return model(batch)
-    except TypeError as error:
+    except (TypeError, IndexError, AttributeError, RuntimeError) as error:
+        if not isinstance(error, TypeError) and not _misplaced(batch, error):
+            raise
         kind = f"a mapping with keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
         raise TypeError(
             f"the model could not be called with a batch that is {kind}: {error}. "
             "Say how with forward=, e.g. forward=lambda model, batch: model(batch[0])"
         ) from error
+
+
+def _misplaced(batch: Any, error: Exception) -> bool:
+    """Whether arguments by position may have been taken for others, which shows anywhere in the model."""
+    several = isinstance(batch, (list, tuple)) and len(batch) > 1
+    return several and not isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def token_masks(batch: Any, rule: TokenMask) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -190,14 +192,15 @@ def _starved_reason(name: str, seen: Seen) -> str:
 @contextmanager
 def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
     """A bar over the batches on a terminal, nothing elsewhere."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    state = random.getstate()  # rich draws a number when it is first imported
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
-    if not (wanted and console.is_terminal):
-        yield lambda: None
-        return
-    with Progress(console=console, transient=True) as bar:
+    random.setstate(state)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading batches", total=total)
         yield lambda: bar.advance(task)
 
@@ -233,8 +236,9 @@ def _plan_site(site: Site, work: _Work, seen: Seen, r: int, known: Spectrum | No
         known = spectrum(M, r)
     scaling = 1.0 if config.fold_alpha else site.scaling
     B, A = _factors(M, known, r, config, config.resolved_strength / scaling)
-    dtype = site.A.dtype
-    B, A = _arranged(B.to(dtype), A.to(dtype), r, config.base)
+    B, A = B.to(site.A.dtype), A.to(site.A.dtype)
+    _check_fits(site, B, A, scaling, config)
+    B, A = _arranged(B, A, r, config.base)
     use_rslora = site.use_rslora and not config.fold_alpha
     W = site.weight(DTYPE)
     return SitePlan(
@@ -257,6 +261,19 @@ def _plan_site(site: Site, work: _Work, seen: Seen, r: int, known: Spectrum | No
         rtol=work.rtol(site),
         seconds=work.seconds[site.name] + time.perf_counter() - start,
     )
+
+
+def _check_fits(site: Site, B: Tensor, A: Tensor, scaling: float, config: InitConfig) -> None:
+    """Raises ValueError where an estimate is too large for the dtype that it is written in, which gives Inf or NaN."""
+    fits, where = bool(B.isfinite().all() and A.isfinite().all()), f"an adapter of dtype {A.dtype}"
+    if fits and config.base == "subtract":
+        W = site.weight(DTYPE) - scaling * (B.to(DTYPE) @ A.to(DTYPE))
+        fits, where = bool(W.to(site.base.weight.dtype).isfinite().all()), f"a base of dtype {site.base.weight.dtype}"
+    if not fits:
+        raise ValueError(
+            f"site {site.name}: the estimate is too large for {where}; raise rtol, lower strength, or use a dtype with "
+            "a wider range (bfloat16, float32)"
+        )
 
 
 def _factors(M: Tensor | None, s: Spectrum, r: int, config: InitConfig, scale: float) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from .batches import Forward, TokenMask
 from .compute import compute_plan
 from .config import InitConfig
 from .distributed import share_plan
+from .plan import InitPlan
 from .summary import InitReport
 
 
@@ -34,17 +35,21 @@ def initialize(
     Returns:
         The report: `print` it, or keep `report.to_dict()`.
     """
-    plan = compute_plan(
-        model,
-        batches,
-        config,
-        forward=forward,
-        token_mask=token_mask,
-        adapter_name=adapter_name,
-        on_missing=on_missing,
-        progress=progress,
-    )
-    return apply_plan(model, share_plan(plan), adapter_name=adapter_name)
+    outcome: InitPlan | Exception
+    try:
+        outcome = compute_plan(
+            model,
+            batches,
+            config,
+            forward=forward,
+            token_mask=token_mask,
+            adapter_name=adapter_name,
+            on_missing=on_missing,
+            progress=progress,
+        )
+    except Exception as error:
+        outcome = error  # other processes must not wait for a plan that does not come
+    return apply_plan(model, share_plan(outcome), adapter_name=adapter_name)
 
 
 def initialize_from_trainer(trainer: Any, config: InitConfig | None = None, **options: Any) -> InitReport:

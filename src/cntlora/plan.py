@@ -69,7 +69,7 @@ class SitePlan:
 
     @property
     def captured(self) -> float:
-        """Share of ‖ΔW‖² that the rank that trains covers."""
+        """Share of ‖ΔW‖² that the first `rank` singular values cover (base "paired" holds half as many)."""
         squares = self.singular_values.double().square()
         return float(squares[: self.rank].sum() / squares.sum()) if float(squares.sum()) > 0 else 0.0
 

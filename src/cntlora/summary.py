@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,12 @@ class InitReport:
 
 def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of sites as plain text: the first column to the left, the numbers under `heads` to the right."""
+    state = random.getstate()  # rich draws a number when it is first imported
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
+    random.setstate(state)
     table = Table("site", box=SIMPLE_HEAD)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)

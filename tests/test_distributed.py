@@ -1,0 +1,180 @@
+"""Two processes (gloo): all apply the plan of the first and end identical; none waits for one that failed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cntlora.distributed import share_plan
+
+WORKER = """
+import json, sys, warnings
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import cntlora
+from cntlora import InitConfig
+from cntlora.sites import find_sites
+from tests.tiny import adapted, state, text_batches
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+MINE = text_batches(4, seed=rank)  # every rank sees other data
+results = {}
+
+def same(model):
+    "Whether both ranks hold the same bits."
+    bits = torch.cat([t.double().flatten() for t in model.state_dict().values()])
+    other = [torch.zeros_like(bits), torch.zeros_like(bits)]
+    dist.all_gather(other, bits)
+    return torch.equal(*other)
+
+def train(model):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for step in range(2):
+        with model.no_sync():  # gradient accumulation
+            model(**MINE[2 * step]).loss.backward()
+        model(**MINE[2 * step + 1]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+def halves(model, negative):
+    parts = []
+    for site in find_sites(model)[0]:
+        h = site.A.shape[0] // 2
+        part = slice(h, None) if negative else slice(0, h)
+        parts += [site.A.detach()[part].flatten().clone(), site.B.detach()[:, part].flatten().clone()]
+    return torch.cat(parts)
+
+def message(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+def scenario(name, base, wrap_first=False, **options):
+    model, before = adapted(), state(adapted())
+    wrapped = DistributedDataParallel(model) if wrap_first else None
+    cntlora.initialize(wrapped or model, MINE, InitConfig(base=base, **options))
+    start = same(model)
+    wrapped = wrapped or DistributedDataParallel(model)
+    negative, positive = halves(model, True), halves(model, False)
+    train(wrapped)
+    shrunk = negative * (1 - 1e-2 * 0.1) ** 2
+    results[name] = {
+        "same start": start,
+        "same end": same(model),
+        "negative half only shrinks": torch.allclose(halves(model, True), shrunk, rtol=1e-6, atol=0),
+        "positive half trains": not torch.equal(halves(model, False), positive * (1 - 1e-2 * 0.1) ** 2),
+        "base untouched": all(torch.equal(before[n], t) for n, t in model.state_dict().items() if "lora_" not in n),
+    }
+
+for base in ("offset", "paired", "subtract", "keep"):
+    scenario(base, base)
+scenario("adaptive", "offset", adaptive_ranks=True, rank_budget=6)
+scenario("paired after wrapping", "paired", wrap_first=True)
+
+model = adapted()  # the control: a plan of its own on every rank
+cntlora.apply_plan(model, cntlora.compute_plan(model, MINE))
+results["own plans"] = {"same start": same(model)}
+single = adapted()
+cntlora.apply_plan(single, cntlora.compute_plan(single, text_batches(4, seed=0)))
+shared = adapted()
+cntlora.initialize(shared, MINE)
+results["rank 0 decides"] = {
+    "equal": all(torch.equal(t, shared.state_dict()[n]) for n, t in single.state_dict().items())
+}
+
+model, before = adapted(), state(adapted())
+failing = text_batches(1, seed=rank)
+if rank == 1:
+    failing[0]["attention_mask"].zero_()
+results["failure"] = {
+    "message": message(lambda: cntlora.initialize(model, failing)),
+    "unchanged": all(torch.equal(before[n], t) for n, t in model.state_dict().items()),
+}
+wrapped = DistributedDataParallel(model)
+results["offset after wrapping"] = {"message": message(lambda: cntlora.initialize(wrapped, MINE))}
+(folder / f"{rank}.json").write_text(json.dumps(results))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+Results = list[dict[str, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What the two processes report, by rank."""
+    import json
+
+    folder = tmp_path_factory.mktemp("gloo")
+    (folder / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "worker.py"), str(rank), str(folder)], env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+SCENARIOS = ["offset", "paired", "subtract", "keep", "adaptive", "paired after wrapping"]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_all_ranks_start_and_end_identical(results: Results, name: str) -> None:
+    for rank in results:
+        assert rank[name]["same start"] and rank[name]["same end"] and rank[name]["positive half trains"]
+        assert rank[name]["base untouched"] or name == "subtract"
+
+
+def test_plans_of_their_own_differ(results: Results) -> None:
+    """The control: the ranks see other data, and without sharing they would start apart."""
+    assert not any(rank["own plans"]["same start"] for rank in results)
+    assert all(rank["rank 0 decides"]["equal"] for rank in results)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_negative_half_is_masked_under_ddp(results: Results, name: str) -> None:
+    for rank in results:
+        assert rank[name]["negative half only shrinks"] == (name in ("offset", "adaptive"))
+
+
+def test_a_failure_on_one_rank_is_an_error_on_all(results: Results) -> None:
+    zero, one = (rank["failure"]["message"] for rank in results)
+    assert one.startswith("ValueError: batch 0: its mask") and "hides every token" in one
+    assert zero.startswith("RuntimeError: the initialisation failed on another rank") and "rank 1: batch 0" in zero
+    assert all(rank["failure"]["unchanged"] for rank in results)
+
+
+def test_parameters_that_ddp_holds_are_not_replaced(results: Results) -> None:
+    for rank in results:
+        assert "initialise first, then wrap" in rank["offset after wrapping"]["message"]
+
+
+def test_one_process_is_left_alone(process_group: None) -> None:
+    marker: Any = object()
+    assert share_plan(marker) is marker
+    with pytest.raises(KeyError):
+        share_plan(KeyError("x"))
+    assert torch.distributed.get_world_size() == 1
