@@ -21,7 +21,7 @@ from cntlora import InitConfig
 from cntlora.core.constraints import shift_constant
 from cntlora.core.family import METHODS
 from cntlora.core.moments import Moments
-from cntlora.core.solve import constant_generator
+from cntlora.core.solve import site_generator
 
 torch.set_num_threads(1)
 
@@ -135,7 +135,7 @@ MODES = (
 
 def gaussian_constant(k: int, name: str, seed: int) -> np.ndarray:
     """The C (k, k) that a site draws in shift mode with `shift_constant="gaussian"`."""
-    return array(shift_constant("gaussian", k, constant_generator(seed, name), torch.zeros(1, dtype=torch.float64)))
+    return array(shift_constant("gaussian", k, site_generator(seed, name), torch.zeros(1, dtype=torch.float64)))
 
 
 def reference_delta(mode: Mode, W: np.ndarray, batches: Sequence[np.ndarray], site: str = "site", **more: Any) -> Any:
@@ -160,7 +160,9 @@ def delta(config: InitConfig, W: Tensor, batches: Sequence[Tensor], site: str = 
     weights = config.batch_weights or (1.0,) * len(batches)
     for X, weight in zip(batches, weights, strict=True):
         estimator.absorb([site], moments(X, config.gram, pieces=2), weight)
-    return estimator.delta(site, len(batches), config.initial_weight)
+    M = estimator.target(site, len(batches), config.initial_weight).M
+    assert M is not None
+    return M
 
 
 # --- modules ------------------------------------------------------------------------------------------------

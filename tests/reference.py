@@ -279,27 +279,45 @@ def olora_factors(W: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
     return qr_factors(W, r)
 
 
-def corda_factors(
-    W: np.ndarray,
-    X: np.ndarray,
-    r: int,
-    rtol: float | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 34-36, U S V^T = SVD(W C), C = X X^T: B = U S^1/2 (k, r), A = S^1/2 V^T C^+ (r, d).
+def corda_factors(W: np.ndarray, X: np.ndarray, r: int, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 34-36, U S V^T = SVD(W C): B = U S^1/2 (k, r), A = S^1/2 V^T C^-1 (r, d); W (k, d), X (d, n) all tokens.
 
-    W (k, d), X (d, b). rtol is on the singular values of C. Signs are those of svd_factors(W C), before C^+.
+    C = X X^T / n, plus damping times the mean of its diagonal on the diagonal.
     """
     W, X = _f64(W), _f64(X)
-    if rtol is None:
-        rtol = default_rtol(*X.shape)
-    C = gram(X)
+    C = gram(X, "mean")
+    C = C + damping * np.mean(np.diag(C)) * np.eye(len(C))
     B, A = svd_factors(W @ C, r, 0.5)
-    return B, A @ pinv(C, rtol)
+    return B, A @ np.linalg.inv(C)
 
 
-def eva_directions(X: np.ndarray, r: int) -> np.ndarray:
-    """Eq. 38-39: the top r left singular vectors of X (d, b) as rows, largest entry positive -> (r, d)."""
+def eva_directions(X: np.ndarray, r: int, center: bool = True) -> np.ndarray:
+    """Eq. 38-39: the top r left singular vectors of X (d, n) as rows, largest entry positive -> (r, d).
+
+    center: of X minus its mean column, which is what EVA's incremental PCA computes.
+    """
     X = _f64(X)
+    if center:
+        X = X - X.mean(axis=1, keepdims=True)
     _check_rank(r, min(X.shape))
     U, _, _ = np.linalg.svd(X, full_matrices=False)
     return (U * _row_signs(U.T)).T[:r]
+
+
+def lora_ga_factors(G: np.ndarray, r: int, gamma: float = 16.0) -> tuple[np.ndarray, np.ndarray]:
+    """LoRA-GA, theorems 3.1 and 3.2: B = c U[:, r:2r] (k, r), A = c V[:, :r]^T (r, d), c = k^1/4 / gamma^1/2.
+
+    G = U S V^T (k, d) is the gradient of the loss by W, or a positive multiple of it.
+    """
+    G = _f64(G)
+    _check_rank(2 * r, min(G.shape))
+    U, _, Vt = np.linalg.svd(G, full_matrices=False)
+    signs = _row_signs(Vt)
+    c = len(G) ** 0.25 / gamma**0.5
+    return c * (U * signs)[:, r : 2 * r], c * (Vt.T * signs).T[:r]
+
+
+def lora_one_delta(G: np.ndarray, gamma: float = 128.0) -> np.ndarray:
+    """LoRA-One, algorithm 1: Delta W = -G / (gamma s_1), s_1 the largest singular value of the gradient G (k, d)."""
+    G = _f64(G)
+    return -G / (gamma * np.linalg.norm(G, 2))

@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
+import cntlora.assemble as assemble
 import cntlora.compute as compute
 from cntlora import InitConfig, InitPlan, compute_plan
 from cntlora.batches import to_device
@@ -751,8 +752,8 @@ def test_a_site_that_wins_more_than_twice_its_rank_gets_the_factors_of_a_full_sv
     base = uneven()
     config = InitConfig(**KEEP, method="cross", adaptive_ranks=True, rank_budget=20, decomposition=decomposition)
     asked: list[int] = []
-    plain = compute.spectrum
-    monkeypatch.setattr(compute, "spectrum", lambda M, q: asked.append(q) or plain(M, q))
+    plain = assemble.spectrum
+    monkeypatch.setattr(assemble, "spectrum", lambda M, q: asked.append(q) or plain(M, q))
     W = {name: array(base.get_submodule(name).weight) for name in ("flat", "steep", "other")}
     plan = plan_of(wrapped(base, lora(r=2, targets=["flat", "steep", "other"])), batches, config)
     X = [array(batches[0].reshape(-1, 16)).T]

@@ -107,8 +107,8 @@ def test_every_choice_is_listed_when_one_is_wrong() -> None:
 
 def test_the_default_strength_is_the_methods_own() -> None:
     for method in ("cross", "self", "shift"):
-        assert InitConfig(method=method).resolved_strength == 2.0
-        assert InitConfig(method=method, strength=1).resolved_strength == 1.0
+        assert InitConfig(method=method).strength_at(0.5) == 2.0
+        assert InitConfig(method=method, strength=1).strength_at(0.5) == 1.0
 
 
 def test_a_configuration_does_not_change() -> None:

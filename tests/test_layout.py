@@ -10,7 +10,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "cntlora"
-ORDER = ["core", "config", "layouts", "sites", "batches", "collect", "plan", "compute", "masks", "summary", "adapters"]
+ORDER = [
+    "core",
+    "config",
+    "layouts",
+    "sites",
+    "batches",
+    "collect",
+    "plan",
+    "assemble",
+    "gradients",
+    "compute",
+    "masks",
+    "summary",
+    "adapters",
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -52,3 +66,14 @@ def test_every_option_is_in_the_readme() -> None:
 def test_no_pickle_is_loaded() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert "torch.load" not in path.read_text() and "pickle.load" not in path.read_text(), path
+
+
+def test_the_guide_to_a_new_method_shows_the_code_that_is_there() -> None:
+    """Every line of its Python blocks stands in the sources; a made-up line would not."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding_a_method.md").read_text(), re.DOTALL)
+    files = [PACKAGE / "core" / "peers.py", PACKAGE / "core" / "family.py", ROOT / "tests" / "reference.py"]
+    code = {line.strip() for path in files for line in path.read_text().splitlines()}
+    lines = [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+    assert len(lines) == 6
+    assert [line for line in lines if line not in code] == []
+    assert "return Target(M=G)" not in code

@@ -10,9 +10,11 @@
 """
 
 from .adapters import apply_plan
+from .comparison import AdapterComparison, compare_adapters, snapshot
 from .compute import compute_plan
 from .config import InitConfig
 from .core.family import methods
+from .diagnostics import StartDiagnostics, start_diagnostics
 from .initialize import initialize, initialize_from_trainer
 from .masks import freeze_offset
 from .plan import InitPlan, SitePlan
@@ -21,16 +23,21 @@ from .summary import InitReport
 from .version import VERSION as __version__
 
 __all__ = [
+    "AdapterComparison",
     "InitConfig",
     "InitPlan",
     "InitReport",
     "SitePlan",
+    "StartDiagnostics",
     "__version__",
     "apply_plan",
+    "compare_adapters",
     "compute_plan",
     "freeze_offset",
     "initialize",
     "initialize_from_trainer",
     "methods",
     "save_adapter",
+    "snapshot",
+    "start_diagnostics",
 ]

@@ -64,7 +64,9 @@ def init(
     text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label: Annotated[str | None, typer.Option(help="Column of the classes, for classification.")] = None,
     task: Annotated[str, typer.Option(help="auto, causal-lm, classification or encoder.")] = "auto",
-    method: Annotated[str, typer.Option(help="Constraint set: self, cross or shift.")] = "self",
+    method: Annotated[
+        str, typer.Option(help="self, cross, shift; or a peer: eva, corda, lora_ga, lora_one, pissa, olora, lora.")
+    ] = "self",
     base: Annotated[
         str,
         typer.Option(
@@ -91,6 +93,8 @@ def init(
     root: Annotated[str, typer.Option(help="Square root in self mode: paper or symmetric.")] = "paper",
     rtol: Annotated[float | None, typer.Option(help="Relative cut-off of the pseudo-inverse.")] = None,
     shift_constant: Annotated[str, typer.Option(help="C of shift mode: a number, or gaussian.")] = "1",
+    center: Annotated[bool, typer.Option(help="eva: subtract the mean token.")] = True,
+    damping: Annotated[float, typer.Option(help="corda: relative damping of the input covariance.")] = 0.01,
     initial_weight: Annotated[str, typer.Option(help="Start of the average over batches: pretrained or zero.")] = (
         "pretrained"
     ),
@@ -130,7 +134,7 @@ def init(
 
 _CONFIG_OPTIONS = (
     "method", "base", "decomposition", "p", "strength", "adaptive_ranks", "rank_budget", "min_rank", "max_rank", "gram",
-    "root", "rtol", "shift_constant", "initial_weight", "num_batches", "seed", "fold_alpha",
+    "root", "rtol", "shift_constant", "center", "damping", "initial_weight", "num_batches", "seed", "fold_alpha",
 )  # fmt: skip
 
 

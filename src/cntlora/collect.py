@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .batches import Forward, TokenMask, default_forward, first_batches, to_device, token_masks
-from .core.moments import Moments
+from .core.moments import Moments, TokenCount
 from .sites import Site
 
-OnGroup = Callable[[int, tuple[str, ...], Moments], None]
-"""Called after a forward pass for each distinct input: batch index, names of the sites that saw it, its moments."""
+Stats = Moments | TokenCount
+OnGroup = Callable[[int, tuple[str, ...], Any], None]
+"""Called after a forward pass for each distinct input: batch index, names of the sites that saw it, its `Stats`."""
 
 
 @dataclass
@@ -71,12 +72,12 @@ def _generators(batches: object) -> Iterator[torch.Generator]:
 class _Watcher:
     """Takes the moments of one forward pass."""
 
-    def __init__(self, gram: str, masks: list[Tensor], batch: int) -> None:
-        self.gram, self.batch = gram, batch
+    def __init__(self, new: Callable[[int], Stats], masks: list[Tensor], batch: int) -> None:
+        self.new, self.batch = new, batch
         self.masks = [(mask.shape, mask.flatten().nonzero().squeeze(1)) for mask in masks]
         self.values = masks
         self.known: Any = WeakIdKeyDictionary()  # tensor → (version, its moments, whether a mask was applied)
-        self.seen: dict[str, list[Moments]] = {}
+        self.seen: dict[str, list[Stats]] = {}
         self.masked: set[str] = set()
 
     def hook(self, site: Site) -> Callable[..., None]:
@@ -96,7 +97,7 @@ class _Watcher:
         version = None if x.is_inference() else x._version
         entry = self.known.get(x)
         if entry is None or version is None or entry[0] != version:
-            moments = Moments(site.in_features, self.gram)
+            moments = self.new(site.in_features)
             rows, masked = self._rows(site, x)
             moments.update(rows)
             entry = self.known[x] = (version, moments, masked)
@@ -119,10 +120,10 @@ class _Watcher:
             rows = rows.index_select(0, self.masks[fitting[0]][1].to(rows.device))
         return rows.to("cpu") if rows.device.type == "mps" else rows, bool(fitting)
 
-    def groups(self) -> list[tuple[tuple[str, ...], Moments]]:
+    def groups(self) -> list[tuple[tuple[str, ...], Stats]]:
         """Distinct inputs in the order of the forward pass, each with the sites that saw exactly it."""
         names: dict[tuple[int, ...], list[str]] = {}
-        inputs: dict[tuple[int, ...], list[Moments]] = {}
+        inputs: dict[tuple[int, ...], list[Stats]] = {}
         for name, moments in self.seen.items():
             key = tuple(map(id, moments))
             names.setdefault(key, []).append(name)
@@ -130,10 +131,10 @@ class _Watcher:
         return [(tuple(names[key]), _merged(inputs[key])) for key in names]
 
 
-def _merged(parts: list[Moments]) -> Moments:
+def _merged(parts: list[Stats]) -> Stats:
     if len(parts) == 1:
         return parts[0]
-    total = Moments(parts[0].dim, parts[0].kind)
+    total: Any = parts[0].empty()
     for part in parts:
         total.merge(part)
     return total
@@ -162,14 +163,17 @@ def collect(
     gram: str = "sum",
     forward: Forward | None = None,
     token_mask: TokenMask = None,
+    on_output: Callable[[int, Any], None] | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> Seen:
-    """Runs the first `num_batches` batches through the model in eval mode without gradients.
+    """Runs the first `num_batches` batches through the model in eval mode; with gradients only for `on_output`.
 
     Args:
         on_group: receives the moments of every distinct input after each forward pass.
         forward: how to call the model with a batch; by default by the kind of the batch.
         token_mask: which tokens count, see `batches.token_masks`.
+        on_output: receives the index of each batch and what the model gave for it, while gradients are enabled; the
+            inputs are then only counted.
         step: called after each batch (progress).
 
     Raises:
@@ -178,13 +182,19 @@ def collect(
     seen = Seen()
     call = forward or default_forward
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    with as_found(model, batches), torch.no_grad():
+
+    def new(dim: int) -> Stats:
+        return TokenCount() if on_output else Moments(dim, gram)
+
+    with as_found(model, batches), torch.set_grad_enabled(on_output is not None):
         model.eval()
         for index, batch in enumerate(first_batches(batches, num_batches)):
             moved = to_device(batch, device)
-            watcher = _Watcher(gram, _usable_masks(moved, token_mask, index), index)
+            watcher = _Watcher(new, _usable_masks(moved, token_mask, index), index)
             with watching(sites, watcher):
-                call(model, moved)
+                output = call(model, moved)
+            if on_output:
+                on_output(index, output)
             _hand_on(watcher, index, on_group, seen)
             step()
     if seen.batches == 0:

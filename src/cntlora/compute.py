@@ -1,4 +1,4 @@
-"""`compute_plan`: sites → inputs → ΔW → factors → ranks → plan. Changes nothing."""
+"""`compute_plan`: sites → what the method reads → factors and ranks → plan. Changes nothing."""
 
 from __future__ import annotations
 
@@ -7,69 +7,35 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .assemble import DTYPE, Work, plan_sites
 from .batches import Forward, TokenMask
 from .collect import Seen, collect
 from .config import InitConfig
-from .core.allocate import allocate
-from .core.factor import Spectrum, offset, paired, qr_factors, spectrum, svd_factors
 from .core.family import METHODS
-from .core.linalg import default_rtol
-from .core.moments import Moments
-from .core.solve import Estimator
-from .plan import InitPlan, SitePlan, weight_sketch
+from .core.solve import GradientEstimator
+from .gradients import weight_gradients
+from .plan import InitPlan
 from .sites import Site, config_holder, find_sites
 from .version import VERSION
 
+Loss = Callable[[nn.Module, Any], Any]
+
 ON_MISSING = ("raise", "warn")
-DTYPE = torch.float64
-
-
-@dataclass
-class _Work:
-    """What is known of each site while the plan is made."""
-
-    estimator: Estimator
-    config: InitConfig
-    effective_rank: dict[str, int] = field(default_factory=dict)
-    largest_batch: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def absorb(self, index: int, names: tuple[str, ...], X: Moments) -> None:
-        """One input of one batch."""
-        weights = self.config.batch_weights
-        if weights is not None and index >= len(weights):
-            raise ValueError(
-                f"batch_weights: expected one for each of the batches, which are more than {index}, got {len(weights)}"
-            )
-        start = time.perf_counter()
-        rank = self.estimator.absorb(names, X, 1.0 if weights is None else weights[index])
-        share = (time.perf_counter() - start) / len(names)
-        for name in names:
-            self.effective_rank[name] = min(rank, self.effective_rank.get(name, rank))
-            self.largest_batch[name] = max(X.tokens, self.largest_batch.get(name, 0))
-            self.seconds[name] = self.seconds.get(name, 0.0) + share
-
-    def rtol(self, site: Site) -> float:
-        """The tolerance of † at a site, of its largest batch where that depends on the batch."""
-        if self.config.rtol is not None:
-            return self.config.rtol
-        other = site.out_features if self.config.method == "shift" else self.largest_batch[site.name]
-        return default_rtol(site.in_features, other, DTYPE)
 
 
 def compute_plan(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     config: InitConfig | None = None,
     *,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     token_mask: TokenMask = None,
     adapter_name: str = "default",
     on_missing: str = "raise",
@@ -79,9 +45,12 @@ def compute_plan(
 
     Args:
         model: carries LoRA layers with the adapter `adapter_name`, freshly made (B = 0).
-        batches: iterable of mappings, tuples or tensors, of any batch size; only its first batches are read.
+        batches: iterable of mappings, tuples or tensors, of any batch size; only its first batches are read. May be
+            None for the methods that read the weights alone (lora, pissa, olora), which never look at it.
         config: the choices; None for the defaults.
         forward: how to call the model, `forward(model, batch)`; None for model(**batch), (*batch) or (batch).
+        loss: for the methods that read gradients (lora_ga, lora_one): `loss(model, batch)`, a scalar; None for the loss
+            in the model's own output, which transformers models give when the batch has labels.
         token_mask: which tokens count: None for the attention mask in the batch, "labels" for those with a label
             besides, "none" for all, or a function of the batch.
         adapter_name: of the adapter, where the model has several.
@@ -95,25 +64,16 @@ def compute_plan(
     config = config or InitConfig()
     if on_missing not in ON_MISSING:
         raise ValueError(f"on_missing: expected one of {', '.join(ON_MISSING)}, got {on_missing!r}")
-    sites, skipped = _usable_sites(model, adapter_name, on_missing)
+    sites, skipped = _usable_sites(model, adapter_name, config, on_missing)
     for site in sites:
         _check_adapter(site, config)
-    weights = {site.name: site for site in sites}
-    work = _Work(METHODS[config.method].estimator(lambda name: weights[name].weight(DTYPE), config), config)
-    with _progress(config.num_batches, progress) as step:
-        seen = collect(
-            model, sites, batches, work.absorb, num_batches=config.num_batches, gram=config.gram,
-            forward=forward, token_mask=token_mask, step=step,
-        )  # fmt: skip
-    if config.batch_weights is not None and len(config.batch_weights) != seen.batches:
-        raise ValueError(
-            f"batch_weights: expected one for each of {seen.batches} batches, got {len(config.batch_weights)}"
-        )
+    by_name = {site.name: site for site in sites}
+    work = Work(METHODS[config.method].estimator(lambda name: by_name[name].weight(DTYPE), config), config)
+    seen = _read(model, sites, batches, work, (forward, loss, token_mask), progress)
     forward_seconds = time.perf_counter() - started
-    starved = {s.name: _starved_reason(s.name, seen) for s in sites if not seen.site_batches.get(s.name)}
+    starved = _starved(sites, seen, work)
     _report_missing(starved, on_missing)
-    fed = [s for s in sites if s.name not in starved]
-    plans = _plan_sites(fed, work, seen, config)
+    plans = plan_sites([s for s in sites if s.name not in starved], work, seen)
     return InitPlan(
         sites=plans,
         config=config,
@@ -125,23 +85,73 @@ def compute_plan(
     )
 
 
+def _read(
+    model: nn.Module,
+    sites: list[Site],
+    batches: Iterable[Any] | None,
+    work: Work,
+    call: tuple[Forward | None, Loss | None, TokenMask],
+    progress: bool,
+) -> Seen:
+    """The data pass, if the method needs one."""
+    config, (forward, loss, token_mask) = work.config, call
+    reads = METHODS[config.method].reads
+    if reads == "weights":
+        return Seen()
+    if batches is None:
+        raise ValueError(
+            f"batches: method {config.method!r} reads {reads}, so it needs some; give a DataLoader or a list"
+        )
+    with ExitStack() as stack:
+        backward = None
+        if reads == "gradients":
+            backward = stack.enter_context(weight_gradients(model, sites, _gradient_sink(work)))
+            forward = loss or forward
+        step = stack.enter_context(_progress(config.num_batches, progress))
+        seen = collect(
+            model, sites, batches, work.absorb, num_batches=config.num_batches, gram=config.gram,
+            forward=forward, token_mask=token_mask, on_output=backward, step=step,
+        )  # fmt: skip
+    if config.batch_weights is not None and len(config.batch_weights) != seen.batches:
+        raise ValueError(
+            f"batch_weights: expected one for each of {seen.batches} batches, got {len(config.batch_weights)}"
+        )
+    return seen
+
+
+def _gradient_sink(work: Work) -> Callable[[int, str, Tensor], None]:
+    estimator = work.estimator
+    assert isinstance(estimator, GradientEstimator)
+
+    def sink(index: int, name: str, G: Tensor) -> None:
+        if not bool(torch.isfinite(G.sum())):
+            raise ValueError(f"site {name}, batch {index}: its gradient has NaN or Inf; check the batch and the dtype")
+        estimator.add(name, G, work.weight(index))
+
+    return sink
+
+
 def _versions() -> dict[str, str]:
     return {"cntlora": VERSION, "torch": torch.__version__}
 
 
-def _usable_sites(model: nn.Module, adapter: str, on_missing: str) -> tuple[list[Site], dict[str, str]]:
+def _usable_sites(
+    model: nn.Module, adapter: str, config: InitConfig, on_missing: str
+) -> tuple[list[Site], dict[str, str]]:
     sites, refused = find_sites(model, adapter)
     holder = config_holder(model, adapter)
-    config: Any = None if holder is None else holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
-    started_by = getattr(config, "init_lora_weights", True)
+    lora: Any = None if holder is None else holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
+    started_by = getattr(lora, "init_lora_weights", True)
     if started_by not in (True, False, "gaussian"):
         raise ValueError(
             f"adapter {adapter!r} was made with init_lora_weights={started_by!r}; expected True, so that the base is "
             "untouched and no other initialisation is on top. Make the adapter again with init_lora_weights=True"
         )
+    method = METHODS[config.method]
+    factors_weight = method.reads != "gradients" and not method.zero_start
     for site in sites:
         check_fresh(site)
-        if not bool(site.base.weight.detach().any()):
+        if factors_weight and not bool(site.base.weight.detach().any()):
             refused[site.name] = "its pretrained weight is all zeros, so every estimate is zero; leave it out"
     _report_missing(refused, on_missing)
     return [site for site in sites if site.name not in refused], refused
@@ -162,13 +172,15 @@ def check_fresh(site: Site) -> None:
 
 def _check_adapter(site: Site, config: InitConfig) -> None:
     """Raises ValueError where the rank or the scaling that the adapter has cannot hold the factors."""
-    most = min(site.in_features, site.out_features)
+    width = METHODS[config.method].width
+    most = min(site.in_features, site.out_features) // width
     if site.rank > most and not config.adaptive_ranks:
-        raise ValueError(f"site {site.name}: rank {site.rank} is above min(in, out) = {most}; lower r")
-    if site.scaling <= 0 and not config.fold_alpha:
+        limit = "min(in, out)" if width == 1 else f"min(in, out)/{width}, which {config.method} needs"
+        raise ValueError(f"site {site.name}: rank {site.rank} is above {limit} = {most}; lower r")
+    if (site.scaling <= 0 and not config.fold_alpha) or config.strength_at(site.scaling) <= 0:
         raise ValueError(
             f"site {site.name}: scaling {site.scaling:g} cannot carry strength·[ΔW]_r; expected lora_alpha above 0 "
-            "(or fold_alpha=True, which sets the scaling to 1)"
+            "(or fold_alpha=True, which sets the scaling to 1, with a strength)"
         )
 
 
@@ -181,6 +193,18 @@ def _report_missing(problems: Mapping[str, str], on_missing: str) -> None:
     if on_missing == "raise":
         raise ValueError(f"{message}. Or leave such sites as plain LoRA with on_missing='warn'")
     warnings.warn(f"{message}; left as plain LoRA", stacklevel=4)
+
+
+def _starved(sites: list[Site], seen: Seen, work: Work) -> dict[str, str]:
+    """Sites for which the data gave nothing, with the reason."""
+    reads = METHODS[work.config.method].reads
+    if reads == "weights":
+        return {}
+    starved = {s.name: _starved_reason(s.name, seen) for s in sites if not seen.site_batches.get(s.name)}
+    if isinstance(work.estimator, GradientEstimator):
+        silent = [s.name for s in sites if s.name not in starved and not work.estimator.has_gradient(s.name)]
+        starved |= dict.fromkeys(silent, "the loss does not depend on it: its gradient is zero in every batch")
+    return starved
 
 
 def _starved_reason(name: str, seen: Seen) -> str:
@@ -203,91 +227,3 @@ def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading batches", total=total)
         yield lambda: bar.advance(task)
-
-
-def _plan_sites(sites: list[Site], work: _Work, seen: Seen, config: InitConfig) -> dict[str, SitePlan]:
-    """ΔW, its spectrum, ranks and factors; with adaptive ranks the spectra come first, the factors after."""
-    if not config.adaptive_ranks:
-        return {s.name: _plan_site(s, work, seen, s.rank, None) for s in sites}
-    budget = sum(s.rank for s in sites) if config.rank_budget is None else config.rank_budget
-    spectra: dict[str, Spectrum] = {}
-    for site in sites:
-        start = time.perf_counter()
-        # twice the usual rank is nearly always enough; where a site wins more, `_plan_site` extends it exactly
-        spectra[site.name] = spectrum(_delta(site, work, seen), 2 * site.rank)
-        work.seconds[site.name] += time.perf_counter() - start
-    variances = {name: s.relative_variance().tolist() for name, s in spectra.items()}
-    ranks = allocate(variances, budget, config.min_rank, config.max_rank)
-    return {s.name: _plan_site(s, work, seen, ranks[s.name], spectra[s.name]) for s in sites}
-
-
-def _delta(site: Site, work: _Work, seen: Seen) -> Tensor:
-    return work.estimator.delta(site.name, seen.site_batches[site.name], work.config.initial_weight)
-
-
-def _plan_site(site: Site, work: _Work, seen: Seen, r: int, known: Spectrum | None) -> SitePlan:
-    start = time.perf_counter()
-    config = work.config
-    M = None
-    if known is None or known.triplets < r or config.decomposition != "svd":
-        M = _delta(site, work, seen)
-    if known is None or known.triplets < r:
-        assert M is not None
-        known = spectrum(M, r)
-    scaling = 1.0 if config.fold_alpha else site.scaling
-    B, A = _factors(M, known, r, config, config.resolved_strength / scaling)
-    B, A = B.to(site.A.dtype), A.to(site.A.dtype)
-    _check_fits(site, B, A, scaling, config)
-    B, A = _arranged(B, A, r, config.base)
-    use_rslora = site.use_rslora and not config.fold_alpha
-    W = site.weight(DTYPE)
-    return SitePlan(
-        A=A.contiguous(),
-        B=B.contiguous(),
-        rank=r,
-        scaling=scaling,
-        alpha=scaling * (A.shape[0] ** 0.5 if use_rslora else A.shape[0]),
-        use_rslora=use_rslora,
-        found_rank=site.rank,
-        found_scaling=site.scaling,
-        singular_values=known.S.float(),
-        delta_norm=float(torch.linalg.vector_norm(known.S)),
-        weight_norm=float(torch.linalg.matrix_norm(W)),
-        sketch=weight_sketch(W),
-        tokens=seen.tokens[site.name],
-        batches=seen.site_batches[site.name],
-        masked=site.name in seen.masked,
-        effective_rank=work.effective_rank[site.name],
-        rtol=work.rtol(site),
-        seconds=work.seconds[site.name] + time.perf_counter() - start,
-    )
-
-
-def _check_fits(site: Site, B: Tensor, A: Tensor, scaling: float, config: InitConfig) -> None:
-    """Raises ValueError where an estimate is too large for the dtype that it is written in, which gives Inf or NaN."""
-    fits, where = bool(B.isfinite().all() and A.isfinite().all()), f"an adapter of dtype {A.dtype}"
-    if fits and config.base == "subtract":
-        W = site.weight(DTYPE) - scaling * (B.to(DTYPE) @ A.to(DTYPE))
-        fits, where = bool(W.to(site.base.weight.dtype).isfinite().all()), f"a base of dtype {site.base.weight.dtype}"
-    if not fits:
-        raise ValueError(
-            f"site {site.name}: the estimate is too large for {where}; raise rtol, lower strength, or use a dtype with "
-            "a wider range (bfloat16, float32)"
-        )
-
-
-def _factors(M: Tensor | None, s: Spectrum, r: int, config: InitConfig, scale: float) -> tuple[Tensor, Tensor]:
-    """B (k, r) and A (r, d) with B·A = scale·[ΔW]_r."""
-    if config.decomposition == "svd":
-        return svd_factors(s, r, config.p, scale)
-    assert M is not None
-    return qr_factors(M, r, config.decomposition == "qr_pivoted", scale)
-
-
-def _arranged(B: Tensor, A: Tensor, r: int, base: str) -> tuple[Tensor, Tensor]:
-    """The factors as the `base` policy stores them. Done after the cast, so that the halves cancel exactly."""
-    if base == "offset":
-        return offset(B, A)
-    if base == "paired":
-        return paired(B, A, r)
-    return B, A

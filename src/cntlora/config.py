@@ -34,18 +34,24 @@ class InitConfig:
     """How adapters are initialised.
 
     Attributes:
-        method: constraint set: "cross" (eq. 4), "self" (eq. 12) or "shift" (eq. 17); see `cntlora.methods()`.
+        method: constraint set: "cross" (eq. 4), "self" (eq. 12) or "shift" (eq. 17), or a published peer: "lora",
+            "pissa", "olora", "eva", "corda", "lora_ga", "lora_one"; see `cntlora.methods()`.
         base: what keeps the model's function at the start. "offset": rank 2r, the negative half frozen, starts at
             zero; "paired": the same at rank r with r/2 directions, both halves train; "subtract": W ← W − s·B·A;
-            "keep": the paper's letter, the function moves by s·B·A. r is the rank that trains in all of them.
-        decomposition: "svd", "qr" as printed in the paper, or "qr_pivoted" (column pivoting, reveals the rank).
+            "keep": the paper's letter, the function moves by s·B·A. r is the rank that trains in all of them. Methods
+            that start at B = 0 (lora, eva) keep the function as it is and need none of them: all write rank r.
+        decomposition: "svd", "qr" as printed in the paper, or "qr_pivoted" (column pivoting, reveals the rank). olora
+            is QR in any case; eva, lora and lora_ga have no product to decompose.
         p: share of the singular values that goes to A (B gets 1 − p), in [0, 1]. SVD only.
-        strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say. None for the method's own (2 for
-            the paper's modes: the α = 2r of its runs).
+        strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say. None for the method's own: 2 for
+            the paper's modes (the α = 2r of its runs), 1 for pissa and corda, and the layer's scaling s for olora,
+            lora_ga and lora_one, whose sources do not divide by it.
         gram: G as the "sum" over tokens (the paper) or the "mean".
         root: square root in self mode, "paper" (D^(−½) Pᵀ) or "symmetric" (P D^(−½) Pᵀ).
         rtol: singular values at or under rtol·σ_max are dropped by †. None for max(d, b)·eps of float64.
         shift_constant: C in shift mode: a multiple of the identity, or "gaussian".
+        center: eva: subtract the mean token, as its own code does; False for eq. 39 as printed.
+        damping: corda: the input covariance gets damping·mean(diag C)·I before it is inverted.
         num_batches: how many batches are read from the data, from its start; fewer if there are fewer.
         batch_weights: w_j of eq. 18, one a batch; None for 1 each.
         initial_weight: W_0 of eq. 18, "pretrained" or "zero".
@@ -54,7 +60,7 @@ class InitConfig:
         min_rank, max_rank: bounds of a site's rank with adaptive_ranks; None for no upper bound.
         fold_alpha: write the factors for scaling 1 (alpha = rank, no rsLoRA), so that a reader that ignores
             `rank_pattern` and `alpha_pattern` gets the same function. The scaling that trains is then 1.
-        seed: of what is random (the Gaussian C).
+        seed: of what is random (the Gaussian C, lora's A).
 
     Raises:
         ValueError, TypeError: for an unknown name or a value out of range; the message lists what is right.
@@ -69,6 +75,8 @@ class InitConfig:
     root: str = "paper"
     rtol: float | None = None
     shift_constant: float | str = 1.0
+    center: bool = True
+    damping: float = 0.01
     num_batches: int = 8
     batch_weights: tuple[float, ...] | None = None
     initial_weight: str = "pretrained"
@@ -87,6 +95,11 @@ class InitConfig:
             object.__setattr__(self, "batch_weights", _weights(self.batch_weights))
         self._check_numbers()
         self._check_ranks()
+        if self.decomposition != "svd" and not METHODS[self.method].decomposes:
+            raise ValueError(
+                f"decomposition: {self.decomposition!r} has no effect with method {self.method!r}, which has no "
+                "product to decompose; leave it out"
+            )
 
     def _check_numbers(self) -> None:
         _number("p", self.p, 0.0, 1.0, "0.5 balances A and B, 1 gives the whole spectrum to A")
@@ -98,9 +111,10 @@ class InitConfig:
             if isinstance(self.shift_constant, str):
                 raise ValueError(unknown_name("shift_constant", self.shift_constant, ["gaussian", "or a number"]))
             _number("shift_constant", self.shift_constant, -math.inf, math.inf, "1 is the identity")
+        _number("damping", self.damping, 0.0, math.inf, "0.01 is CorDA's own")
         _integer("num_batches", self.num_batches, 1)
         _integer("seed", self.seed, 0)
-        for name in ("adaptive_ranks", "fold_alpha"):
+        for name in ("adaptive_ranks", "fold_alpha", "center"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
@@ -111,13 +125,20 @@ class InitConfig:
         if self.rank_budget is not None:
             _integer("rank_budget", self.rank_budget, 1)
         given = [n for n in ("rank_budget", "min_rank", "max_rank") if getattr(self, n)]
+        if self.adaptive_ranks and not METHODS[self.method].ranked:
+            raise ValueError(
+                f"adaptive_ranks: method {self.method!r} has no spectrum to share ranks out by; use another method, or "
+                "the same rank everywhere"
+            )
         if given and not self.adaptive_ranks:
             raise ValueError(f"{given[0]} has no effect without adaptive_ranks=True; set it, or leave {given[0]} out")
 
-    @property
-    def resolved_strength(self) -> float:
-        """The strength in force: the one given, else the method's own."""
-        return METHODS[self.method].strength if self.strength is None else float(self.strength)
+    def strength_at(self, scaling: float) -> float:
+        """The strength in force at a layer of this scaling: the one given, else the method's own."""
+        own = METHODS[self.method].strength
+        if self.strength is not None:
+            return float(self.strength)
+        return scaling if own is None else own
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON or TOML."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapters import apply_plan
 from .batches import Forward, TokenMask
-from .compute import compute_plan
+from .compute import Loss, compute_plan
 from .config import InitConfig
 from .distributed import share_plan
 from .plan import InitPlan
@@ -18,10 +18,11 @@ from .summary import InitReport
 
 def initialize(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     config: InitConfig | None = None,
     *,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     token_mask: TokenMask = None,
     adapter_name: str = "default",
     on_missing: str = "raise",
@@ -42,6 +43,7 @@ def initialize(
             batches,
             config,
             forward=forward,
+            loss=loss,
             token_mask=token_mask,
             adapter_name=adapter_name,
             on_missing=on_missing,

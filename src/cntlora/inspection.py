@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .core.factor import halves_cancel, product_spectrum
 from .saving import PREFIX
 
 
@@ -44,7 +44,18 @@ class AdapterSite:
         return asdict(self)
 
 
-def inspect_adapter(path: str | os.PathLike[str]) -> list[AdapterSite]:
+@dataclass(frozen=True)
+class SavedFactors:
+    """The factors of one site in an adapter folder: A (rank, d) and B (k, rank) in float64."""
+
+    name: str
+    A: Tensor
+    B: Tensor
+    alpha: float
+    scaling: float
+
+
+def read_adapter(path: str | os.PathLike[str]) -> list[SavedFactors]:
     """Reads a LoRA folder as PEFT writes it.
 
     Raises:
@@ -56,6 +67,11 @@ def inspect_adapter(path: str | os.PathLike[str]) -> list[AdapterSite]:
     if not names:
         raise ValueError(f"{folder}: the file has no lora_A weight; expected an adapter of PEFT's type LORA")
     return [_site(name.removeprefix(PREFIX), state, name, config, folder) for name in names]
+
+
+def inspect_adapter(path: str | os.PathLike[str]) -> list[AdapterSite]:
+    """Ranks, scalings and sizes of a LoRA folder, site by site; errors are those of `read_adapter`."""
+    return [_measured(site) for site in read_adapter(path)]
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -71,7 +87,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{folder}: cannot be read ({error}); is it cut short?") from error
 
 
-def _site(name: str, state: Mapping[str, Tensor], key: str, config: Mapping[str, Any], folder: Path) -> AdapterSite:
+def _site(name: str, state: Mapping[str, Tensor], key: str, config: Mapping[str, Any], folder: Path) -> SavedFactors:
     A, B = (state[f"{key}.lora_{half}.weight"].double() for half in "AB")
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
         raise ValueError(f"{folder}: site {name} has A {tuple(A.shape)} and B {tuple(B.shape)}, which do not fit")
@@ -79,21 +95,15 @@ def _site(name: str, state: Mapping[str, Tensor], key: str, config: Mapping[str,
     if rank != A.shape[0]:
         raise ValueError(f"{folder}: site {name} has rank {A.shape[0]}, its configuration says {rank}")
     alpha = float(_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    S = scaling * _product_spectrum(B, A)
-    half = rank // 2
-    cancels = (
-        half > 0 and torch.equal(A[:half], A[half : 2 * half]) and torch.equal(B[:, :half], -B[:, half : 2 * half])
-    )
+    return SavedFactors(name, A, B, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _measured(site: SavedFactors) -> AdapterSite:
+    S = site.scaling * product_spectrum(site.B, site.A)
+    rank, cancels = site.A.shape[0], halves_cancel(site.B, site.A)
     norm, top = (0.0, 0.0) if cancels and rank % 2 == 0 else (float(S.norm()), float(S.max()))
-    return AdapterSite(
-        name, rank, alpha, scaling, norm, top, (norm / top) ** 2 if top else 0.0, "cancel" if cancels else ""
-    )
-
-
-def _product_spectrum(B: Tensor, A: Tensor) -> Tensor:
-    """Singular values of B·A through two small QRs, without forming the product."""
-    return torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)
+    stable_rank = (norm / top) ** 2 if top else 0.0
+    return AdapterSite(site.name, rank, site.alpha, site.scaling, norm, top, stable_rank, "cancel" if cancels else "")
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:

@@ -18,9 +18,10 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from .config import InitConfig
+from .core.family import METHODS
 from .sites import Site
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "cntlora_plan"
 
 
@@ -34,12 +35,15 @@ class SitePlan:
         rank: the rank that trains, which the budget counts; 0 takes the adapter off.
         scaling, alpha, use_rslora: of the layer afterwards.
         found_rank, found_scaling: of the adapter that the plan was made for.
-        singular_values: of ΔW, all min(k, d) of them.
-        delta_norm, weight_norm: ‖ΔW‖_F and ‖W‖_F.
+        singular_values: of the matrix that is factored, all of them: ΔW, W (pissa, olora), W·C (corda), the gradient
+            (lora_ga) or the inputs (eva); none for lora.
+        delta_norm, weight_norm: ‖ΔW‖_F, None where that matrix is not ΔW, and ‖W‖_F.
+        start_norm: scaling·‖B'·A'‖_F of the directions that train, the distance of the start if nothing cancels it.
         sketch: uᵀWv for four fixed random pairs u, v: tells another pretrained weight from a rounded one.
         tokens, batches: how many the site saw; masked: whether a mask was applied.
-        effective_rank: smallest numerical rank of G over the batches: directions that the data determine.
-        rtol: the tolerance of † there.
+        effective_rank: smallest numerical rank of G over the batches, or that of all inputs (corda, eva): directions
+            that the data determine; None where no inputs are read.
+        rtol: the tolerance of † there; None without †.
         seconds: spent on the site's statistics (its share) and factors.
     """
 
@@ -52,14 +56,15 @@ class SitePlan:
     found_rank: int
     found_scaling: float
     singular_values: Tensor
-    delta_norm: float
+    delta_norm: float | None
     weight_norm: float
+    start_norm: float
     sketch: list[float]
     tokens: int
     batches: int
     masked: bool
-    effective_rank: int
-    rtol: float
+    effective_rank: int | None
+    rtol: float | None
     seconds: float
 
     @property
@@ -97,6 +102,11 @@ class InitPlan:
     seconds: float
     forward_seconds: float
     versions: Mapping[str, str]
+
+    @property
+    def base(self) -> str:
+        """The base policy in force: methods that start at B = 0 need none, which is what "keep" does."""
+        return "keep" if METHODS[self.config.method].zero_start else self.config.base
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, first under a temporary name. No pickle, no path inside."""

@@ -19,7 +19,7 @@ class InitReport:
     Attributes:
         config: the configuration in force.
         sites: per site rank (that trains), file_rank, scaling, tokens, batches, masked, effective_rank, rtol,
-            delta_norm, weight_norm, captured (share of ‖ΔW‖² that the rank covers), seconds.
+            delta_norm, weight_norm, start_norm, captured (share of the squared spectrum that the rank covers), seconds.
         skipped: sites left as plain LoRA, and why.
         batches: batches read. seconds, forward_seconds: of the whole, and of the data pass with its statistics.
     """
@@ -55,9 +55,9 @@ class InitReport:
             f"{c.method} · base {c.base} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
         )
-        heads = ("rank", "file rank", "tokens", "eff. rank", "rtol", "‖ΔW‖/‖W‖", "captured", "ms")
+        heads = ("rank", "file rank", "tokens", "eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms")
         lines = [text_table(title, heads, [(name, *_cells(s)) for name, s in self.sites.items()])]
-        if any(s["effective_rank"] < s["rank"] for s in self.sites.values()):
+        if any(_starving(s) for s in self.sites.values()):
             lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
         lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
@@ -81,15 +81,24 @@ def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) 
     return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())])
 
 
+def _starving(s: Mapping[str, Any]) -> bool:
+    """Whether the data determine fewer directions than the rank has."""
+    return s["effective_rank"] is not None and s["effective_rank"] < s["rank"]
+
+
 def _cells(s: Mapping[str, Any]) -> tuple[str, ...]:
-    few = "*" if s["effective_rank"] < s["rank"] else ""
+    def cell(value: Any, form: str, mark: str = "") -> str:
+        return "–" if value is None else f"{value:{form}}{mark}"
+
+    weight = s["weight_norm"]
     return (
         str(s["rank"]),
         str(s["file_rank"]),
         f"{s['tokens']:,}",
-        f"{s['effective_rank']}{few}",
-        f"{s['rtol']:.0e}",
-        f"{s['delta_norm'] / s['weight_norm']:.3f}",
+        cell(s["effective_rank"], "d", "*" if _starving(s) else ""),
+        cell(s["rtol"], ".0e"),
+        "–" if s["delta_norm"] is None or not weight else f"{s['delta_norm'] / weight:.3f}",
+        "–" if not weight else f"{s['start_norm'] / weight:.3f}",
         f"{s['captured']:.1%}",
         f"{1e3 * s['seconds']:.0f}",
     )

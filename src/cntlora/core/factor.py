@@ -98,9 +98,25 @@ def _pivoted_qr(M: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     return Q * signs, (scale * signs)[:, None] * R[:r]
 
 
+def product_inner(B: Tensor, A: Tensor, Y: Tensor, X: Tensor) -> float:
+    """⟨B·A, Y·X⟩_F without the products: the sum over BᵀY ∘ AXᵀ."""
+    return float(((B.mT @ Y) * (A @ X.mT)).sum())
+
+
+def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
+    """Singular values of B·A through two small QRs, without forming the product."""
+    return torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)
+
+
 def offset(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """[B, −B] (k, 2r) and [A; A] (2r, d): the product is zero, and the first halves are where training starts."""
     return torch.cat([B, -B], dim=1), torch.cat([A, A], dim=0)
+
+
+def halves_cancel(B: Tensor, A: Tensor) -> bool:
+    """Whether the rank is two halves [B', −B'] and [A'; A'] (as `offset` and `paired` write them)."""
+    h = A.shape[0] // 2
+    return h > 0 and torch.equal(A[:h], A[h : 2 * h]) and torch.equal(B[:, :h], -B[:, h : 2 * h])
 
 
 def paired(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:

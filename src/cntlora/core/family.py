@@ -1,14 +1,37 @@
-"""The table of methods. A method is one row: how its estimate is made, its strength, and where it comes from."""
+"""The table of methods. A method is one row: what it reads, how its factors come about, and where it is published."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from .constraints import cross_map, self_map
-from .solve import Estimator, MapEstimator, ShiftEstimator, WeightOf
+from .factor import Spectrum, qr_factors, svd_factors
+from .peers import (
+    Target,
+    corda_target,
+    eva_target,
+    lora_down,
+    lora_ga_factors,
+    lora_one_target,
+    pissa_target,
+    zero_up,
+)
+from .solve import (
+    Estimator,
+    GradientEstimator,
+    InputEstimator,
+    InputSums,
+    MapEstimator,
+    ShiftEstimator,
+    WeightEstimator,
+    WeightOf,
+    site_generator,
+)
 
 
 class Options(Protocol):
@@ -21,7 +44,35 @@ class Options(Protocol):
     @property
     def shift_constant(self) -> float | str: ...
     @property
+    def decomposition(self) -> str: ...
+    @property
+    def p(self) -> float: ...
+    @property
+    def center(self) -> bool: ...
+    @property
+    def damping(self) -> float: ...
+    @property
     def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One site's factors to be made: of rank `r`, with B·A times `scale`.
+
+    Attributes:
+        name, shape: of the site; shape is (k, d).
+        target, spectrum: what its estimator gave, and its singular triplets.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    target: Target
+    spectrum: Spectrum
+    r: int
+    scale: float
+
+
+Factors = Callable[[Goal, Options], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,37 +83,112 @@ class Method:
         name: as in `InitConfig(method=...)`.
         summary: one line for `--help` and tables.
         source: paper and equation.
-        strength: default of `InitConfig.strength`: scaling·B·A = strength·[ΔW]_r.
-        estimator: makes the accumulator of Σ_j w_j W_tar,j.
+        estimator: makes the accumulator of what the method reads.
+        factors: makes B (k, r) and A (r, d).
+        strength: default of `InitConfig.strength`: scaling·B·A = strength·[ΔW]_r; None for the layer's scaling s,
+            where the source does not divide by it (B·A = [ΔW]_r).
+        reads: "inputs" of the layers, "gradients" of the loss by W, or "weights" alone.
+        zero_start: whether B = 0, so that the function starts unchanged whatever becomes of W.
+        width: singular triplets that it uses, as a multiple of r.
+        ranked: whether it has a spectrum to share ranks out by.
+        decomposes: whether `InitConfig.decomposition` has a say.
     """
 
     name: str
     summary: str
     source: str
-    strength: float
     estimator: Callable[[WeightOf, Options], Estimator]
+    factors: Factors
+    strength: float | None = 1.0
+    reads: Literal["inputs", "gradients", "weights"] = "inputs"
+    zero_start: bool = False
+    width: int = 1
+    ranked: bool = True
+    decomposes: bool = True
 
 
-def _cross(weight_of: WeightOf, o: Options) -> Estimator:
-    return MapEstimator(weight_of, partial(cross_map, rtol=o.rtol))
+def product_factors(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
+    """B·A = scale·[M]_r·right by SVD with the fraction p, or by QR."""
+    M, right = goal.target.M, goal.target.right
+    if o.decomposition == "svd":
+        B, A = svd_factors(goal.spectrum, goal.r, o.p, goal.scale)
+    else:
+        assert M is not None
+        B, A = qr_factors(M, goal.r, o.decomposition == "qr_pivoted", goal.scale)
+    return B, A if right is None else A @ right
 
 
-def _self(weight_of: WeightOf, o: Options) -> Estimator:
-    return MapEstimator(weight_of, partial(self_map, root=o.root, rtol=o.rtol))
+def _olora(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
+    assert goal.target.M is not None
+    return qr_factors(goal.target.M, goal.r, o.decomposition == "qr_pivoted", goal.scale)
+
+
+def _eva(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
+    return zero_up(goal.spectrum.Vh[: goal.r], goal.shape[0])
+
+
+def _lora(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
+    return zero_up(lora_down(goal.r, goal.shape[1], site_generator(o.seed, goal.name)), goal.shape[0])
+
+
+def _lora_ga(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
+    return lora_ga_factors(goal.spectrum, goal.r, goal.scale)
+
+
+def _maps(map: Callable[..., tuple[Tensor, int]], *options: str) -> Callable[[WeightOf, Options], Estimator]:
+    """The estimator of a mode W_tar = W·T, with the options that its map takes."""
+    return lambda weight_of, o: MapEstimator(weight_of, partial(map, **{name: getattr(o, name) for name in options}))
 
 
 def _shift(weight_of: WeightOf, o: Options) -> Estimator:
     return ShiftEstimator(weight_of, o.shift_constant, o.rtol, o.seed)
 
 
+def _corda_sums(weight_of: WeightOf, o: Options) -> Estimator:
+    def make(name: str, sums: InputSums) -> tuple[Target, None]:
+        return corda_target(weight_of(name), sums.gram / sums.tokens, o.damping), None
+
+    return InputEstimator(make)
+
+
+def _eva_sums(weight_of: WeightOf, o: Options) -> Estimator:
+    return InputEstimator(lambda name, sums: eva_target(sums.gram, sums.total, sums.tokens, o.center))
+
+
+def _weights(make: Callable[[Tensor], Target] | None) -> Callable[[WeightOf, Options], Estimator]:
+    return lambda weight_of, o: WeightEstimator(weight_of, make)
+
+
+def _gradients(make: Callable[[Tensor], Target]) -> Callable[[WeightOf, Options], Estimator]:
+    return lambda weight_of, o: GradientEstimator(make)
+
+
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
-        Method("cross", "equal outputs, inputs correlated with the source's", "Das et al. 2025, eq. 4", 2.0, _cross),
-        Method("self", "equal output covariances, whitened source", "Das et al. 2025, eq. 12", 2.0, _self),
-        Method("shift", "output covariances differ by a constant", "Das et al. 2025, eq. 17", 2.0, _shift),
+        Method("cross", "equal outputs, inputs correlated with the source's", "Das et al. 2025, eq. 4",
+               _maps(cross_map, "rtol"), product_factors, strength=2.0),
+        Method("self", "equal output covariances, whitened source", "Das et al. 2025, eq. 12",
+               _maps(self_map, "root", "rtol"), product_factors, strength=2.0),
+        Method("shift", "output covariances differ by a constant", "Das et al. 2025, eq. 17",
+               _shift, product_factors, strength=2.0),
+        Method("lora", "A random, B zero", "Hu et al. 2021; eq. 22",
+               _weights(None), _lora, reads="weights", zero_start=True, ranked=False, decomposes=False),
+        Method("pissa", "principal singular triplets of W", "Meng et al. 2024; eq. 24",
+               _weights(pissa_target), product_factors, reads="weights"),
+        Method("olora", "QR of W", "Büyükakyüz 2024; eq. 28",
+               _weights(pissa_target), _olora, strength=None, reads="weights"),
+        Method("eva", "A = principal directions of the inputs, B zero", "Paischer et al. 2024; eq. 39",
+               _eva_sums, _eva, zero_start=True, decomposes=False),
+        Method("corda", "SVD of W times the input covariance", "Yang et al. 2024; eq. 33",
+               _corda_sums, product_factors),
+        Method("lora_ga", "singular vectors of the gradient", "Wang et al. 2024, theorems 3.1 and 3.2",
+               _gradients(lambda G: Target(M=G)), _lora_ga, strength=None, reads="gradients", width=2,
+               decomposes=False),
+        Method("lora_one", "one step of gradient descent", "Zhang et al. 2025, algorithm 1",
+               _gradients(lora_one_target), product_factors, strength=None, reads="gradients"),
     )
-}
+}  # fmt: skip
 
 
 def methods() -> tuple[str, ...]:

@@ -36,11 +36,17 @@ class Moments:
         self.tokens = 0
         self._rows: list[Tensor] = []
         self._gram: Tensor | None = None
+        self._total: Tensor | None = None
+
+    def empty(self) -> Moments:
+        """A new one of the same kind."""
+        return Moments(self.dim, self.kind, self.dtype)
 
     def update(self, rows: Tensor) -> None:
         """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards."""
         given, rows = rows, rows.to(self.dtype)
         self.tokens += rows.shape[0]
+        self._add_total(rows.sum(dim=0))
         if self._gram is not None:
             self._gram.addmm_(rows.mT, rows)
             return
@@ -58,10 +64,18 @@ class Moments:
             for rows in other._rows:
                 self.update(rows)
             return
-        mine = self._gram_sum()
+        mine = self.gram_sum()
         self._gram = other._gram.clone() if mine is None else mine + other._gram
         self._rows = []
         self.tokens += other.tokens
+        self._add_total(other.total())
+
+    def _add_total(self, total: Tensor) -> None:
+        self._total = total if self._total is None else self._total + total
+
+    def total(self) -> Tensor:
+        """Σ x (d,) over all tokens."""
+        return torch.zeros(self.dim, dtype=self.dtype) if self._total is None else self._total
 
     def finite(self) -> bool:
         """Whether every token seen so far is free of NaN and Inf (and small enough to square)."""
@@ -79,7 +93,8 @@ class Moments:
         """The default tolerance on the eigenvalues of G: max(d, b)·eps."""
         return default_rtol(self.dim, self.tokens, self.dtype)
 
-    def _gram_sum(self) -> Tensor | None:
+    def gram_sum(self) -> Tensor | None:
+        """X Xᵀ (d, d), whatever `gram` is; None before the first token."""
         if self._gram is not None or not self._rows:
             return self._gram
         rows = torch.cat(self._rows)
@@ -87,7 +102,7 @@ class Moments:
 
     def gram(self) -> Tensor:
         """G (d, d) = X Xᵀ, times 1/b if `gram="mean"`."""
-        total = self._gram_sum()
+        total = self.gram_sum()
         if total is None:
             raise ValueError("no token seen: G is undefined; check the attention mask of this batch")
         return total * self.scale
@@ -118,3 +133,29 @@ class Moments:
             return S.shape[0]
         D, _ = eigh_descending(S)
         return int((rtol * D[0] < D).sum())
+
+
+class TokenCount:
+    """Stands in for `Moments` where only the number of tokens is wanted (methods that read gradients)."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._finite = True
+
+    def empty(self) -> TokenCount:
+        """A new one."""
+        return TokenCount()
+
+    def update(self, rows: Tensor) -> None:
+        """Counts `rows` (n, d)."""
+        self.tokens += rows.shape[0]
+        self._finite = self._finite and bool(torch.isfinite(rows.sum()))
+
+    def merge(self, other: TokenCount) -> None:
+        """Adds what `other` has counted."""
+        self.tokens += other.tokens
+        self._finite = self._finite and other.finite()
+
+    def finite(self) -> bool:
+        """Whether every token was free of NaN and Inf."""
+        return self._finite

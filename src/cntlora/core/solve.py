@@ -1,4 +1,4 @@
-"""Eq. 18 as it streams: the sum over batches for every site, fed one batch and one input at a time.
+"""What each method keeps of the data as it streams: sums over batches for every site, fed one input at a time.
 
 Work that depends only on the inputs is done once for all sites that share them (q, k, v); their sums are one tensor
 as long as their histories agree, so the memory is one (d, d) matrix an input and not one a site.
@@ -8,69 +8,93 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .constraints import combine, shift_constant, shift_inverse, shift_rtol
-from .linalg import frobenius_condition, plain_inverse, tall_pinv
+from .linalg import default_rtol, frobenius_condition, plain_inverse, tall_pinv
 from .moments import Moments
+from .peers import Target
 
 WeightOf = Callable[[str], Tensor]
 """Site name → its weight W (k, d) in the dtype of computation, made on demand."""
 
 
 class Estimator(Protocol):
-    """Accumulates Σ_j w_j W_tar,j for every site."""
+    """Accumulates what a method needs of the data, for every site."""
 
-    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> int:
-        """Adds one batch that the sites `names` saw as `X`, times w_j; returns the numerical rank of G."""
+    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
+        """Adds one batch that the sites `names` saw as `X`, times w_j."""
 
-    def delta(self, name: str, batches: int, initial: str) -> Tensor:
-        """ΔW (k, d) of one site by eq. 18, `batches` being those in which it saw a token."""
+    def target(self, name: str, batches: int, initial: str) -> Target:
+        """What one site's factors are made from, `batches` being those in which it saw a token."""
+
+    def effective_rank(self, name: str) -> int | None:
+        """Numerical rank of the inputs: the smallest over batches, or that of all; None where no input is read."""
 
 
-class SharedSums:
-    """One running sum a name; names whose sums have had the same terms hold the same tensor."""
+class SmallestRank:
+    """The smallest numerical rank of G over batches, per site."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._ranks: dict[str, int] = {}
 
-    def add(self, names: Sequence[str], term: Tensor) -> None:
+    def note(self, names: Sequence[str], rank: int) -> None:
+        """One batch."""
+        self._ranks.update({name: min(rank, self._ranks.get(name, rank)) for name in names})
+
+    def effective_rank(self, name: str) -> int | None:
+        """See `Estimator`."""
+        return self._ranks.get(name)
+
+
+Term = TypeVar("Term", Tensor, "InputSums")
+
+
+class SharedSums(Generic[Term]):
+    """One running sum a name; names whose sums have had the same terms hold the same object."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Term] = {}
+
+    def add(self, names: Sequence[str], term: Term) -> None:
         """Adds `term` to each name's sum, once for all names that share it. Never edits a sum in place."""
-        new: dict[int, Tensor] = {}
+        new: dict[int, Term] = {}
         for name in names:
             old = self._sums.get(name)
             if id(old) not in new:
                 new[id(old)] = term if old is None else old + term
         self._sums.update({name: new[id(self._sums.get(name))] for name in names})
 
-    def get(self, name: str) -> Tensor | None:
+    def get(self, name: str) -> Term | None:
         """The sum of `name`, or None before the first term. Not to be edited."""
         return self._sums.get(name)
 
 
-class MapEstimator:
+class MapEstimator(SmallestRank):
     """Modes of the form W_tar = W·T (cross, self): sums T_j (d, d), whatever W is."""
 
     def __init__(self, weight_of: WeightOf, map: Callable[[Moments], tuple[Tensor, int]]) -> None:
+        super().__init__()
         self.weight_of, self.map = weight_of, map
-        self.sums = SharedSums()
+        self.sums: SharedSums[Tensor] = SharedSums()
 
-    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> int:
+    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
         T, rank = self.map(X)
         self.sums.add(names, weight * T)
-        return rank
+        self.note(names, rank)
 
-    def delta(self, name: str, batches: int, initial: str) -> Tensor:
+    def target(self, name: str, batches: int, initial: str) -> Target:
         T = self.sums.get(name)
         assert T is not None, f"{name} saw no batch"
         W = self.weight_of(name)
-        return combine(W, W @ T, batches, initial)
+        return Target(M=combine(W, W @ T, batches, initial), is_delta=True)
 
 
-class ShiftEstimator:
+class ShiftEstimator(SmallestRank):
     """Shift mode: W_tar = C (Wᵀ − G Wᵀ)†, C applied after the sum over batches.
 
     Where W has full column rank (k ≥ d) and I − G is invertible, (Wᵀ − G Wᵀ)† = (Wᵀ)† (I − G)⁻¹, so that one (d, d)
@@ -85,11 +109,13 @@ class ShiftEstimator:
     def __init__(
         self, weight_of: WeightOf, constant: float | str = 1.0, rtol: float | None = None, seed: int = 0
     ) -> None:
+        super().__init__()
         self.weight_of, self.constant, self.rtol, self.seed = weight_of, constant, rtol, seed
-        self.shared, self.own = SharedSums(), SharedSums()
+        self.shared: SharedSums[Tensor] = SharedSums()
+        self.own: SharedSums[Tensor] = SharedSums()
         self._weight_conditions: dict[str, float] = {}
 
-    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> int:
+    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
         G = X.gram()
         M = torch.eye(X.dim, dtype=G.dtype, device=G.device) - G
         resolvent = plain_inverse(M, shift_rtol(X.dim, X.dim, G.dtype, self.rtol))
@@ -101,7 +127,7 @@ class ShiftEstimator:
             self.shared.add(together, weight * resolvent)
         for name in alone:
             self.own.add([name], weight * shift_inverse(self.weight_of(name), G, self.rtol))
-        return X.numerical_rank(X.rtol if self.rtol is None else self.rtol)
+        self.note(names, X.numerical_rank(X.rtol if self.rtol is None else self.rtol))
 
     def _may_share(self, name: str, condition: float) -> bool:
         """Whether † of the product drops nothing for certain: cond(I − G)·cond(W)·rtol < 1."""
@@ -112,7 +138,7 @@ class ShiftEstimator:
             self._weight_conditions[name] = bound
         return condition * self._weight_conditions[name] * shift_rtol(W.shape[0], W.shape[1], W.dtype, self.rtol) < 1.0
 
-    def delta(self, name: str, batches: int, initial: str) -> Tensor:
+    def target(self, name: str, batches: int, initial: str) -> Target:
         W = self.weight_of(name)
         total = self.own.get(name)
         resolvents = self.shared.get(name)
@@ -122,11 +148,99 @@ class ShiftEstimator:
             part = inverse.mT @ resolvents
             total = part if total is None else total + part
         assert total is not None, f"{name} saw no batch"
-        C = shift_constant(self.constant, W.shape[0], constant_generator(self.seed, name), W)
-        return combine(W, C @ total if isinstance(C, Tensor) else C * total, batches, initial)
+        C = shift_constant(self.constant, W.shape[0], site_generator(self.seed, name), W)
+        W_tar_sum = C @ total if isinstance(C, Tensor) else C * total
+        return Target(M=combine(W, W_tar_sum, batches, initial), is_delta=True)
 
 
-def constant_generator(seed: int, name: str) -> torch.Generator:
-    """The stream of the Gaussian C of one site, by seed and site name alone."""
+class WeightEstimator:
+    """Methods that read no data: a target of W alone, or of nothing (LoRA)."""
+
+    def __init__(self, weight_of: WeightOf, make: Callable[[Tensor], Target] | None) -> None:
+        self.weight_of, self.make = weight_of, make
+
+    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
+        raise AssertionError("no data is read for this method")
+
+    def target(self, name: str, batches: int, initial: str) -> Target:
+        return Target() if self.make is None else self.make(self.weight_of(name))
+
+    def effective_rank(self, name: str) -> int | None:
+        return None
+
+
+@dataclass
+class InputSums:
+    """Of all tokens that one group of sites saw: X Xᵀ (d, d), Σ x (d,), and n, each batch times its w_j."""
+
+    gram: Tensor
+    total: Tensor
+    tokens: float
+
+    def __add__(self, other: InputSums) -> InputSums:
+        return InputSums(self.gram + other.gram, self.total + other.total, self.tokens + other.tokens)
+
+
+class InputEstimator:
+    """Methods of the second moment of all inputs together (CorDA, EVA).
+
+    Args:
+        make: site name and sums → its target, and the eigenvalues of the moment where they are known.
+    """
+
+    def __init__(self, make: Callable[[str, InputSums], tuple[Target, Tensor | None]]) -> None:
+        self.make = make
+        self.sums: SharedSums[InputSums] = SharedSums()
+        self._ranks: dict[int, int] = {}  # sites with the same input share their sums, and its rank
+
+    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
+        gram = X.gram_sum()
+        assert gram is not None, "a batch without tokens is not absorbed"
+        self.sums.add(names, InputSums(weight * gram, weight * X.total(), weight * X.tokens))
+
+    def target(self, name: str, batches: int, initial: str) -> Target:
+        sums = self.sums.get(name)
+        assert sums is not None, f"{name} saw no batch"
+        if sums.tokens <= 0:
+            raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {sums.tokens:g}")
+        target, D = self.make(name, sums)
+        if id(sums) not in self._ranks:
+            D = torch.linalg.eigvalsh(sums.gram) if D is None else D
+            rtol = default_rtol(sums.gram.shape[0], int(sums.tokens), sums.gram.dtype)
+            self._ranks[id(sums)] = int((rtol * D.max() < D).sum())
+        return target
+
+    def effective_rank(self, name: str) -> int | None:
+        return self._ranks.get(id(self.sums.get(name)))
+
+
+class GradientEstimator:
+    """Methods of the gradient of the loss by W, its mean over batches (LoRA-GA, LoRA-One)."""
+
+    def __init__(self, make: Callable[[Tensor], Target]) -> None:
+        self.make = make
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, G: Tensor, weight: float) -> None:
+        """Adds ∂L/∂W (k, d) of one batch, times w_j."""
+        term = weight * G.to(torch.promote_types(G.dtype, torch.float32))
+        self._sums[name] = self._sums[name] + term if name in self._sums else term
+
+    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
+        pass  # the inputs are only counted
+
+    def has_gradient(self, name: str) -> bool:
+        """Whether a gradient other than zero has come."""
+        return name in self._sums and bool(self._sums[name].any())
+
+    def target(self, name: str, batches: int, initial: str) -> Target:
+        return self.make(self._sums[name].double() / batches)
+
+    def effective_rank(self, name: str) -> int | None:
+        return None
+
+
+def site_generator(seed: int, name: str) -> torch.Generator:
+    """The random stream of one site, by seed and site name alone."""
     # torch's CPU generator reads only the low 32 bits of its seed, so both must reach those
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

@@ -1,0 +1,160 @@
+"""From what was read to the plan: the target of every site, its spectrum, the ranks, the factors."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .collect import Seen
+from .config import InitConfig
+from .core.allocate import allocate
+from .core.factor import Spectrum, offset, paired, product_inner, spectrum
+from .core.family import METHODS, Goal
+from .core.linalg import default_rtol
+from .core.moments import Moments, TokenCount
+from .core.peers import Target
+from .core.solve import Estimator
+from .plan import SitePlan, weight_sketch
+from .sites import Site
+
+DTYPE = torch.float64
+
+
+@dataclass
+class Work:
+    """What is known of each site while the plan is made."""
+
+    estimator: Estimator
+    config: InitConfig
+    largest_batch: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def absorb(self, index: int, names: tuple[str, ...], X: Moments | TokenCount) -> None:
+        """One input of one batch."""
+        start = time.perf_counter()
+        if isinstance(X, Moments):
+            self.estimator.absorb(names, X, self.weight(index))
+        share = (time.perf_counter() - start) / len(names)
+        for name in names:
+            self.largest_batch[name] = max(X.tokens, self.largest_batch.get(name, 0))
+            self.seconds[name] = self.seconds.get(name, 0.0) + share
+
+    def weight(self, index: int) -> float:
+        """w_j of a batch."""
+        weights = self.config.batch_weights
+        if weights is not None and index >= len(weights):
+            raise ValueError(
+                f"batch_weights: expected one for each of the batches, which are more than {index}, got {len(weights)}"
+            )
+        return 1.0 if weights is None else weights[index]
+
+    def rtol(self, site: Site) -> float | None:
+        """The tolerance of † at a site, of its largest batch where that depends on the batch; None without †."""
+        if self.config.method not in ("cross", "self", "shift"):
+            return None
+        if self.config.rtol is not None:
+            return self.config.rtol
+        other = site.out_features if self.config.method == "shift" else self.largest_batch[site.name]
+        return default_rtol(site.in_features, other, DTYPE)
+
+    def target(self, site: Site, seen: Seen) -> Target:
+        """What the factors of a site are made from."""
+        return self.estimator.target(site.name, seen.site_batches.get(site.name, 0), self.config.initial_weight)
+
+
+def plan_sites(sites: list[Site], work: Work, seen: Seen) -> dict[str, SitePlan]:
+    """The plan of every site; with adaptive ranks the spectra come first, the factors after."""
+    config = work.config
+    if not config.adaptive_ranks:
+        return {s.name: _plan_site(s, work, seen, s.rank, None) for s in sites}
+    width = METHODS[config.method].width
+    spectra: dict[str, Spectrum] = {}
+    variances: dict[str, list[float]] = {}
+    for site in sites:
+        start = time.perf_counter()
+        # twice the usual rank is nearly always enough; where a site wins more, `_plan_site` extends it exactly
+        spectra[site.name] = _spectrum(site, work.target(site, seen), 2 * width * site.rank)
+        most = min(site.in_features, site.out_features) // width
+        variances[site.name] = spectra[site.name].relative_variance().tolist()[:most]
+        work.seconds[site.name] = work.seconds.get(site.name, 0.0) + time.perf_counter() - start
+    budget = sum(s.rank for s in sites) if config.rank_budget is None else config.rank_budget
+    ranks = allocate(variances, budget, config.min_rank, config.max_rank)
+    return {s.name: _plan_site(s, work, seen, ranks[s.name], spectra[s.name]) for s in sites}
+
+
+def _spectrum(site: Site, target: Target, q: int) -> Spectrum:
+    """The first q singular triplets of a target; none where the method does not look at them."""
+    if target.known is not None:
+        return target.known
+    if target.M is None:
+        none = torch.zeros(0, dtype=DTYPE, device=site.A.device)
+        return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
+    return spectrum(target.M, q)
+
+
+def _plan_site(site: Site, work: Work, seen: Seen, r: int, known: Spectrum | None) -> SitePlan:
+    start = time.perf_counter()
+    config, method = work.config, METHODS[work.config.method]
+    target = work.target(site, seen)
+    if known is None or known.Vh.shape[0] < r * method.width:
+        known = _spectrum(site, target, r * method.width)
+    scaling = 1.0 if config.fold_alpha else site.scaling
+    scale = config.strength_at(site.scaling) / scaling
+    shape = (site.out_features, site.in_features)
+    B, A = method.factors(Goal(site.name, shape, target, known, r, scale), config)
+    B, A = (M.to(device=site.A.device, dtype=site.A.dtype) for M in (B, A))
+    base = "keep" if method.zero_start else config.base
+    W = site.weight(DTYPE)
+    _check_fits(site, W, B, A, scaling, base)
+    start_norm = abs(scaling) * max(product_inner(B.double(), A.double(), B.double(), A.double()), 0.0) ** 0.5
+    B, A = _arranged(B, A, r, base)
+    use_rslora = site.use_rslora and not config.fold_alpha
+    return SitePlan(
+        A=A.contiguous(),
+        B=B.contiguous(),
+        rank=r,
+        scaling=scaling,
+        alpha=scaling * (A.shape[0] ** 0.5 if use_rslora else A.shape[0]),
+        use_rslora=use_rslora,
+        found_rank=site.rank,
+        found_scaling=site.scaling,
+        singular_values=known.S.float(),
+        delta_norm=float(torch.linalg.vector_norm(known.S)) if target.is_delta else None,
+        weight_norm=float(torch.linalg.matrix_norm(W)),
+        start_norm=start_norm,
+        sketch=weight_sketch(W),
+        tokens=seen.tokens.get(site.name, 0),
+        batches=seen.site_batches.get(site.name, 0),
+        masked=site.name in seen.masked,
+        effective_rank=work.estimator.effective_rank(site.name),
+        rtol=work.rtol(site),
+        seconds=work.seconds.get(site.name, 0.0) + time.perf_counter() - start,
+    )
+
+
+def _check_fits(site: Site, W: Tensor, B: Tensor, A: Tensor, scaling: float, base: str) -> None:
+    """Raises ValueError where an estimate is too large for the dtype that it is written in, which gives Inf or NaN."""
+    fits, where = bool(B.isfinite().all() and A.isfinite().all()), f"an adapter of dtype {A.dtype}"
+    if fits and base == "subtract":
+        rest = W - scaling * (B.to(DTYPE) @ A.to(DTYPE))
+        fits, where = (
+            bool(rest.to(site.base.weight.dtype).isfinite().all()),
+            f"a base of dtype {site.base.weight.dtype}",
+        )
+    if not fits:
+        raise ValueError(
+            f"site {site.name}: the estimate is too large for {where}; raise rtol, lower strength, or use a dtype with "
+            "a wider range (bfloat16, float32)"
+        )
+
+
+def _arranged(B: Tensor, A: Tensor, r: int, base: str) -> tuple[Tensor, Tensor]:
+    """The factors as the `base` policy stores them. Done after the cast, so that the halves cancel exactly."""
+    if base == "offset":
+        return offset(B, A)
+    if base == "paired":
+        return paired(B, A, r)
+    return B, A
