@@ -102,7 +102,7 @@ def test_lora_draws_a_as_peft_does_by_site_and_seed() -> None:
     plans = [compute_plan(model, None, InitConfig(method="lora", seed=seed), progress=False) for seed in (0, 0, 1)]
     A, again, other = (plan.sites["0"].A for plan in plans)
     assert torch.equal(A, again) and not torch.equal(A, other)
-    peft = model.base_model.model[0].lora_A["default"].weight
+    peft = model.base_model.model[0].lora_A["default"].weight.detach()
     for matrix in (A, peft):
         assert float(matrix.abs().max()) <= 1 / 400**0.5
         assert abs(float(matrix.var()) * 3 * 400 - 1) < 0.02 and abs(float(matrix.mean())) < 1e-3
@@ -341,3 +341,10 @@ def test_a_plan_of_a_peer_survives_its_file(tmp_path: Any) -> None:
     apply_plan(model, cntlora.InitPlan.load(tmp_path / "plan.safetensors"))
     for site in cntlora.sites.find_sites(model)[0]:
         assert torch.equal(site.A, plan.sites[site.name].A)
+
+
+def test_a_report_says_that_a_zero_start_needs_no_policy() -> None:
+    plans = [compute_plan(wrapped(mlp()), token_batches(SIZES), InitConfig(method=m), progress=False)
+             for m in ("eva", "self")]  # fmt: skip
+    titles = [str(cntlora.InitReport.of(plan)).splitlines()[0] for plan in plans]
+    assert "B = 0" in titles[0] and "offset" not in titles[0] and "base offset" in titles[1]

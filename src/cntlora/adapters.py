@@ -41,15 +41,15 @@ def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default
     for site in usable:
         check_fresh(site)
     _check_holders(usable, plan)
-    if plan.base == "subtract":
+    if plan.config.effective_base == "subtract":
         _check_alone(usable)
         _check_untied(model, usable)
     with torch.no_grad():
         for site in usable:
-            _write(site, plan.sites[site.name], plan.base)
+            _write(site, plan.sites[site.name], plan.config.effective_base)
     _remove_empty(model, adapter_name, [s for s in usable if plan.sites[s.name].rank == 0])
     sync_config(model, adapter_name)
-    if plan.base == "offset":
+    if plan.config.effective_base == "offset":
         freeze_sites([s for s in usable if plan.sites[s.name].rank > 0])
     return InitReport.of(plan)
 

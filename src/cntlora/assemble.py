@@ -106,7 +106,7 @@ def _plan_site(site: Site, work: Work, seen: Seen, r: int, known: Spectrum | Non
     shape = (site.out_features, site.in_features)
     B, A = method.factors(Goal(site.name, shape, target, known, r, scale), config)
     B, A = (M.to(device=site.A.device, dtype=site.A.dtype) for M in (B, A))
-    base = "keep" if method.zero_start else config.base
+    base = config.effective_base
     W = site.weight(DTYPE)
     _check_fits(site, W, B, A, scaling, base)
     start_norm = abs(scaling) * max(product_inner(B.double(), A.double(), B.double(), A.double()), 0.0) ** 0.5

@@ -127,7 +127,7 @@ def init(
         else:
             typer.echo(str(report))
             typer.echo(f"\nadapter written to {out}")
-            if base == "offset":
+            if report.config.effective_base == "offset":
                 typer.echo("to train it: PeftModel.from_pretrained(model, folder, is_trainable=True), then")
                 typer.echo("cntlora.freeze_offset(model), before the optimizer is made")
 

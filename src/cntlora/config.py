@@ -133,6 +133,11 @@ class InitConfig:
         if given and not self.adaptive_ranks:
             raise ValueError(f"{given[0]} has no effect without adaptive_ranks=True; set it, or leave {given[0]} out")
 
+    @property
+    def effective_base(self) -> str:
+        """The base policy in force: methods that start at B = 0 need none, which is what "keep" does."""
+        return "keep" if METHODS[self.method].zero_start else self.base
+
     def strength_at(self, scaling: float) -> float:
         """The strength in force at a layer of this scaling: the one given, else the method's own."""
         own = METHODS[self.method].strength

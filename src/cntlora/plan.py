@@ -18,7 +18,6 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from .config import InitConfig
-from .core.family import METHODS
 from .sites import Site
 
 FORMAT = 2
@@ -102,11 +101,6 @@ class InitPlan:
     seconds: float
     forward_seconds: float
     versions: Mapping[str, str]
-
-    @property
-    def base(self) -> str:
-        """The base policy in force: methods that start at B = 0 need none, which is what "keep" does."""
-        return "keep" if METHODS[self.config.method].zero_start else self.config.base
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, first under a temporary name. No pickle, no path inside."""

@@ -93,7 +93,7 @@ def _file_key(key: str) -> str:
 
 def _start(name: str, layer: Any, adapter: str, plan: InitPlan | None) -> tuple[Tensor, Tensor] | None:
     """A₀ and B₀ that base "subtract" took off the weight of a site, or None where it took nothing."""
-    if plan is not None and plan.base == "subtract" and name in plan.sites:
+    if plan is not None and plan.config.effective_base == "subtract" and name in plan.sites:
         return plan.sites[name].A, plan.sites[name].B
     known: tuple[Tensor, Tensor] | None = SUBTRACTED.get(layer, {}).get(adapter)
     return known

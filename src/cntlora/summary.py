@@ -50,9 +50,10 @@ class InitReport:
 
     def __str__(self) -> str:
         c = self.config
+        start = f"base {c.base}" if c.effective_base == c.base else "B = 0"
         total = sum(site["rank"] for site in self.sites.values())
         title = (
-            f"{c.method} · base {c.base} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
+            f"{c.method} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
         )
         heads = ("rank", "file rank", "tokens", "eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms")
