@@ -1,0 +1,239 @@
+"""One run and its record: what identifies it, where its file lies, and whether a file is of this experiment."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..config import InitConfig
+from ..plan import write_atomically
+from ..version import VERSION
+from .arms import Arm, parse_arm
+from .settings import Experiment, LoraSettings, TaskSettings, TrainSettings
+from .tasks import task_kind
+
+SCHEMA = 1
+_TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}")  # as `write_atomically` names what is not whole yet
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a sweep: plain values, so that it can be sent to another process."""
+
+    experiment: Experiment
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def arm(self) -> Arm:
+        """The arm that `method` names."""
+        return parse_arm(self.method)
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its suffix."""
+        return f"{self.method.replace(':', '-')}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    def init_config(self) -> InitConfig | None:
+        """The resolved configuration of cntlora; None for an arm that has none."""
+        return self.experiment.init_config(self.arm, self.seed)
+
+    def config(self) -> dict[str, Any]:
+        """All that the outcome depends on. The grid of the sweep is no part of it, so a sweep can grow."""
+        init = self.init_config()
+        e = self.experiment
+        config = {
+            "task": asdict(e.task),
+            "lora": None if self.arm.full else {**asdict(e.lora), **self.arm.lora, "init": self.arm.peft},
+            "init": None if init is None else init.to_dict(),
+            "num_batches": e.num_batches if self.arm.peft else None,  # of cntlora's arms it is in "init"
+            "train": {**asdict(e.train), "learning_rate": self.learning_rate, "seed": self.seed},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
+        return plain
+
+
+def runs_of(experiment: Experiment) -> list[Run]:
+    """All runs, those of one seed together, so that every arm has something early on."""
+    sweep = experiment.sweep
+    grid = []
+    for method in sweep.methods:
+        own = sweep.overrides.get(method)
+        rates = (own and own.learning_rates) or sweep.learning_rates
+        seeds = sweep.seeds if own is None or own.seeds is None else own.seeds
+        grid += [Run(experiment, method, rate, seed) for seed in seeds for rate in rates]
+    return sorted(grid, key=lambda run: run.seed)  # stable: within a seed in the order of the file
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of a run.
+
+    Raises:
+        ValueError: if the file is none, or of another schema; names the file.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as a record ({error}); move it away, or use --replace") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: is no record of schema {SCHEMA}; move it away, or use --replace")
+    return record
+
+
+def check_record(path: Path, record: Mapping[str, Any], run: Run) -> None:
+    """Whether a record is of this very run.
+
+    Raises:
+        ValueError: names the file and the first setting that differs.
+    """
+    config = run.config()
+    defaults = _defaults(config)
+    for key, old, new in _differences("", record.get("config") or {}, config):
+        # an option that came into the code after the record was written had no effect on it, if it is at its default
+        if old is _MISSING and key in defaults and defaults[key] == new:
+            continue
+        was = "is missing" if old is _MISSING else f"is {old!r}"
+        raise ValueError(
+            f"{path}: {key} {was} there and {'missing' if new is _MISSING else repr(new)} in the experiment; "
+            "use another --out, or make its runs again with --replace"
+        )
+
+
+_MISSING = object()
+
+
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key → default of every option."""
+    init = InitConfig(method=config["init"]["method"]).to_dict() if config["init"] else {}
+    sections = {"task": asdict(TaskSettings()), "lora": asdict(LoraSettings()), "train": asdict(TrainSettings())}
+    plain = json.loads(json.dumps({**sections, "init": init}))
+    return {f"{section}.{key}": value for section, values in plain.items() for key, value in values.items()}
+
+
+def _differences(where: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of everything that differs."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        if old != new:
+            yield where, old, new
+        return
+    for key in (*new, *(k for k in old if k not in new)):
+        inner = f"{where}.{key}" if where else str(key)
+        if key not in old or key not in new:
+            yield inner, old.get(key, _MISSING), new.get(key, _MISSING)
+        else:
+            yield from _differences(inner, old[key], new[key])
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record, whole or not at all; NaN and infinity become null."""
+    write_atomically(path, (json.dumps(_finite(record), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Removes what killed processes left half-written; the number of files."""
+    leftovers = [p for p in folder.glob(".*.json.*") if _TEMPORARY.fullmatch(p.name)]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def frame(run: Run, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a record that is known before the run, with nothing measured: as a failed run has it."""
+    kind = task_kind(run.experiment.task.name)
+    return {
+        "schema": SCHEMA,
+        "experiment": run.experiment.name,
+        "task": run.experiment.task.name,
+        "method": run.method,
+        "label": run.arm.label,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "status": "failed",
+        "error": None,
+        "config": run.config(),
+        "metrics": dict(kind.metrics),
+        "main_metric": kind.main_metric,
+        **dict.fromkeys(("init_seconds", "train_seconds", "peak_memory_mib", "trainable_parameters", "mean_loss")),
+        "losses": [],
+        "seconds": [],
+        "evaluations": [],
+        "start": None,
+        "sites": {},
+        "versions": versions(),
+        "git": git_state(),
+        "machine": dict(machine),
+    }
+
+
+def failed(run: Run, machine: Mapping[str, Any], error: str, traceback: str | None = None) -> dict[str, Any]:
+    """The record of a run that has no outcome."""
+    record = {**frame(run, machine), "error": " ".join(error.split())}
+    return record if traceback is None else {**record, "traceback": traceback}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of cntlora and of what the outcome depends on; "missing" for what is not installed."""
+    found = {"cntlora": VERSION}
+    for name in ("torch", "peft", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return {**found, "python": platform.python_version()}
+
+
+@cache
+def git_state() -> str:
+    """The commit of the code, "-dirty" behind it if files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    tracked = ["git", "ls-files", "--error-unmatch", "version.py"]
+    try:
+        if subprocess.run(tracked, cwd=here, capture_output=True, check=False).returncode:
+            return "unknown"
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """Of this process: the processor's name, threads, and "cpu" or the GPU's name."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"processor": _processor(), "threads": torch.get_num_threads(), "device": device}
+
+
+@cache
+def _processor() -> str:
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.M)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine() or "unknown"

@@ -1,0 +1,78 @@
+"""What a record says of each adapted layer: at the start, and how far it went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..comparison import compare_adapters, snapshot
+from ..core.factor import halves_cancel, product_inner
+from ..diagnostics import StartDiagnostics, start_diagnostics
+from ..kinds import depth_of, kind_of
+from ..plan import InitPlan
+from ..sites import Site, find_sites
+from .arms import Arm
+
+KEPT_SINGULAR_VALUES = 64
+
+
+@dataclass(frozen=True)
+class SiteWatch:
+    """The sites of a run, as at the start.
+
+    Attributes:
+        facts: per site, what is known before training.
+        before: snapshot of the adapter, None where there is nothing to compare.
+    """
+
+    facts: Mapping[str, Mapping[str, Any]]
+    before: Any
+
+    @classmethod
+    def at_start(cls, model: nn.Module, plan: InitPlan | None, batch: Mapping[str, Any], arm: Arm) -> SiteWatch:
+        """Looks at an initialised model; full fine-tuning and AdaLoRA have no factors A and B of the kind looked at."""
+        if arm.full or arm.peft == "adalora":
+            return cls({}, None)
+        gradients = start_diagnostics(model, batch)
+        facts = {site.name: _facts(site, plan, gradients) for site in find_sites(model, "default")[0]}
+        return cls(facts, snapshot(model))
+
+    def at_end(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """The sites of the record: the facts, and the distance from start to end (table 2)."""
+        if self.before is None:
+            return {}
+        compared = compare_adapters(self.before, snapshot(model)).sites
+        keys = ("cosine", "cosine_product", "spectral_norm")
+        return {
+            name: {**facts, **{key: getattr(compared[name], key) for key in keys}} for name, facts in self.facts.items()
+        }
+
+
+def _facts(site: Site, plan: InitPlan | None, gradients: StartDiagnostics) -> dict[str, Any]:
+    planned = plan.sites.get(site.name) if plan else None
+    A, B = site.A.detach().double(), site.B.detach().double()
+    directions = site.rank // 2 if halves_cancel(B, A) else site.rank
+    A, B = A[:directions], B[:, :directions]
+    return {
+        "kind": kind_of(site.name),
+        "depth": depth_of(site.name),
+        "rank": planned.rank if planned else site.rank,
+        "file_rank": site.rank,
+        "singular_values": (planned.singular_values[:KEPT_SINGULAR_VALUES].tolist() or None) if planned else None,
+        **{key: getattr(planned, key, None) for key in ("delta_norm", "weight_norm", "tokens", "effective_rank")},
+        "start_norm": site.scaling * max(product_inner(B, A, B, A), 0.0) ** 0.5,
+        "gradient_A": gradients.gradient_A[site.name],
+        "gradient_B": gradients.gradient_B[site.name],
+    }
+
+
+def trainable_parameters(model: nn.Module, plan: InitPlan | None) -> int:
+    """Elements that training changes: those that require gradients, without the frozen half of base "offset"."""
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if plan is None or plan.config.base != "offset":
+        return total
+    frozen = sum((s.file_rank - s.rank) * (s.A.shape[1] + s.B.shape[0]) for s in plan.sites.values())
+    return total - frozen
