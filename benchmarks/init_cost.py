@@ -23,25 +23,36 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import cntlora
+from cntlora.experiments.peers import peft_model
 from cntlora.plan import write_atomically
 from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask
 
+LORA: dict[str, Any] = {
+    "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "task_type": "SEQ_CLS", "target_modules": list(TARGET_MODULES)
+}  # fmt: skip
 OUT = Path(__file__).parents[1] / "results" / "init_cost.json"
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "cross": {"method": "cross"},
     "self": {"method": "self"},
     "shift": {"method": "shift"},
     "cross + VAS": {"method": "cross", "adaptive_ranks": True},
     "self + VAS": {"method": "self", "adaptive_ranks": True},
     "shift + VAS": {"method": "shift", "adaptive_ranks": True},
+    "eva": {"method": "eva"},
+    "corda": {"method": "corda"},
+    "lora_ga": {"method": "lora_ga"},
+    "lora_one": {"method": "lora_one"},
+    "pissa": {"method": "pissa"},
+    "olora": {"method": "olora"},
 }
+PEERS = ("eva", "corda", "lora_ga", "pissa", "pissa_niter_4", "olora")
+"""PEFT's own code, as `cntlora.experiments.peers` calls it: wrapping and initialisation."""
 
 
 def fresh(task: SentimentTask) -> torch.nn.Module:
     """MiniLM with plain LoRA, rank 8."""
     torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", target_modules=list(TARGET_MODULES))
-    return get_peft_model(task.build_model(0), lora).eval()
+    return get_peft_model(task.build_model(0), LoraConfig(**LORA)).eval()
 
 
 def forward_pass(model: torch.nn.Module, batches: Iterable[dict[str, Any]]) -> None:
@@ -51,14 +62,31 @@ def forward_pass(model: torch.nn.Module, batches: Iterable[dict[str, Any]]) -> N
             model(**batch)
 
 
-def jobs(task: SentimentTask, batches: list[dict[str, Any]]) -> dict[str, Callable[[], object]]:
-    """The rows of the table; a plan leaves the model as it was, so one model serves all."""
+def jobs(task: SentimentTask, batches: list[dict[str, Any]]) -> dict[str, Callable[[], float]]:
+    """The rows of the table, each giving its seconds; a plan leaves the model as it was, so one model serves all."""
     model = fresh(task)
+
+    def timed(job: Callable[[], object]) -> Callable[[], float]:
+        def run() -> float:
+            start = time.perf_counter()
+            job()
+            return time.perf_counter() - start
+
+        return run
 
     def plan(options: dict[str, Any]) -> Callable[[], object]:
         return lambda: cntlora.compute_plan(model, batches, cntlora.InitConfig(**options), progress=False)
 
-    return {"forward pass": lambda: forward_pass(model, batches)} | {name: plan(o) for name, o in ROWS.items()}
+    def peer(name: str) -> Callable[[], float]:
+        def run() -> float:
+            pristine = task.build_model(0).eval()  # PEFT's initialisations change it; making it does not count
+            return timed(lambda: peft_model(name, pristine, LORA, batches, 100))()
+
+        return run
+
+    rows = {"forward pass": timed(lambda: forward_pass(model, batches))}
+    rows |= {name: timed(plan(options)) for name, options in ROWS.items()}
+    return rows | {f"PEFT {name}": peer(name) for name in PEERS}
 
 
 def peak_above_model(name: str) -> float:
@@ -82,9 +110,7 @@ def measure(repeats: int, threads: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats + 1):
         for name, job in work.items():
-            start = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(job())
     seconds = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
     floor = seconds["forward pass"]
     table = {

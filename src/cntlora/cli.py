@@ -1,4 +1,7 @@
-"""The command line: `cntlora init`, `inspect` and `demo`. Heavy imports wait until a command needs them."""
+"""The command line: `cntlora init`, `inspect`, `demo`, and the commands of `cli_experiments`.
+
+Heavy imports wait until a command needs them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .cli_experiments import register
 
 app = typer.Typer(
     help="Start a LoRA from the pretrained weights and a few batches of your data, without training.",
@@ -218,6 +223,9 @@ def demo(
         record = run_demo(out, steps=steps, seed=seed, say=say)
         if as_json:
             typer.echo(json.dumps(record, indent=2))
+
+
+register(app)
 
 
 def main() -> None:
