@@ -1,0 +1,70 @@
+"""Reports from records of runs: comparison tables, plots, and one self-contained HTML page.
+
+    from cntlora.report import write_report
+    write_report(Path("results/tweets"), Path("report"))   # page.html, tables.md, tables.tex, tables.txt, figures/
+
+The parts are pure functions: `records` reads and groups, `tables` and `plots` make what a `Study` shows, `page` puts
+it together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .records import MEAN_LOSS, load_records, studies
+
+__all__ = ["load_records", "studies", "write_report"]
+_LATEX_HEAD = "% needs \\usepackage{booktabs,graphicx}; made by cntlora report\n"
+
+
+def write_report(
+    results: Path,
+    out: Path,
+    title: str | None = None,
+    criterion: str = MEAN_LOSS,
+    *,
+    loss: float | None = None,
+    figures: str | None = "svg",
+) -> list[Path]:
+    """Reads the records under `results` and writes the page, the tables and the figures.
+
+    Args:
+        out: a folder, which gets page.html, or the page itself (a name that ends in .html). Beside the page:
+            tables.txt, tables.md, tables.tex and figures/.
+        criterion: what the best learning rate has the best of: "mean_loss" (of training) or a held-out metric.
+        loss: the training loss that steps are counted to; default: what plain LoRA ends with at its best learning rate.
+        figures: "svg", "png", "pdf", or None for no figures.
+
+    Returns:
+        The files that were written; each is replaced as a whole or not at all.
+
+    Raises:
+        ValueError: see `load_records`, `studies` and `save_figures`.
+    """
+    from ..plan import write_atomically
+    from .figures import save_figures
+    from .methods import styles
+    from .page import build_page
+    from .tables import all_tables
+
+    records = load_records(Path(results))
+    found = studies(records, criterion)
+    page = Path(out) if Path(out).suffix in (".html", ".htm") else Path(out) / "page.html"
+    tables = {study.name: all_tables(study, loss) for study in found}
+    every = [table for same in tables.values() for table in same]
+    markdown = (f"## {name}\n\n" + "\n".join(t.to_markdown() for t in same) for name, same in tables.items())
+    texts = {
+        page: build_page(records, title, criterion, loss),
+        page.parent / "tables.txt": "\n\n".join(table.to_text() for table in every),
+        page.parent / "tables.md": "\n".join(markdown),
+        page.parent / "tables.tex": _LATEX_HEAD + "\n".join(table.to_latex() for table in every),
+    }
+    drawn = styles(method for study in found for method in study.best)  # as on the page, whatever a study lacks
+    pictures: list[Path] = []
+    if figures is not None:
+        for study in found:
+            own = {method: drawn[method] for method in study.best}
+            pictures += save_figures(study, page.parent / "figures", figures, own)
+    for path, text in texts.items():
+        write_atomically(path, text.encode())
+    return [*texts, *pictures]

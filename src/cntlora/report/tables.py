@@ -1,0 +1,201 @@
+"""The tables of a study: best learning rates, sensitivity, distance from the start, step 0, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .curves import reference_loss, steps_to_reach
+from .formats import Cell, Column, Direction, Row, Table
+from .methods import group_of
+from .records import MEAN_LOSS, Estimate, Group, Record, Study, finite, kinds
+
+BROKEN, CHOSEN = "†", "‡"
+_SEEDS = "Mean ± sample standard deviation over seeds."
+_BROKEN_NOTE = f" {BROKEN} a seed diverged or failed: mean over the others, not ranked."
+
+
+def all_tables(study: Study, loss: float | None = None) -> list[Table]:
+    """The tables of a study that have something to show, in the order of reading; `loss` as for `main_table`."""
+    metrics = [study.main_metric] if study.main_metric else []
+    tables = [
+        main_table(study, loss),
+        sensitivity_table(study, MEAN_LOSS),
+        *(sensitivity_table(study, metric) for metric in metrics),
+        drift_table(study),
+        drift_table(study, "cosine_product"),
+        start_table(study),
+        failures_table(study),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def main_table(study: Study, loss: float | None = None) -> Table:
+    """Each method at its best learning rate.
+
+    Args:
+        loss: the smoothed training loss that the steps are counted to; default: what plain LoRA, at its own best
+            learning rate, ends with. Without such runs there is no column for it.
+    """
+    loss = reference_loss(study) if loss is None else loss
+    columns = [Column("Method"), Column("lr", spec="g"), Column("seeds", spec="d"), Column("mean training loss", "min")]
+    columns += [Column(metric_name(metric), _way(way)) for metric, way in study.metrics.items()]
+    columns += [Column(f"steps to {loss:.3f}", "min", "d")] if loss is not None else []
+    columns += [Column("init s", spec=".1f"), Column("train s", spec=".1f"), Column("peak MiB", spec=",d")]
+    columns += [Column("trainable", spec=",d")]
+    rows = [_row(study, group, _main_cells(study, group, loss)) for group in study.best.values()]
+    caption = f"Chosen by the {criterion_words(study)}. {_SEEDS} Held-out metrics are of the last evaluation."
+    if loss is not None:
+        caption += f" Steps until the smoothed training loss, averaged over seeds, is at or below {loss:.3f}."
+    return _table(study, "best", "Methods at their best learning rate", columns, rows, caption + _broken(study))
+
+
+def sensitivity_table(study: Study, metric: str) -> Table:
+    """One value at every learning rate: the mean training loss ("mean_loss") or a held-out metric."""
+    way: Direction = "min" if metric == MEAN_LOSS else _way(study.metrics[metric])
+    columns = [Column("Method"), *(Column(f"{rate:g}", way, arrow=False) for rate in study.learning_rates)]
+    by_place = {(group.method, group.learning_rate): group for group in study.groups}
+    rows = []
+    for method, best in study.best.items():
+        found = [by_place.get((method, rate)) for rate in study.learning_rates]
+        cells = [Cell() if group is None else _sensitivity_cell(group, metric, group is best) for group in found]
+        rows.append(_row(study, best, cells))
+    name = "mean training loss" if metric == MEAN_LOSS else metric_name(metric)
+    title = f"{name[0].upper()}{name[1:]} at every learning rate"
+    caption = f"{'Lower' if way == 'min' else 'Higher'} is better. {_SEEDS} {CHOSEN} the method's best learning rate "
+    caption += f"({criterion_words(study)}). In brackets how many seeds finished where some did not; not ranked."
+    return _table(study, f"rates-{metric}", title, columns, rows, caption + _broken(study))
+
+
+def drift_table(study: Study, cosine: str = "cosine") -> Table:
+    """Table 2 of the paper: cosine similarity and spectral norm between initial and final adapters, by kind.
+
+    Args:
+        cosine: "cosine" (of the factors), or "cosine_product" (of the product B·A, without the spectral norm).
+    """
+    product = cosine != "cosine"
+    parts: list[tuple[str, str, Direction]] = [(cosine, "cosine similarity", "max")]
+    parts += [] if product else [("spectral_norm", "spectral norm", "min")]
+    found = kinds(study.best.values())
+    columns = [Column("Method"), *(Column(kind, way, above=head) for _, head, way in parts for kind in found)]
+    rows = []
+    for group in study.best.values():
+        values = [group.over_sites(key, kind=kind) for key, _, _ in parts for kind in found]
+        if any(v.mean is not None for v in values):
+            rows.append(_row(study, group, [Cell.of(v, competes=group.whole) for v in values]))
+    of = "products B·A" if product else "adapters"
+    title = f"Initial against final {of}"
+    caption = f"Mean over sites, then over seeds, at the best learning rate (Das et al. 2025, table 2). {_SEEDS}"
+    return _table(study, f"drift-{cosine.replace('_', '-')}", title, columns, rows, caption + _broken(study))
+
+
+def start_table(study: Study) -> Table:
+    """Appendix B of the paper: gradients of A and B at step 0, and how far the start is from the pretrained model."""
+    columns = [Column("Method"), Column("‖∂L/∂A‖", spec="#.3g"), Column("‖∂L/∂B‖", spec="#.3g")]
+    columns += [Column("‖s·B·A‖/‖W‖", spec="#.3g"), Column("loss before"), Column("loss after")]
+    columns += [Column("Δ loss", spec="+.3f")]
+    rows = []
+    for group in study.best.values():
+        values = [group.over_sites("gradient_A"), group.over_sites("gradient_B")]
+        values += [group.over_sites("start_norm", over="weight_norm"), *_start_losses(group)]
+        if any(v.mean is not None for v in values):
+            rows.append(_row(study, group, [Cell.of(v) for v in values]))
+    caption = (
+        "Frobenius norms at step 0, mean over sites, then over seeds, at the best learning rate (Das et al. 2025, "
+    )
+    caption += (
+        "appendix B); s·B·A is of the directions that train. The loss is of the first training batch, before and "
+    )
+    caption += f"after the initialisation. {_SEEDS}"
+    return _table(study, "start", "Gradients and distance at step 0", columns, rows, caption + _broken(study))
+
+
+def failures_table(study: Study) -> Table:
+    """Every run that diverged or failed, with its reason."""
+    columns = [Column("Method"), Column("lr", spec="g"), Column("seed", spec="d"), Column("status", words=True)]
+    columns.append(Column("reason", words=True))
+    rows = []
+    for run in study.runs:
+        if run["status"] == "finished":
+            continue
+        place = [Cell(mean=finite(run["learning_rate"])), Cell(mean=run["seed"])]
+        cells = [Cell(study.labels[run["method"]]), *place, Cell(str(run["status"])), Cell(_reason(run))]
+        rows.append(Row(run["method"], tuple(cells), group_of(run["method"])))
+    return _table(study, "failures", "Runs that did not finish", columns, rows, "")
+
+
+def metric_name(metric: str) -> str:
+    """A held-out metric in words: "loss" becomes "held-out loss", "macro_f1" "macro F1"."""
+    words = "held-out loss" if metric == "loss" else metric.replace("_", " ")
+    return words[:-2] + "F1" if words.endswith(("f1", "F1")) else words
+
+
+def criterion_words(study: Study) -> str:
+    """How the best learning rate was chosen, in words."""
+    if study.criterion == MEAN_LOSS:
+        return "lowest mean training loss over seeds"
+    way = "highest" if study.metrics[study.criterion] == "max" else "lowest"
+    return f"{way} {metric_name(study.criterion)} at the last evaluation over seeds"
+
+
+def _main_cells(study: Study, group: Group, loss: float | None) -> list[Cell]:
+    whole = group.whole
+    seeds = f"{len(group.finished)}/{len(group.runs)}"
+    cells = [Cell(mean=group.learning_rate), Cell(mean=len(group.runs)) if whole else Cell(seeds)]
+    cells += [Cell.of(group.estimate(MEAN_LOSS), competes=whole)]
+    cells += [Cell.of(group.final(metric), competes=whole) for metric in study.metrics]
+    cells += [Cell(mean=steps_to_reach(group, loss), competes=whole)] if loss is not None else []
+    costs = ("init_seconds", "train_seconds", "peak_memory_mib", "trainable_parameters")
+    return cells + [_cost(group.estimate(cost), spread=cost.endswith("seconds")) for cost in costs]
+
+
+def _cost(estimate: Estimate, spread: bool) -> Cell:
+    return Cell(mean=estimate.mean, spread=estimate.spread if spread else None)
+
+
+def _sensitivity_cell(group: Group, metric: str, best: bool) -> Cell:
+    note = CHOSEN if best else ""
+    if not group.finished:
+        states = sorted({str(run["status"]) for run in group.runs})
+        return Cell("/".join(states), note=note)
+    value = group.estimate(MEAN_LOSS) if metric == MEAN_LOSS else group.final(metric)
+    broken = "" if group.whole else f" ({len(group.finished)}/{len(group.runs)})"
+    return Cell.of(value, broken + note, group.whole)
+
+
+def _reason(run: Record) -> str:
+    if run.get("error"):
+        return " ".join(str(run["error"]).split())
+    if run["status"] == "diverged":
+        return f"training loss not finite after step {len(run.get('losses') or ())}"
+    return "no reason recorded"
+
+
+def _start_losses(group: Group) -> list[Estimate]:
+    starts = [run.get("start") or {} for run in group.finished]
+    before: Sequence[float | None] = [finite(start.get("loss_before")) for start in starts]
+    after: Sequence[float | None] = [finite(start.get("loss_after")) for start in starts]
+    change = [None if a is None or b is None else a - b for a, b in zip(after, before, strict=True)]
+    return [Estimate.of(before), Estimate.of(after), Estimate.of(change)]
+
+
+def _row(study: Study, group: Group, cells: Sequence[Cell]) -> Row:
+    label = Cell(study.labels[group.method], note="" if group.whole else BROKEN)
+    return Row(group.method, (label, *cells), group_of(group.method))
+
+
+def _table(study: Study, name: str, title: str, columns: Sequence[Column], rows: Sequence[Row], caption: str) -> Table:
+    return Table(f"{slug(study.name)}-{slug(name)}", title, tuple(columns), tuple(rows), caption)
+
+
+def _broken(study: Study) -> str:
+    return "" if all(group.whole for group in study.best.values()) else _BROKEN_NOTE
+
+
+def _way(way: str) -> Direction:
+    return "max" if way == "max" else "min"
+
+
+def slug(name: str) -> str:
+    """A name for ids, labels and files: ASCII letters, digits and hyphens."""
+    kept: Callable[[str], str] = lambda c: c if c.isascii() and c.isalnum() else "-"  # noqa: E731
+    return "-".join(filter(None, "".join(map(kept, name)).split("-"))).lower() or "study"
