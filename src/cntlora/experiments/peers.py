@@ -6,6 +6,7 @@ ordinary batches of a classifier is worked around here and nowhere else; every w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, LoraGAConfig, get_peft_model
 from peft import initialize_lora_eva_weights as eva_weights
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -44,8 +44,8 @@ def peft_model(name: str, model: nn.Module, options: Mapping[str, Any], batches:
     return _wrap(model, LoraConfig(init_lora_weights=name, **options))  # type: ignore[arg-type]
 
 
-def _wrap(model: nn.Module, config: Any) -> nn.Module:
-    return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+def _wrap(model: nn.Module, config: Any, **options: bool) -> nn.Module:
+    return get_peft_model(model, config, **options)  # type: ignore[arg-type,return-value]
 
 
 def _eva(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: int) -> nn.Module:
@@ -53,7 +53,7 @@ def _eva(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: 
     needed, fewest = round(config.r * config.eva_config.rho), min(int(b["attention_mask"].sum()) for b in batches)
     if fewest < needed:  # EVA skips such a batch; if all are like that, it goes round and round without an end
         raise ValueError(f"peft:eva needs {needed} tokens a batch (r·rho), one has {fewest}; use larger batches")
-    adapted = _wrap(model, config)
+    adapted = _wrap(model, config, low_cpu_mem_usage=True)  # as its documentation has it: A is written later
     passes = 0
 
     def bounded(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
@@ -70,6 +70,8 @@ def _eva(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: 
 
 
 def _corda(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: int) -> nn.Module:
+    from peft.tuners.lora.corda import preprocess_corda  # imports attrs, which PEFT does not declare
+
     corda = CordaConfig(corda_method="ipm")
     config = LoraConfig(init_lora_weights="corda", corda_config=corda, **options)
 
@@ -96,7 +98,10 @@ def _lora_ga(model: nn.Module, options: Mapping[str, Any], batches: Batches, ste
         for batch in batches:
             model(**batch).loss.backward()
 
-    preprocess_loraga(model, config, train_step)
+    with warnings.catch_warnings():
+        # of its own hooks, on layers whose inputs need no gradient; it only counts with them
+        warnings.filterwarnings("ignore", message="Full backward hook")
+        preprocess_loraga(model, config, train_step)
     return _wrap(model, config)
 
 
@@ -119,9 +124,9 @@ class AdaLoraTraining:
         inner: the model below AdaLoRA, whose loss has no penalty; score this one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
-        self.inner: Any = self.model.base_model.model
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.inner = model.base_model.model
         self.losses: list[float] = []
 
     @contextmanager

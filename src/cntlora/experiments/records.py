@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -52,7 +54,7 @@ class Run:
         init = self.init_config()
         e = self.experiment
         config = {
-            "task": asdict(e.task),
+            "task": {**asdict(e.task), "data_sha256": None if e.task.data is None else _digest(e.task.data)},
             "lora": None if self.arm.full else {**asdict(e.lora), **self.arm.lora, "init": self.arm.peft},
             "init": None if init is None else init.to_dict(),
             "num_batches": e.num_batches if self.arm.peft else None,  # of cntlora's arms it is in "init"
@@ -60,6 +62,23 @@ class Run:
         }
         plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
         return plain
+
+
+def _digest(data: str) -> str:
+    """Of the user's data: records of other data are not of this experiment.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    path = Path(data)
+    if not path.is_file():
+        raise FileNotFoundError(f"task.data: there is no file {data}, seen from the working directory")
+    return _digest_of(path.resolve(), path.stat().st_mtime_ns)
+
+
+@cache
+def _digest_of(path: Path, modified: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def runs_of(experiment: Experiment) -> list[Run]:
@@ -72,6 +91,11 @@ def runs_of(experiment: Experiment) -> list[Run]:
         seeds = sweep.seeds if own is None or own.seeds is None else own.seeds
         grid += [Run(experiment, method, rate, seed) for seed in seeds for rate in rates]
     return sorted(grid, key=lambda run: run.seed)  # stable: within a seed in the order of the file
+
+
+def path_of(out: Path, run: Run) -> Path:
+    """The file of a run's record."""
+    return out / f"{run.name}.json"
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -114,7 +138,8 @@ _MISSING = object()
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key → default of every option."""
     init = InitConfig(method=config["init"]["method"]).to_dict() if config["init"] else {}
-    sections = {"task": asdict(TaskSettings()), "lora": asdict(LoraSettings()), "train": asdict(TrainSettings())}
+    task = {**asdict(TaskSettings()), "data_sha256": None}
+    sections = {"task": task, "lora": asdict(LoraSettings()), "train": asdict(TrainSettings())}
     plain = json.loads(json.dumps({**sections, "init": init}))
     return {f"{section}.{key}": value for section, values in plain.items() for key, value in values.items()}
 
@@ -205,21 +230,21 @@ def versions() -> dict[str, str]:
 @cache
 def git_state() -> str:
     """The commit of the code, "-dirty" behind it if files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).resolve().parents[1]
-    tracked = ["git", "ls-files", "--error-unmatch", "version.py"]
+    if _git("ls-files", "--error-unmatch", "version.py") is None:
+        return "unknown"
+    return _git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
+
+
+def _git(*arguments: str) -> str | None:
+    """What a git command says in the folder of the package; None if it fails."""
+    folder, environment = Path(__file__).resolve().parents[1], {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        if subprocess.run(tracked, cwd=here, capture_output=True, check=False).returncode:
-            return "unknown"
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=False,
+            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
     except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return None
+    return None if done.returncode else done.stdout.strip()
 
 
 def machine() -> dict[str, Any]:

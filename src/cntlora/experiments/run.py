@@ -54,32 +54,18 @@ def run_one(run: Run) -> dict[str, Any]:
     Raises:
         ValueError, RuntimeError: if the arm cannot be initialised or trained.
     """
-    kind, settings = task_kind(run.experiment.task.name), run.experiment.train
+    kind = task_kind(run.experiment.task.name)
     task = kind.make(run.experiment.task)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = task.build_model(run.seed).to(device)
-    batches = task.train_batches(run.seed)
-    first = to_device(next(iter(batches)), torch.device(device))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, batches = task.build_model(run.seed).to(device), task.train_batches(run.seed)
+    first = to_device(next(iter(batches)), device)
     before = _loss(model, first)
     adapted = adapt(run, kind, task.targets, model, batches)
     start = {"loss_before": before, "loss_after": _loss(adapted.scored, first)}
     watch = SiteWatch.at_start(adapted.model, adapted.plan, first, run.arm)
     trained = trainable_parameters(adapted.model, adapted.plan)
     recorder = Recorder(adapted, kind, list(task.eval_batches()))
-    torch.manual_seed(run.seed)  # dropout
-    with recorder.around():
-        curve = train(
-            adapted.model,
-            batches,
-            steps=settings.steps,
-            learning_rate=run.learning_rate,
-            weight_decay=settings.weight_decay,
-            warmup=settings.warmup,
-            max_grad_norm=settings.max_grad_norm,
-            evaluate=recorder.evaluate,
-            eval_at=settings.eval_at,
-            progress=recorder.progress,
-        )
+    curve = _train(run, recorder, batches)
     return {
         **frame(run, machine()),
         "init_seconds": adapted.seconds,
@@ -98,18 +84,11 @@ def adapt(
     arm, e = run.arm, run.experiment
     if arm.full:
         return Adapted(model, model, None, 0.0)
-    options = {
-        "r": e.lora.rank,
-        "lora_alpha": e.lora.alpha,
-        "lora_dropout": e.lora.dropout,
-        "target_modules": list(e.lora.targets or targets) or None,
-        "task_type": kind.peft_type,
-        **arm.lora,
-    }
+    options, config = _lora_options(run, kind, targets), run.init_config()
     device = next(model.parameters()).device
     some = [to_device(batch, device) for batch in itertools.islice(batches, e.num_batches)] if arm.peft else []
     torch.manual_seed(run.seed)  # A, and what PEFT's initialisations draw
-    start, plan, config = time.perf_counter(), None, run.init_config()
+    start, plan = time.perf_counter(), None
     if arm.peft:
         adapted = peft_model(arm.peft, model, options, some, e.train.steps)
     else:
@@ -122,6 +101,38 @@ def adapt(
         adalora = AdaLoraTraining(adapted)
         return Adapted(adapted, adalora.inner, plan, seconds, adalora)
     return Adapted(adapted, adapted, plan, seconds)
+
+
+def _lora_options(run: Run, kind: TaskKind, targets: Sequence[str]) -> dict[str, Any]:
+    """What `peft.LoraConfig` gets."""
+    lora = run.experiment.lora
+    return {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.targets or targets) or None,
+        "task_type": kind.peft_type,
+        **run.arm.lora,
+    }
+
+
+def _train(run: Run, recorder: Recorder, batches: Iterable[Mapping[str, Any]]) -> Curve:
+    """The training, the same for every arm."""
+    settings = run.experiment.train
+    torch.manual_seed(run.seed)  # dropout
+    with recorder.around():
+        return train(
+            recorder.adapted.model,
+            batches,
+            steps=settings.steps,
+            learning_rate=run.learning_rate,
+            weight_decay=settings.weight_decay,
+            warmup=settings.warmup,
+            max_grad_norm=settings.max_grad_norm,
+            evaluate=recorder.evaluate,
+            eval_at=settings.eval_at,
+            progress=recorder.progress,
+        )
 
 
 @dataclass

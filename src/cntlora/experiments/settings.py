@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union
+from typing import Any
 
-from ..config import InitConfig, unknown_name
+from ..config import InitConfig
 from .arms import Arm, parse_arm
+from .typed import at_least, build, within
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,7 +46,11 @@ class TaskSettings:
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("task", self, batch_size=1, max_length=1, eval_size=1, split_seed=0)
+        at_least("task", self, batch_size=1, max_length=1, eval_size=1, split_seed=0)
+        needed = {"model": "hub name or folder", "data": ".csv, .tsv or .jsonl file with texts and labels"}
+        missing = [key for key in needed if getattr(self, key) is None] if self.name == "text" else []
+        if missing:
+            raise ValueError(f"task.{missing[0]}: task 'text' needs it, a {needed[missing[0]]}")
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class LoraSettings:
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least("lora", self, rank=1)
-        _within("lora.alpha", self.alpha, 0.0, math.inf, "such as 2·rank", open_low=True)
-        _within("lora.dropout", self.dropout, 0.0, 1.0, "0 for none")
+        at_least("lora", self, rank=1)
+        within("lora.alpha", self.alpha, 0.0, math.inf, "such as 2·rank", open_low=True)
+        within("lora.dropout", self.dropout, 0.0, 1.0, "0 for none")
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,9 @@ class TrainSettings:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _at_least("train", self, steps=1, warmup=0)
-        _within("train.weight_decay", self.weight_decay, 0.0, math.inf, "0 for none")
-        _within("train.max_grad_norm", self.max_grad_norm, 0.0, math.inf, "1 is usual", open_low=True)
+        at_least("train", self, steps=1, warmup=0)
+        within("train.weight_decay", self.weight_decay, 0.0, math.inf, "0 for none")
+        within("train.max_grad_norm", self.max_grad_norm, 0.0, math.inf, "1 is usual", open_low=True)
         if self.warmup > self.steps:
             raise ValueError(f"train.warmup: expected at most train.steps={self.steps}, got {self.warmup}")
         outside = [step for step in self.eval_at if not 0 <= step <= self.steps]
@@ -135,10 +138,10 @@ class SweepSettings:
             same = next((other for other in arms[:i] if other.meaning == arm.meaning), None)
             if same:
                 raise ValueError(f"sweep.methods: {same.name!r} and {arm.name!r} are the same arm; keep one of them")
-        for where, grid in (("sweep", self), *((f"sweep.overrides.{name}", o) for name, o in self.overrides.items())):
-            _check_grid(where, grid)
-        for name in self.overrides:
+        _check_grid("sweep", self)
+        for name, override in self.overrides.items():
             parse_arm(name)
+            _check_grid(f"sweep.overrides.{name}", override)
 
 
 @dataclass(frozen=True)
@@ -218,53 +221,7 @@ def from_dict(values: Mapping[str, Any]) -> Experiment:
     Raises:
         ValueError, TypeError: as `load_experiment`, without the file's name.
     """
-    return _build(Experiment, values, "")
-
-
-Section = TypeVar("Section")
-
-
-def _build(kind: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """A dataclass from a table, each value checked against the annotation of its field."""
-    hints = typing.get_type_hints(kind)
-    built = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise ValueError(unknown_name(f"key of [{where}]" if where else "key or section", key, hints))
-        built[key] = _value(f"{where}.{key}" if where else key, value, hints[key])
-    return kind(**built)
-
-
-def _value(where: str, value: Any, kind: Any) -> Any:
-    """A value as its field wants it."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else _value(where, value, inner[0])
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{where}: expected a list, got {type(value).__name__} {value!r}")
-        return tuple(_value(where, item, inner[0]) for item in value)
-    if dataclasses.is_dataclass(kind) or origin is not None:
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{where}: expected a section [{where}], got {type(value).__name__} {value!r}")
-        if origin is None:
-            return _build(kind, value, where)
-        return {key: _value(f"{where}.{key}", item, inner[1]) for key, item in value.items()}
-    if kind is Any or (type(value) is int and kind is float) or type(value) is kind:
-        return float(value) if kind is float else value
-    names = {str: "text", int: "a whole number", float: "a number"}
-    raise TypeError(f"{where}: expected {names[kind]}, got {type(value).__name__} {value!r}")
-
-
-def _at_least(section: str, values: Any, **lows: int) -> None:
-    for name, low in lows.items():
-        if getattr(values, name) < low:
-            raise ValueError(f"{section}.{name}: expected at least {low}, got {getattr(values, name)}")
-
-
-def _within(where: str, value: float, low: float, high: float, hint: str, *, open_low: bool = False) -> None:
-    if not (math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
-        raise ValueError(f"{where}: expected a finite number from {low:g} to {high:g}, got {value}; {hint}")
+    return build(Experiment, values, "")
 
 
 def _check_grid(where: str, grid: SweepSettings | Override) -> None:
@@ -278,7 +235,7 @@ def _check_grid(where: str, grid: SweepSettings | Override) -> None:
         if len(set(values)) < len(values):
             raise ValueError(f"{where}.{name}: {next(v for v in values if values.count(v) > 1)!r} comes twice")
     for rate in grid.learning_rates or ():
-        _within(f"{where}.learning_rates", rate, 0.0, math.inf, "such as 1e-3", open_low=True)
+        within(f"{where}.learning_rates", rate, 0.0, math.inf, "such as 1e-3", open_low=True)
     for seed in grid.seeds or ():
         if seed < 0:
             raise ValueError(f"{where}.seeds: expected at least 0, got {seed}")
@@ -289,7 +246,7 @@ def replaced(experiment: Experiment, **sweep: Any) -> Experiment:
 
     Learning rates or seeds given here hold for every method, also where the file has an override.
     """
-    given = {name: tuple(values) for name, values in sweep.items() if values}
+    given: dict[str, Any] = {name: tuple(values) for name, values in sweep.items() if values}
     overrides = {
         name: dataclasses.replace(o, **{key: None for key in given if key != "methods"})
         for name, o in experiment.sweep.overrides.items()
@@ -300,7 +257,7 @@ def replaced(experiment: Experiment, **sweep: Any) -> Experiment:
 def smoke(experiment: Experiment) -> Experiment:
     """The same with 2 updates, the first learning rate and seed, 32 held-out texts: whether it works at all."""
     sweep = experiment.sweep
-    grid = {"learning_rates": sweep.learning_rates[:1], "seeds": sweep.seeds[:1]}
+    grid: dict[str, Any] = {"learning_rates": sweep.learning_rates[:1], "seeds": sweep.seeds[:1]}
     overrides = {
         name: Override(o.learning_rates and o.learning_rates[:1], o.seeds and o.seeds[:1])
         for name, o in sweep.overrides.items()

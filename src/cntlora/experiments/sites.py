@@ -12,7 +12,7 @@ from ..comparison import compare_adapters, snapshot
 from ..core.factor import halves_cancel, product_inner
 from ..diagnostics import StartDiagnostics, start_diagnostics
 from ..kinds import depth_of, kind_of
-from ..plan import InitPlan
+from ..plan import InitPlan, SitePlan
 from ..sites import Site, find_sites
 from .arms import Arm
 
@@ -37,7 +37,10 @@ class SiteWatch:
         if arm.full or arm.peft == "adalora":
             return cls({}, None)
         gradients = start_diagnostics(model, batch)
-        facts = {site.name: _facts(site, plan, gradients) for site in find_sites(model, "default")[0]}
+        sites = {site.name: site for site in find_sites(model, "default")[0]}
+        planned = plan.sites if plan else {}
+        # a site that won no rank has no adapter any more, and is told with rank 0
+        facts = {name: _facts(name, sites.get(name), planned.get(name), gradients) for name in planned or sites}
         return cls(facts, snapshot(model))
 
     def at_end(self, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -47,26 +50,35 @@ class SiteWatch:
         compared = compare_adapters(self.before, snapshot(model)).sites
         keys = ("cosine", "cosine_product", "spectral_norm")
         return {
-            name: {**facts, **{key: getattr(compared[name], key) for key in keys}} for name, facts in self.facts.items()
+            name: {**facts, **{key: getattr(compared.get(name), key, None) for key in keys}}
+            for name, facts in self.facts.items()
         }
 
 
-def _facts(site: Site, plan: InitPlan | None, gradients: StartDiagnostics) -> dict[str, Any]:
-    planned = plan.sites.get(site.name) if plan else None
+def _facts(name: str, site: Site | None, planned: SitePlan | None, gradients: StartDiagnostics) -> dict[str, Any]:
+    file_rank = site.rank if site else 0
+    return {
+        "kind": kind_of(name),
+        "depth": depth_of(name),
+        "rank": planned.rank if planned else file_rank,
+        "file_rank": file_rank,
+        "singular_values": (planned.singular_values[:KEPT_SINGULAR_VALUES].tolist() or None) if planned else None,
+        "delta_norm": planned.delta_norm if planned else None,
+        "weight_norm": planned.weight_norm if planned else None,
+        "start_norm": _start_norm(site) if site else None,
+        "tokens": planned.tokens if planned else None,
+        "effective_rank": planned.effective_rank if planned else None,
+        "gradient_A": gradients.gradient_A.get(name),
+        "gradient_B": gradients.gradient_B.get(name),
+    }
+
+
+def _start_norm(site: Site) -> float:
+    """‖s·B·A‖_F of the directions that train: of the first half where the second cancels it."""
     A, B = site.A.detach().double(), site.B.detach().double()
     directions = site.rank // 2 if halves_cancel(B, A) else site.rank
     A, B = A[:directions], B[:, :directions]
-    return {
-        "kind": kind_of(site.name),
-        "depth": depth_of(site.name),
-        "rank": planned.rank if planned else site.rank,
-        "file_rank": site.rank,
-        "singular_values": (planned.singular_values[:KEPT_SINGULAR_VALUES].tolist() or None) if planned else None,
-        **{key: getattr(planned, key, None) for key in ("delta_norm", "weight_norm", "tokens", "effective_rank")},
-        "start_norm": site.scaling * max(product_inner(B, A, B, A), 0.0) ** 0.5,
-        "gradient_A": gradients.gradient_A[site.name],
-        "gradient_B": gradients.gradient_B[site.name],
-    }
+    return site.scaling * max(product_inner(B, A, B, A), 0.0) ** 0.5
 
 
 def trainable_parameters(model: nn.Module, plan: InitPlan | None) -> int:

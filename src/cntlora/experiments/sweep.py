@@ -6,26 +6,18 @@ the sweep goes on. Records appear whole or not at all, so a sweep may be killed 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .records import Run, check_record, failed, machine, read_record, remove_leftovers, runs_of, write_record
+from .processes import Pool, RunFunction
+from .records import Run, check_record, path_of, read_record, remove_leftovers, runs_of
 from .settings import Experiment
 
-RunFunction = Callable[[Run], dict[str, Any]]
 Listener = Callable[["Sweep", dict[str, Any]], None]
 
 
@@ -103,11 +95,6 @@ def plan_sweep(experiment: Experiment, out: Path, *, retry_failed: bool = False,
     return Todo(pending, present)
 
 
-def path_of(out: Path, run: Run) -> Path:
-    """The file of a run's record."""
-    return out / f"{run.name}.json"
-
-
 def _present(path: Path, run: Run, replace: bool) -> dict[str, Any] | None:
     if not path.exists():
         return None
@@ -156,7 +143,13 @@ def run_sweep(
         todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace)
         sweep = Sweep(len(todo.pending), todo.present, jobs)
         if todo.pending:
-            _Pool(out, jobs, run, sweep, listener).work(list(todo.pending))
+
+            def ended(record: dict[str, Any]) -> None:
+                sweep.records.append(record)
+                if listener:
+                    listener(sweep, record)
+
+            Pool(out, jobs, run, ended).work(list(todo.pending))
         return sweep
 
 
@@ -168,138 +161,18 @@ def locked(folder: Path) -> Iterator[None]:
         RuntimeError: if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ModuleNotFoundError:  # Windows has no flock; two sweeps there would repeat runs, not break records
-            pass
-        except OSError as error:
-            raise RuntimeError(
-                f"{folder}: another sweep is running there; wait for it, or use another --out"
-            ) from error
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows has no flock; two sweeps there would repeat runs, not break records
         yield
-
-
-@dataclass
-class _Running:
-    run: Run
-    process: Any
-    before: tuple[int, int] | None  # which file was there when it began
-
-
-@dataclass
-class _Pool:
-    """Keeps `jobs` processes busy."""
-
-    out: Path
-    jobs: int
-    function: RunFunction | None
-    sweep: Sweep
-    listener: Listener | None
-
-    def work(self, pending: list[Run]) -> None:
-        """Runs all; on any exception (Ctrl-C above all) its processes are ended."""
-        context, threads = _context(self.function), max(1, _cores() // self.jobs)
-        running: list[_Running] = []
-        try:
-            while pending or running:
-                while pending and len(running) < self.jobs:
-                    running.append(self._start(context, pending.pop(0), threads))
-                connection.wait([one.process.sentinel for one in running])
-                for one in [one for one in running if not one.process.is_alive()]:
-                    running.remove(one)
-                    self._ended(one)
-        finally:
-            for one in running:
-                _end(one.process)
-            remove_leftovers(self.out)
-
-    def _start(self, context: Any, run: Run, threads: int) -> _Running:
-        path = path_of(self.out, run)
-        process = context.Process(target=_child, args=(run, path, threads, self.function), daemon=True)
-        process.start()
-        return _Running(run, process, _identity(path))
-
-    def _ended(self, one: _Running) -> None:
-        """A process that is gone: its record, or the reason why there is none."""
-        one.process.join()
-        path = path_of(self.out, one.run)
-        if _identity(path) in (None, one.before):
-            unknown = dict.fromkeys(("processor", "threads", "device"))
-            write_record(path, failed(one.run, unknown, _reason(one.process.exitcode)))
-        record = read_record(path)
-        self.sweep.records.append(record)
-        if self.listener:
-            self.listener(self.sweep, record)
-
-
-def _context(function: RunFunction | None) -> Any:
-    """Forks of a server that has imported the libraries start at once; where there are none, fresh interpreters."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # this module is named too: the server may not find another one, since it ignores changes of sys.path
-    context.set_forkserver_preload([__name__, f"{__package__}.run" if function is None else function.__module__])
-    return context
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Tells whether a file has been replaced."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
-def _reason(exitcode: int | None) -> str:
-    """Why a process ended without a record."""
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        return f"the process was ended by {name}{hint}"
-    return f"the process ended with exit code {exitcode} and without a record"
-
-
-def _end(process: Any) -> None:
-    process.terminate()
-    process.join(5)
-    if process.is_alive():
-        process.kill()
-        process.join()
-
-
-def _child(run: Run, path: Path, threads: int, function: RunFunction | None) -> None:
-    """In the process of a run: writes its record, whatever Python can still say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the sweep ends this one
-    _die_with_parent()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one more pool of threads beside torch's
-    warnings.simplefilter("ignore", FutureWarning)  # of the libraries, which a user of the command cannot mend
-    torch.set_num_threads(threads)
-    try:
-        if function is None:
-            from .run import run_one as function
-        record = function(run)
-    except Exception as error:
-        record = failed(run, machine(), f"{type(error).__name__}: {error}", traceback.format_exc())
-    write_record(path, record)
-
-
-def _die_with_parent() -> None:
-    """Ends this process when the sweep is gone, also after SIGKILL, so that no run goes on unseen."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
         return
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself, so that no file of ours lies among the records
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise RuntimeError(f"{folder}: another sweep is running there; wait for it, or use another --out") from error
+    try:
+        yield
+    finally:
+        os.close(handle)

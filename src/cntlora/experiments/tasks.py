@@ -75,8 +75,9 @@ class TweetsTask:
         from ..recipes.text import encode_batches
 
         table, s = by_length(self._task.tables[1]), self.settings
-        sizes = {"batch_size": s.batch_size, "max_length": s.max_length}
-        return encode_batches(self._task.tokenizer, table.texts, table.labels, **sizes)
+        return encode_batches(
+            self._task.tokenizer, table.texts, table.labels, batch_size=s.batch_size, max_length=s.max_length
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class TextTask:
     """Classification of the user's own texts with a model from a hub name or folder.
 
     Raises:
-        ValueError: if `[task]` does not name model and data, or they cannot be used; at the first use.
+        ValueError: if the model or the data cannot be used; at the first use.
     """
 
     settings: TaskSettings
@@ -96,10 +97,7 @@ class TextTask:
         from ..recipes.text import read_table
 
         s = self.settings
-        if s.model is None or s.data is None:
-            missing = "model" if s.model is None else "data"
-            raise ValueError(f"task.{missing}: task 'text' needs it, a " + _NEEDED[missing])
-        return read_table(s.data, text=s.text, label=s.label).split(s.eval_size, s.split_seed)
+        return read_table(str(s.data), text=s.text, label=s.label).split(s.eval_size, s.split_seed)
 
     def build_model(self, seed: int) -> nn.Module:
         """The model in float32 with a new classification head."""
@@ -130,9 +128,6 @@ class TextTask:
 
         s = self.settings
         return batches_of(self._tokenizer, table, "classification", s.batch_size, s.max_length)
-
-
-_NEEDED = {"model": "hub name or folder", "data": ".csv, .tsv or .jsonl file with texts and labels"}
 
 
 @dataclass(frozen=True)

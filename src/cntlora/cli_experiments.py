@@ -1,0 +1,226 @@
+"""The commands of experiments: `cntlora run`, `compare` and `report`. `register` puts them on the application."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .experiments.settings import Experiment
+    from .experiments.sweep import Listener, Sweep
+
+File = Annotated[Path, typer.Argument(help="Experiment file: TOML with differences from the defaults.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the records, one JSON file a run.  [default: results/NAME]")]
+Jobs = Annotated[int, typer.Option(help="Processes side by side; each gets its share of the cores.", min=1)]
+Smoke = Annotated[
+    bool,
+    typer.Option(
+        "--smoke", help="Only try the file out: 2 steps, one learning rate, one seed, into a temporary folder."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs and what is there already; run nothing.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Run again what has a record of other settings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `run` and `compare` share."""
+
+    out: Path | None
+    jobs: int
+    smoke: bool
+    dry_run: bool
+    retry_failed: bool
+    replace: bool
+    as_json: bool
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    app.command()(run)
+    app.command()(compare)
+    app.command()(report)
+
+
+def run(
+    experiment: File,
+    out: Out = None,
+    jobs: Jobs = 1,
+    smoke: Smoke = False,
+    dry_run: DryRun = False,
+    retry_failed: RetryFailed = False,
+    replace: Replace = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run all methods, learning rates and seeds of an experiment file; goes on where it stopped."""
+    _command(experiment, {}, Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json), table=False)
+
+
+def compare(
+    experiment: File,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated, such as lora,self,cross+vas.  [default: the file's]")
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="Comma-separated, for every method.  [default: the file's]")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated.  [default: the file's]")] = None,
+    out: Out = None,
+    jobs: Jobs = 1,
+    smoke: Smoke = False,
+    dry_run: DryRun = False,
+    retry_failed: RetryFailed = False,
+    replace: Replace = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run an experiment, with other methods, learning rates or seeds if given, and print each method at its best."""
+    grid = {"methods": (methods, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
+    _command(experiment, grid, Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json), table=True)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of records; its subfolders are read too.")],
+    out: Annotated[Path, typer.Option(help="Folder for page, tables and figures, or the page itself (.html).")],
+    title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+) -> None:
+    """Write tables, plots and one self-contained page from the records of runs."""
+    from .cli import one_line_errors
+
+    with one_line_errors():
+        from .report import write_report
+
+        for path in write_report(results, out, title):
+            typer.echo(path)
+
+
+def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options, *, table: bool) -> None:
+    """Reads the file, runs the sweep, says what came out; exit code 1 if a run failed."""
+    from .cli import one_line_errors
+
+    with one_line_errors():
+        from .experiments.settings import load_experiment, replaced, smoke
+        from .experiments.tasks import task_kind
+
+        given = {name: _listed(name, text, kind) for name, (text, kind) in grid.items()}
+        experiment = replaced(load_experiment(path), **given)
+        task_kind(experiment.task.name)
+        if options.smoke:
+            experiment = smoke(experiment)
+        with _folder(experiment, options) as out:
+            if options.dry_run:
+                _list(experiment, out, options)
+                return
+            sweep = _sweep(experiment, out, options)
+            _tell(sweep, out, options, table=table)
+        if sweep.count("failed"):
+            raise typer.Exit(1)
+
+
+def _listed(name: str, text: str | None, kind: type) -> list[Any] | None:
+    """The values of a comma-separated option."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        values = [kind(part) for part in parts]
+    except ValueError:
+        values = []
+    if not values:
+        wanted = {int: "whole numbers", float: "numbers", str: "names"}[kind]
+        raise ValueError(f"--{name.replace('_', '-')}: expected {wanted} with commas between, got {text!r}")
+    return values
+
+
+@contextmanager
+def _folder(experiment: Experiment, options: Options) -> Iterator[Path]:
+    """Where the records go: --out, else results/NAME; a temporary folder for a trial."""
+    temporary = tempfile.TemporaryDirectory() if options.smoke and options.out is None else nullcontext()
+    with temporary as folder:
+        yield Path(folder) if folder else options.out or Path("results") / experiment.name
+
+
+def _list(experiment: Experiment, out: Path, options: Options) -> None:
+    from .experiments.records import runs_of
+    from .experiments.sweep import plan_sweep
+
+    todo = plan_sweep(experiment, out, retry_failed=options.retry_failed, replace=options.replace)
+    pending = {run.name for run in todo.pending}
+    names = [run.name for run in runs_of(experiment)]
+    if options.as_json:
+        typer.echo(json.dumps({"out": str(out), "pending": sorted(pending), "present": len(todo.present)}, indent=2))
+        return
+    for name in names:
+        typer.echo(f"{'to run' if name in pending else 'present':8} {name}")
+    typer.echo(f"{len(names)} runs: {len(todo.present)} present in {out}, {len(pending)} to run")
+
+
+def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
+    """The sweep, with a line for every run that ends and a bar for all of them (on stderr)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from .experiments.sweep import run_sweep
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        line = bar.add_task("runs", total=None, left="")
+
+        def listener(sweep: Sweep, record: dict[str, Any]) -> None:
+            console.print(_line(sweep, record), markup=False)
+            bar.update(line, total=sweep.total, completed=len(sweep.records), left=_left(sweep))
+
+        heard: Listener = listener
+        return run_sweep(
+            experiment,
+            out,
+            jobs=options.jobs,
+            retry_failed=options.retry_failed,
+            replace=options.replace,
+            listener=heard,
+        )
+
+
+def _line(sweep: Sweep, record: Mapping[str, Any]) -> str:
+    """One run that has ended, as a line."""
+    head = f"[{len(sweep.records)}/{sweep.total}] {record['label']} ({record['method']}), "
+    head += f"lr {record['learning_rate']:g}, seed {record['seed']}: "
+    if record["status"] != "finished":
+        return f"{head}{record['status']}, {record['error']}"
+    metric = record["main_metric"]
+    final = record["evaluations"][-1][metric] if record["evaluations"] else None
+    shown = "" if final is None else f", {metric} {final:.3f}"
+    times = f"{record['init_seconds']:.1f} + {record['train_seconds']:.1f} s"
+    return f"{head}mean loss {record['mean_loss']:.4f}{shown}, {times}; {_left(sweep)}"
+
+
+def _left(sweep: Sweep) -> str:
+    """The time to go in words."""
+    seconds = round(sweep.remaining or 0)
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours} h {minutes:02d} min to go" if hours else f"{minutes} min {seconds % 60:02d} s to go"
+
+
+def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
+    """What came out: for machines, or as a table and one line."""
+    if options.as_json:
+        typer.echo(json.dumps({**sweep.to_dict(), "out": None if options.smoke else str(out)}, indent=2))
+        return
+    if table:
+        from .report.records import studies
+        from .report.tables import main_table
+
+        for study in studies([*sweep.present, *sweep.records]):
+            typer.echo(main_table(study).to_text())
+    counts = ", ".join(f"{sweep.count(status)} {status}" for status in ("finished", "diverged", "failed"))
+    place = "" if options.smoke and options.out is None else f"; records in {out}"
+    typer.echo(f"{sweep.total} runs in {sweep.elapsed:.0f} s: {counts}; {len(sweep.present)} were there before{place}")
