@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint bench results clean
 setup: $(STAMP)  ## make .venv and install the project with everything the tests need
 
 $(STAMP): pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## cost of the initialisation against the bare forward pass
 	$(BIN)/python benchmarks/init_cost.py
+
+results: setup  ## docs/results.md and the page of the comparison again, from the records in results/
+	$(BIN)/cntlora report results/tweets_100 --into docs/results.md
+	$(BIN)/cntlora report results/tweets --into docs/results.md --out results/tweets --title "Tweets, MiniLM-L6: every initialisation, 40 steps"
 
 clean:
 	rm -rf .venv build demo-output

@@ -6,15 +6,13 @@ Heavy imports wait until a command needs them.
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .cli_experiments import register
+from .console import one_line_errors
 
 app = typer.Typer(
     help="Start a LoRA from the pretrained weights and a few batches of your data, without training.",
@@ -23,25 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns what the user can mend into one line and exit code 1; Ctrl-C into exit code 130."""
-    warnings.simplefilter("ignore", FutureWarning)  # of the libraries, which a user of the command cannot mend
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("cntlora: stopped; nothing was half-written", err=True)
-        raise typer.Exit(130) from None
-    except ModuleNotFoundError as error:
-        typer.echo(f"cntlora: {error.name} is not installed; pip install 'cntlora[demo]'", err=True)
-        raise typer.Exit(1) from None
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if isinstance(error, typer.Exit):
-            raise
-        typer.echo(f"cntlora: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _show_version(wanted: bool) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .console import one_line_errors
+
 if TYPE_CHECKING:
     from .experiments.settings import Experiment
     from .experiments.sweep import Listener, Sweep
@@ -89,23 +91,35 @@ def compare(
 
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of records; its subfolders are read too.")],
-    out: Annotated[Path, typer.Option(help="Folder for page, tables and figures, or the page itself (.html).")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for page, tables and figures, or the page itself (.html).")
+    ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    criterion: Annotated[
+        str, typer.Option(help="What the best learning rate is chosen by: mean_loss or a held-out metric.")
+    ] = "mean_loss",
+    loss: Annotated[
+        float | None, typer.Option(help="Training loss to count steps to.  [default: where plain LoRA ends]")
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="Also put the tables between the marks of each study in this Markdown file.")
+    ] = None,
 ) -> None:
     """Write tables, plots and one self-contained page from the records of runs."""
-    from .cli import one_line_errors
-
     with one_line_errors():
-        from .report import write_report
+        from .report import write_into, write_report
 
-        for path in write_report(results, out, title):
+        if out is None and into is None:
+            raise ValueError("nothing to write: give --out for a page, or --into for the tables in a document")
+        for path in write_report(results, out, title, criterion, loss=loss) if out else ():
             typer.echo(path)
+        if into is not None:
+            write_into(into, results, criterion, loss=loss)
+            typer.echo(into)
 
 
 def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options, *, table: bool) -> None:
     """Reads the file, runs the sweep, says what came out; exit code 1 if a run failed."""
-    from .cli import one_line_errors
-
     with one_line_errors():
         from .experiments.settings import load_experiment, replaced, smoke
         from .experiments.tasks import task_kind

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .records import MEAN_LOSS, load_records, studies
 
-__all__ = ["load_records", "studies", "write_report"]
+__all__ = ["load_records", "studies", "write_into", "write_report"]
 _LATEX_HEAD = "% needs \\usepackage{booktabs,graphicx}; made by cntlora report\n"
 
 
@@ -68,3 +68,26 @@ def write_report(
     for path, text in texts.items():
         write_atomically(path, text.encode())
     return [*texts, *pictures]
+
+
+def write_into(document: Path, results: Path, criterion: str = MEAN_LOSS, *, loss: float | None = None) -> None:
+    """Puts the Markdown tables of every study between its two marks in a document, in place of what is there.
+
+    The marks of a study NAME are the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+
+    Raises:
+        ValueError: if the document has no such marks (names the study), or see `load_records` and `studies`.
+    """
+    from ..plan import write_atomically
+    from .tables import all_tables
+
+    text = document.read_text(encoding="utf-8")
+    for study in studies(load_records(Path(results)), criterion):
+        begin, end = (f"<!-- {study.name}: {which} -->" for which in ("begin", "end"))
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"{document}: expected the lines {begin} and {end} around the tables of {study.name!r}")
+        tables = "\n".join(table.to_markdown() for table in all_tables(study, loss))
+        text = f"{before}{begin}\n\n{tables.strip()}\n\n{end}{after}"
+    write_atomically(document, text.encode())

@@ -147,7 +147,13 @@ def studies(records: Iterable[Record], criterion: str = MEAN_LOSS) -> list[Study
     by_study: dict[tuple[str, str], list[Record]] = {}
     for record in sorted(records, key=record_key):
         by_study.setdefault(record_key(record)[:2], []).append(record)
-    return [_study(experiment, task, runs, criterion) for (experiment, task), runs in by_study.items()]
+    experiments = [experiment for experiment, _ in by_study]
+    found = []
+    for (experiment, task), runs in by_study.items():
+        # the task tells studies apart where one experiment has several
+        name = experiment if experiments.count(experiment) == 1 else f"{experiment} · {task}"
+        found.append(_study(name, runs, criterion))
+    return found
 
 
 def finite(value: Any) -> float | None:
@@ -192,13 +198,12 @@ def _read(path: Path) -> Record | None:
     return content
 
 
-def _study(experiment: str, task: str, runs: Sequence[Record], criterion: str) -> Study:
+def _study(name: str, runs: Sequence[Record], criterion: str) -> Study:
     by_group: dict[tuple[str, float], list[Record]] = {}
     for run in runs:
         by_group.setdefault((str(run["method"]), float(run["learning_rate"])), []).append(run)
     groups = tuple(Group(method, rate, tuple(same)) for (method, rate), same in by_group.items())
     metrics = {name: way for run in runs for name, way in (run.get("metrics") or {}).items()}
-    name = experiment if task in ("", experiment) else f"{experiment} · {task}"
     if criterion != MEAN_LOSS and criterion not in metrics:
         raise ValueError(
             f"{name} has no {criterion!r} to choose by; expected one of {', '.join([MEAN_LOSS, *metrics])}"

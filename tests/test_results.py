@@ -1,0 +1,57 @@
+"""What is published under docs/ and results/ is what the records give, to the byte."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("plotly", reason="the page needs the extra `report`")
+from cntlora.report import load_records, write_into, write_report
+
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCS = ROOT / "results", ROOT / "docs" / "results.md"
+FOLDERS = sorted({path.parent for path in RESULTS.glob("*/*.json")})
+
+
+def test_there_are_results() -> None:
+    assert {"tweets", "tweets_100"} <= {folder.name for folder in FOLDERS}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_tables_of_the_docs_are_those_of_the_records(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "results.md"
+    shutil.copy(DOCS, copy)
+    write_into(copy, folder)
+    assert copy.read_bytes() == DOCS.read_bytes()
+    # the control: one changed record changes the tables
+    changed = tmp_path / "records"
+    shutil.copytree(folder, changed)
+    first = next(path for path in sorted(changed.glob("lora-*.json")))
+    record = json.loads(first.read_text())
+    first.write_text(json.dumps({**record, "mean_loss": 0.1}))
+    write_into(copy, changed)
+    assert copy.read_bytes() != DOCS.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(RESULTS.glob("*/page.html")), ids=lambda page: page.parent.name)
+def test_the_page_comes_out_the_same_to_the_byte(page: Path, tmp_path: Path) -> None:
+    pinned = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    if any(version(name) != pinned[name] for name in ("plotly", "matplotlib", "jinja2")):
+        pytest.skip("other versions of plotly, matplotlib or jinja2 than the pinned ones draw otherwise")
+    title = re.search(r"<title>(.*?)</title>", page.read_text())
+    assert title is not None
+    for written in write_report(page.parent, tmp_path, title[1]):
+        assert written.read_bytes() == (page.parent / written.relative_to(tmp_path)).read_bytes(), written.name
+
+
+def test_every_record_says_where_it_comes_from() -> None:
+    for folder in FOLDERS:
+        for record in load_records(folder):
+            assert record["git"] != "unknown" and record["versions"]["cntlora"]
+            assert record["status"] in ("finished", "diverged", "failed")
