@@ -1,4 +1,4 @@
-"""Two processes (gloo): all apply the plan of the first and end identical; none waits for one that failed."""
+"""Two processes (gloo) add up what each has read and end identical; none waits for one that failed."""
 
 from __future__ import annotations
 
@@ -88,12 +88,48 @@ scenario("paired after wrapping", "paired", wrap_first=True)
 model = adapted()  # the control: a plan of its own on every rank
 cntlora.apply_plan(model, cntlora.compute_plan(model, MINE))
 results["own plans"] = {"same start": same(model)}
-single = adapted()
-cntlora.apply_plan(single, cntlora.compute_plan(single, text_batches(4, seed=0)))
-shared = adapted()
-cntlora.initialize(shared, MINE)
-results["rank 0 decides"] = {
-    "equal": all(torch.equal(t, shared.state_dict()[n]) for n, t in single.state_dict().items())
+
+EVERYTHING = text_batches(4, seed=0) + text_batches(4, seed=1)[:3]
+UNEVEN = text_batches(4, seed=rank)[: 4 - rank]  # one rank has fewer batches than the other
+
+def difference(method, **options):
+    "Largest relative difference of B·A between this initialisation and one process that reads all batches."
+    config = dict(base="keep", rtol=1e-6, num_batches=7, method=method, **options)
+    together, single = adapted(dtype=torch.float64), adapted(dtype=torch.float64)
+    report = cntlora.initialize(together, UNEVEN, InitConfig(**config))
+    plan = cntlora.compute_plan(single, EVERYTHING, InitConfig(**config))
+    own = cntlora.compute_plan(adapted(dtype=torch.float64), UNEVEN, InitConfig(**config))
+    worst, control = 0.0, 0.0
+    for site in find_sites(together)[0]:
+        one, all_of_it = plan.sites[site.name], (site.B @ site.A if site.B.any() else site.A)
+        whole = one.B @ one.A if one.B.any() else one.A
+        mine = own.sites[site.name].B @ own.sites[site.name].A if one.B.any() else own.sites[site.name].A
+        worst = max(worst, float((all_of_it - whole).norm() / whole.norm()))
+        control = max(control, float((mine - whole).norm() / whole.norm()))
+        assert report.sites[site.name]["tokens"] == one.tokens and report.batches == 7
+        assert report.sites[site.name]["batches"] == 7
+        assert report.sites[site.name]["effective_rank"] == one.effective_rank
+    return {"difference": worst, "control": control}
+
+for method in ("cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one"):
+    results[method] = difference(method)
+
+def routed(model, batch):
+    "Rank 1 never calls the second layer's value."
+    if rank == 0:
+        return model(**batch)
+    return model.base_model.model.bert.encoder.layer[0].attention.self.query(torch.randn(5, 24))
+
+model = adapted()
+starved = "bert.encoder.layer.1.attention.self.value"
+report = cntlora.initialize(model, text_batches(2, seed=rank), InitConfig(base="keep"), forward=routed)
+plan = cntlora.compute_plan(adapted(), text_batches(2, seed=0), InitConfig(base="keep"))
+results["starved on one rank"] = {
+    "same": same(model),
+    "batches": report.sites[starved]["batches"],
+    "as rank 0 alone": torch.allclose(
+        dict((s.name, s) for s in find_sites(model)[0])[starved].A, plan.sites[starved].A, rtol=1e-4, atol=1e-5
+    ),
 }
 
 model, before = adapted(), state(adapted())
@@ -151,7 +187,18 @@ def test_all_ranks_start_and_end_identical(results: Results, name: str) -> None:
 def test_plans_of_their_own_differ(results: Results) -> None:
     """The control: the ranks see other data, and without sharing they would start apart."""
     assert not any(rank["own plans"]["same start"] for rank in results)
-    assert all(rank["rank 0 decides"]["equal"] for rank in results)
+
+
+@pytest.mark.parametrize("method", ["cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one"])
+def test_together_they_know_what_one_process_would(results: Results, method: str) -> None:
+    """With other batches on each rank, and one batch fewer on the second; what a rank alone reads is the control."""
+    for rank in results:
+        assert rank[method]["difference"] < 1e-5 < 1e-2 < rank[method]["control"]
+
+
+def test_a_site_that_one_rank_never_sees_is_initialised_by_the_other(results: Results) -> None:
+    for rank in results:
+        assert rank["starved on one rank"] == {"same": True, "batches": 2, "as rank 0 alone": True}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +61,54 @@ def compute_plan(
     Raises:
         ValueError, TypeError: with the site or batch, what was expected, what came and what to change.
     """
+    return plan_from(
+        read(
+            model,
+            batches,
+            config,
+            forward=forward,
+            loss=loss,
+            token_mask=token_mask,
+            adapter_name=adapter_name,
+            on_missing=on_missing,
+            progress=progress,
+        )
+    )
+
+
+@dataclass
+class Reading:
+    """What `read` found, from which `plan_from` makes the plan.
+
+    Attributes:
+        sites, skipped: that can be initialised, and that cannot, with the reason.
+        work, seen: the statistics of the data.
+        on_missing: as given to `read`.
+        started, seconds: the clock at the start, and the seconds of the data pass.
+    """
+
+    sites: list[Site]
+    skipped: dict[str, str]
+    work: Work
+    seen: Seen
+    on_missing: str
+    started: float
+    seconds: float
+
+
+def read(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    config: InitConfig | None,
+    *,
+    forward: Forward | None,
+    loss: Loss | None,
+    token_mask: TokenMask,
+    adapter_name: str,
+    on_missing: str,
+    progress: bool,
+) -> Reading:
+    """The first half of `compute_plan`: checks, and the data pass. Arguments and errors are its."""
     started = time.perf_counter()
     config = config or InitConfig()
     if on_missing not in ON_MISSING:
@@ -70,17 +119,21 @@ def compute_plan(
     by_name = {site.name: site for site in sites}
     work = Work(METHODS[config.method].estimator(lambda name: by_name[name].weight(DTYPE), config), config)
     seen = _read(model, sites, batches, work, (forward, loss, token_mask), progress)
-    forward_seconds = time.perf_counter() - started
-    starved = _starved(sites, seen, work)
-    _report_missing(starved, on_missing)
-    plans = plan_sites([s for s in sites if s.name not in starved], work, seen)
+    return Reading(sites, skipped, work, seen, on_missing, started, time.perf_counter() - started)
+
+
+def plan_from(reading: Reading) -> InitPlan:
+    """The second half of `compute_plan`: estimates, factors and ranks from what was read."""
+    starved = _starved(reading.sites, reading.seen, reading.work)
+    _report_missing(starved, reading.on_missing)
+    fed = [site for site in reading.sites if site.name not in starved]
     return InitPlan(
-        sites=plans,
-        config=config,
-        skipped={**skipped, **starved},
-        batches=seen.batches,
-        seconds=time.perf_counter() - started,
-        forward_seconds=forward_seconds,
+        sites=plan_sites(fed, reading.work, reading.seen),
+        config=reading.work.config,
+        skipped={**reading.skipped, **starved},
+        batches=reading.seen.batches,
+        seconds=time.perf_counter() - reading.started,
+        forward_seconds=reading.seconds,
         versions=_versions(),
     )
 

@@ -74,6 +74,6 @@ def scalar_loss(output: Any, index: int) -> Tensor:
         )
     if not bool(loss.isfinite()):
         raise ValueError(
-            f"batch {index}: the loss is {float(loss)}, expected a finite number; check the batch and dtype"
+            f"batch {index}: the loss is {float(loss.detach())}, expected a finite number; check the batch and dtype"
         )
     return loss

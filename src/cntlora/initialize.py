@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from .adapters import apply_plan
 from .batches import Forward, TokenMask
-from .compute import Loss, compute_plan
+from .compute import Loss, plan_from, read
 from .config import InitConfig
-from .distributed import share_plan
-from .plan import InitPlan
+from .distributed import add_up, agreed, alone, attempt, share_plan
 from .summary import InitReport
 
 
@@ -31,27 +31,32 @@ def initialize(
     """Initialises the LoRA factors of a model from its weights and a few batches of the fine-tuning data.
 
     Call it between wrapping the model and making the optimizer. `compute_plan` followed by `apply_plan`; arguments and
-    errors are theirs. Where several processes run, all take the plan of the first.
+    errors are theirs. Where several processes run, each reads its own batches, their statistics are added up, and all
+    take the plan that the first makes of them.
 
     Returns:
         The report: `print` it, or keep `report.to_dict()`.
     """
-    outcome: InitPlan | Exception
-    try:
-        outcome = compute_plan(
-            model,
-            batches,
-            config,
-            forward=forward,
-            loss=loss,
-            token_mask=token_mask,
-            adapter_name=adapter_name,
-            on_missing=on_missing,
-            progress=progress,
+    reading = agreed(
+        attempt(
+            lambda: read(
+                model,
+                batches,
+                config,
+                forward=forward,
+                loss=loss,
+                token_mask=token_mask,
+                adapter_name=adapter_name,
+                on_missing=on_missing,
+                progress=progress,
+            )
         )
-    except Exception as error:
-        outcome = error  # other processes must not wait for a plan that does not come
-    return apply_plan(model, share_plan(outcome), adapter_name=adapter_name)
+    )
+    if not alone():
+        add_up(reading)
+    first = alone() or dist.get_rank() == 0
+    plan = share_plan(attempt(lambda: plan_from(reading)) if first else None)
+    return apply_plan(model, plan, adapter_name=adapter_name)
 
 
 def initialize_from_trainer(trainer: Any, config: InitConfig | None = None, **options: Any) -> InitReport:

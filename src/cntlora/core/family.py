@@ -25,7 +25,6 @@ from .solve import (
     Estimator,
     GradientEstimator,
     InputEstimator,
-    InputSums,
     MapEstimator,
     ShiftEstimator,
     WeightEstimator,
@@ -145,14 +144,14 @@ def _shift(weight_of: WeightOf, o: Options) -> Estimator:
 
 
 def _corda_sums(weight_of: WeightOf, o: Options) -> Estimator:
-    def make(name: str, sums: InputSums) -> tuple[Target, None]:
-        return corda_target(weight_of(name), sums.gram / sums.tokens, o.damping), None
+    def make(name: str, gram: Tensor, total: Tensor, tokens: float) -> tuple[Target, None]:
+        return corda_target(weight_of(name), gram / tokens, o.damping), None
 
     return InputEstimator(make)
 
 
 def _eva_sums(weight_of: WeightOf, o: Options) -> Estimator:
-    return InputEstimator(lambda name, sums: eva_target(sums.gram, sums.total, sums.tokens, o.center))
+    return InputEstimator(lambda name, gram, total, tokens: eva_target(gram, total, tokens, o.center))
 
 
 def _weights(make: Callable[[Tensor], Target] | None) -> Callable[[WeightOf, Options], Estimator]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +23,15 @@ WeightOf = Callable[[str], Tensor]
 
 
 class Estimator(Protocol):
-    """Accumulates what a method needs of the data, for every site."""
+    """Accumulates what a method needs of the data, for every site.
+
+    Attributes:
+        accumulated: all that has been summed; several processes add theirs up.
+        ranks: site → smallest numerical rank of G over batches, where that is noted batch by batch.
+    """
+
+    accumulated: tuple[SharedSums, ...]
+    ranks: dict[str, int]
 
     def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
         """Adds one batch that the sites `names` saw as `X`, times w_j."""
@@ -36,56 +43,55 @@ class Estimator(Protocol):
         """Numerical rank of the inputs: the smallest over batches, or that of all; None where no input is read."""
 
 
-class SmallestRank:
-    """The smallest numerical rank of G over batches, per site."""
+def note_rank(ranks: dict[str, int], names: Sequence[str], rank: int) -> None:
+    """Keeps the smallest numerical rank of G over batches, per site."""
+    ranks.update({name: min(rank, ranks.get(name, rank)) for name in names})
+
+
+class SharedSums:
+    """One running sum a name; names whose sums have had the same terms hold the same tensor."""
 
     def __init__(self) -> None:
-        self._ranks: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}
 
-    def note(self, names: Sequence[str], rank: int) -> None:
-        """One batch."""
-        self._ranks.update({name: min(rank, self._ranks.get(name, rank)) for name in names})
-
-    def effective_rank(self, name: str) -> int | None:
-        """See `Estimator`."""
-        return self._ranks.get(name)
-
-
-Term = TypeVar("Term", Tensor, "InputSums")
-
-
-class SharedSums(Generic[Term]):
-    """One running sum a name; names whose sums have had the same terms hold the same object."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Term] = {}
-
-    def add(self, names: Sequence[str], term: Term) -> None:
+    def add(self, names: Sequence[str], term: Tensor) -> None:
         """Adds `term` to each name's sum, once for all names that share it. Never edits a sum in place."""
-        new: dict[int, Term] = {}
+        new: dict[int, Tensor] = {}
         for name in names:
             old = self._sums.get(name)
             if id(old) not in new:
                 new[id(old)] = term if old is None else old + term
         self._sums.update({name: new[id(self._sums.get(name))] for name in names})
 
-    def get(self, name: str) -> Term | None:
+    def get(self, name: str) -> Tensor | None:
         """The sum of `name`, or None before the first term. Not to be edited."""
         return self._sums.get(name)
 
+    def groups(self) -> list[tuple[list[str], Tensor]]:
+        """The distinct sums, each with the names that hold it."""
+        found: dict[int, tuple[list[str], Tensor]] = {}
+        for name, total in self._sums.items():
+            found.setdefault(id(total), ([], total))[0].append(name)
+        return list(found.values())
 
-class MapEstimator(SmallestRank):
+    def put(self, names: Sequence[str], total: Tensor) -> None:
+        """Replaces the sum of all `names` by one."""
+        self._sums.update(dict.fromkeys(names, total))
+
+
+class MapEstimator:
     """Modes of the form W_tar = W·T (cross, self): sums T_j (d, d), whatever W is."""
 
     def __init__(self, weight_of: WeightOf, map: Callable[[Moments], tuple[Tensor, int]]) -> None:
-        super().__init__()
         self.weight_of, self.map = weight_of, map
-        self.sums: SharedSums[Tensor] = SharedSums()
+        self.sums = SharedSums()
+        self.accumulated: tuple[SharedSums, ...] = (self.sums,)
+        self.ranks: dict[str, int] = {}
 
     def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
         T, rank = self.map(X)
         self.sums.add(names, weight * T)
-        self.note(names, rank)
+        note_rank(self.ranks, names, rank)
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         T = self.sums.get(name)
@@ -93,8 +99,11 @@ class MapEstimator(SmallestRank):
         W = self.weight_of(name)
         return Target(M=combine(W, W @ T, batches, initial), is_delta=True)
 
+    def effective_rank(self, name: str) -> int | None:
+        return self.ranks.get(name)
 
-class ShiftEstimator(SmallestRank):
+
+class ShiftEstimator:
     """Shift mode: W_tar = C (Wᵀ − G Wᵀ)†, C applied after the sum over batches.
 
     Where W has full column rank (k ≥ d) and I − G is invertible, (Wᵀ − G Wᵀ)† = (Wᵀ)† (I − G)⁻¹, so that one (d, d)
@@ -109,10 +118,10 @@ class ShiftEstimator(SmallestRank):
     def __init__(
         self, weight_of: WeightOf, constant: float | str = 1.0, rtol: float | None = None, seed: int = 0
     ) -> None:
-        super().__init__()
         self.weight_of, self.constant, self.rtol, self.seed = weight_of, constant, rtol, seed
-        self.shared: SharedSums[Tensor] = SharedSums()
-        self.own: SharedSums[Tensor] = SharedSums()
+        self.shared, self.own = SharedSums(), SharedSums()
+        self.accumulated: tuple[SharedSums, ...] = (self.shared, self.own)
+        self.ranks: dict[str, int] = {}
         self._weight_conditions: dict[str, float] = {}
 
     def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
@@ -127,7 +136,7 @@ class ShiftEstimator(SmallestRank):
             self.shared.add(together, weight * resolvent)
         for name in alone:
             self.own.add([name], weight * shift_inverse(self.weight_of(name), G, self.rtol))
-        self.note(names, X.numerical_rank(X.rtol if self.rtol is None else self.rtol))
+        note_rank(self.ranks, names, X.numerical_rank(X.rtol if self.rtol is None else self.rtol))
 
     def _may_share(self, name: str, condition: float) -> bool:
         """Whether † of the product drops nothing for certain: cond(I − G)·cond(W)·rtol < 1."""
@@ -152,12 +161,17 @@ class ShiftEstimator(SmallestRank):
         W_tar_sum = C @ total if isinstance(C, Tensor) else C * total
         return Target(M=combine(W, W_tar_sum, batches, initial), is_delta=True)
 
+    def effective_rank(self, name: str) -> int | None:
+        return self.ranks.get(name)
+
 
 class WeightEstimator:
     """Methods that read no data: a target of W alone, or of nothing (LoRA)."""
 
     def __init__(self, weight_of: WeightOf, make: Callable[[Tensor], Target] | None) -> None:
         self.weight_of, self.make = weight_of, make
+        self.accumulated: tuple[SharedSums, ...] = ()
+        self.ranks: dict[str, int] = {}
 
     def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
         raise AssertionError("no data is read for this method")
@@ -169,49 +183,45 @@ class WeightEstimator:
         return None
 
 
-@dataclass
-class InputSums:
-    """Of all tokens that one group of sites saw: X Xᵀ (d, d), Σ x (d,), and n, each batch times its w_j."""
-
-    gram: Tensor
-    total: Tensor
-    tokens: float
-
-    def __add__(self, other: InputSums) -> InputSums:
-        return InputSums(self.gram + other.gram, self.total + other.total, self.tokens + other.tokens)
-
-
 class InputEstimator:
     """Methods of the second moment of all inputs together (CorDA, EVA).
 
+    Per input one tensor (d + 2, d) is summed, each batch times its w_j: X Xᵀ, Σ x, and a row that starts with n.
+
     Args:
-        make: site name and sums → its target, and the eigenvalues of the moment where they are known.
+        make: site name, X Xᵀ (d, d), Σ x (d,), n → its target, and the eigenvalues of the moment where they are known.
     """
 
-    def __init__(self, make: Callable[[str, InputSums], tuple[Target, Tensor | None]]) -> None:
+    def __init__(self, make: Callable[[str, Tensor, Tensor, float], tuple[Target, Tensor | None]]) -> None:
         self.make = make
-        self.sums: SharedSums[InputSums] = SharedSums()
-        self._ranks: dict[int, int] = {}  # sites with the same input share their sums, and its rank
+        self.sums = SharedSums()
+        self.accumulated: tuple[SharedSums, ...] = (self.sums,)
+        self.ranks: dict[str, int] = {}
+        self._seen: dict[int, int] = {}  # sites with the same input share their sum, and its rank
 
     def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
         gram = X.gram_sum()
         assert gram is not None, "a batch without tokens is not absorbed"
-        self.sums.add(names, InputSums(weight * gram, weight * X.total(), weight * X.tokens))
+        count = gram.new_zeros(X.dim)
+        count[0] = X.tokens
+        self.sums.add(names, weight * torch.cat([gram, X.total()[None], count[None]]))
 
     def target(self, name: str, batches: int, initial: str) -> Target:
-        sums = self.sums.get(name)
-        assert sums is not None, f"{name} saw no batch"
-        if sums.tokens <= 0:
-            raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {sums.tokens:g}")
-        target, D = self.make(name, sums)
-        if id(sums) not in self._ranks:
-            D = torch.linalg.eigvalsh(sums.gram) if D is None else D
-            rtol = default_rtol(sums.gram.shape[0], int(sums.tokens), sums.gram.dtype)
-            self._ranks[id(sums)] = int((rtol * D.max() < D).sum())
+        packed = self.sums.get(name)
+        assert packed is not None, f"{name} saw no batch"
+        gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
+        if tokens <= 0:
+            raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
+        target, D = self.make(name, gram, total, tokens)
+        if id(packed) not in self._seen:
+            D = torch.linalg.eigvalsh(gram) if D is None else D
+            rtol = default_rtol(gram.shape[0], int(tokens), gram.dtype)
+            self._seen[id(packed)] = int((rtol * D.max() < D).sum())
+        self.ranks[name] = self._seen[id(packed)]
         return target
 
     def effective_rank(self, name: str) -> int | None:
-        return self._ranks.get(id(self.sums.get(name)))
+        return self.ranks.get(name)
 
 
 class GradientEstimator:
@@ -219,22 +229,26 @@ class GradientEstimator:
 
     def __init__(self, make: Callable[[Tensor], Target]) -> None:
         self.make = make
-        self._sums: dict[str, Tensor] = {}
+        self.sums = SharedSums()
+        self.accumulated: tuple[SharedSums, ...] = (self.sums,)
+        self.ranks: dict[str, int] = {}
 
     def add(self, name: str, G: Tensor, weight: float) -> None:
         """Adds ∂L/∂W (k, d) of one batch, times w_j."""
-        term = weight * G.to(torch.promote_types(G.dtype, torch.float32))
-        self._sums[name] = self._sums[name] + term if name in self._sums else term
+        self.sums.add([name], weight * G.to(torch.promote_types(G.dtype, torch.float32)))
 
     def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
         pass  # the inputs are only counted
 
     def has_gradient(self, name: str) -> bool:
         """Whether a gradient other than zero has come."""
-        return name in self._sums and bool(self._sums[name].any())
+        total = self.sums.get(name)
+        return total is not None and bool(total.any())
 
     def target(self, name: str, batches: int, initial: str) -> Target:
-        return self.make(self._sums[name].double() / batches)
+        total = self.sums.get(name)
+        assert total is not None, f"{name} has no gradient"
+        return self.make(total.double() / batches)
 
     def effective_rank(self, name: str) -> int | None:
         return None
