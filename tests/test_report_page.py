@@ -216,7 +216,6 @@ def browse(text: str, folder: Path, extra: str = "") -> tuple[dict[str, Any], li
     return json.loads(unescaped), re.findall(r".*:CONSOLE.*", done.stderr)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
 class TestBrowser:
     @pytest.fixture(scope="class")
