@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,3 +174,16 @@ def test_help_and_version() -> None:
     assert code == 0 and all(command in out for command in ("init", "inspect", "demo"))
     code, out, _ = cntlora("--version")
     assert code == 0 and out.strip().count(".") == 2
+
+
+def test_help_names_every_method() -> None:
+    import re
+
+    from typer.main import get_command
+
+    from cntlora.cli import app
+    from cntlora.core.family import methods
+
+    commands: Any = get_command(app)
+    (method,) = [p for p in commands.commands["init"].params if p.name == "method"]
+    assert set(methods()) == set(re.findall(r"[a-z_]+", method.help)) - {"or", "a", "peer"}

@@ -155,5 +155,25 @@ def test_the_norms_are_those_of_autograd_and_the_model_is_left_as_found() -> Non
         start_diagnostics(model, {k: v for k, v in batch.items() if k != "labels"})
 
 
+def test_a_model_in_ddp_can_go_on_training(process_group: None) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    model, batch = adapted("bert", modules_to_save=["classifier"]), text_batches()[0]
+    wrapped_model = DistributedDataParallel(model)
+    found = start_diagnostics(wrapped_model, batch)
+    assert found.loss == pytest.approx(start_diagnostics(model, batch).loss)
+    for _ in range(2):  # DDP refuses a second pass if the first left its reduction unfinished
+        wrapped_model(**batch).loss.backward()
+
+
+def test_adalora_is_refused_by_name() -> None:
+    from peft import AdaLoraConfig, get_peft_model
+    from tests.tiny import base_model
+
+    model = get_peft_model(base_model("bert"), AdaLoraConfig(target_modules=["query"], total_step=10))
+    with pytest.raises(ValueError, match="it is not plain LoRA but a SVDLinear .*AdaLoRA"):
+        initialize(model, text_batches(), progress=False)
+
+
 def test_they_are_public() -> None:
     assert {"compare_adapters", "snapshot", "start_diagnostics"} <= set(cntlora.__all__)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import cntlora
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
-from cntlora.core.family import METHODS
+from cntlora.core.family import METHOD_OPTIONS, METHODS
 from cntlora.gradients import scalar_loss
 
 PRODUCT = ("pissa", "olora", "corda", "lora_ga", "lora_one")
@@ -199,6 +199,10 @@ def test_padding_changes_nothing(method: str, side: str) -> None:
         a, b = ((s.sites[name].B, s.sites[name].A) for s in (one, two))
         assert relative_error(b[1], a[1]) < 1e-3
         assert relative_error(b[0], a[0]) < 1e-3 or not a[0].any()
+    if method in ("eva", "corda"):  # the control: with padding counted the same batches give another start
+        counted = compute_plan(plain, padded, config, token_mask="none", progress=False)
+        errors = [relative_error(counted.sites[n].A, one.sites[n].A) for n in one.sites]
+        assert max(errors) > 1e-2
 
 
 def test_adaptive_ranks_follow_the_explained_variance() -> None:
@@ -300,10 +304,31 @@ def test_a_site_that_the_loss_ignores_is_named() -> None:
 # --- options ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_option_without_effect_is_an_error_and_one_with_an_effect_has_it(method: str) -> None:
+    values: dict[str, Any] = {
+        "decomposition": "qr_pivoted", "p": 0.9, "strength": 3.0, "rtol": 0.3, "gram": "mean", "initial_weight": "zero",
+        "batch_weights": (1.0, 0.2, 3.0, 0.5), "root": "symmetric", "shift_constant": 3.0, "center": False,
+        "damping": 2.0,
+    }  # fmt: skip
+    assert set(values) == METHOD_OPTIONS
+    batches = [batch + 0.3 for batch in token_batches(SIZES)]
+
+    def start(**options: Any) -> Any:
+        config = InitConfig(method=method, base="keep", **options)
+        return compute_plan(wrapped(mlp()), batches, config, loss=squares, progress=False).sites["up"]
+
+    plain = start()
+    for option, value in values.items():
+        if option in METHODS[method].options:
+            other = start(**{option: value})
+            assert not (torch.equal(other.A, plain.A) and torch.equal(other.B, plain.B)), option
+        else:
+            with pytest.raises(ValueError, match=f"{option}: .* has no effect with method '{method}'"):
+                InitConfig(method=method, **{option: value})
+
+
 def test_wrong_combinations_say_so() -> None:
-    for method in ("eva", "lora", "lora_ga"):
-        with pytest.raises(ValueError, match=f"decomposition: 'qr' has no effect with method '{method}'"):
-            InitConfig(method=method, decomposition="qr")
     with pytest.raises(ValueError, match="method 'lora' has no spectrum"):
         InitConfig(method="lora", adaptive_ranks=True)
     with pytest.raises(ValueError, match="damping"):
@@ -325,13 +350,77 @@ def test_every_method_has_its_source_and_its_row_in_the_docs(method: str) -> Non
         assert f"`{method}`" in (docs / page).read_text() or f'"{method}"' in (docs / page).read_text(), page
 
 
-def test_bfloat16_model_and_dora() -> None:
-    for method in PEERS:
-        model = adapted("bert", dtype=torch.bfloat16, use_dora=True)
-        batch = text_batches()[0]
-        before = logits(model, batch)
-        initialize(model, text_batches(), InitConfig(method=method), progress=False)
-        torch.testing.assert_close(logits(model, batch), before, rtol=0.05, atol=0.05)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", PEERS)
+def test_half_precision(method: str, dtype: torch.dtype) -> None:
+    batch, model = text_batches()[0], adapted("bert", dtype=dtype)
+    before = logits(model, batch)
+    initialize(model, text_batches(), InitConfig(method=method), progress=False)
+    torch.testing.assert_close(logits(model, batch), before, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("method", PRODUCT)
+def test_dora_starts_as_w_plus_the_product(method: str) -> None:
+    """With `keep` DoRA's function is that of W + s·B·A; with magnitudes left at ‖W‖ it is another (the control)."""
+    batches, batch = text_batches(), text_batches(seed=9)[0]
+    config = InitConfig(method=method, base="keep", **({} if method == "lora_ga" else {"strength": 1.5}))
+    plain, dora = adapted("bert"), adapted("bert", use_dora=True)
+    for model in (plain, dora):
+        initialize(model, batches, config, progress=False)
+    torch.testing.assert_close(logits(dora, batch), logits(plain, batch), rtol=1e-4, atol=1e-4)
+    for site in cntlora.sites.find_sites(dora)[0]:
+        with torch.no_grad():
+            site.magnitude.copy_(torch.linalg.vector_norm(site.weight(), dim=1))
+    assert (logits(dora, batch) - logits(plain, batch)).abs().max() > 1e-4
+
+
+def test_large_float16_inputs_are_finite() -> None:
+    """Their sum is not, above 65,504."""
+    model = wrapped(nn.Sequential(nn.Linear(64, 64)).half(), lora(targets=["0"]))
+    batch = torch.full((4, 64, 64), 30.0, dtype=torch.float16)
+    batch += torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0)).half()
+    plan = compute_plan(model, [batch], InitConfig(method="lora_ga"), loss=lambda m, b: m(b).float().square().mean())
+    assert plan.sites["0"].tokens == 256
+    batch[0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match="NaN or Inf|the loss is"):
+        compute_plan(model, [batch], InitConfig(method="lora_ga"), loss=lambda m, b: m(b).float().square().mean())
+
+
+def test_small_float16_gradients_do_not_vanish() -> None:
+    """Both methods ignore the scale of the loss, so a loss of 1e-6 times the usual gives the same start."""
+    plans = []
+    for factor in (1.0, 1e-5):
+        model = adapted("bert", dtype=torch.float16)
+        loss = lambda m, b, factor=factor: factor * m(**b).loss.float()  # noqa: E731
+        plans.append(compute_plan(model, text_batches(), InitConfig(method="lora_one", base="keep"), loss=loss))
+    for name, site in plans[0].sites.items():
+        assert relative_error(added(plans[1].sites[name]), added(site)) < 0.05
+
+
+def test_neighbours_with_one_input_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v see the same tensor: three inputs for five sites."""
+    calls = []
+    plain = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda M: calls.append(M.shape) or plain(M))
+    plan = compute_plan(wrapped(mlp()), token_batches(SIZES), InitConfig(method="eva"), progress=False)
+    assert len(plan.sites) == 5 and len(calls) == 3
+
+
+def test_spectra_of_eva_hold_no_square_matrix_for_each_site() -> None:
+    from cntlora.assemble import _spectrum
+    from cntlora.core.peers import eva_target
+    from cntlora.sites import find_sites
+
+    X = draw(1, 10, 30)
+    target = eva_target(X @ X.mT, X.sum(dim=1), 30, True)
+    kept = _spectrum(find_sites(wrapped(mlp()))[0][0], target, 4)
+    assert kept.Vh.shape == (4, 10) and kept.S.shape == (10,)
+    assert kept.Vh.untyped_storage().nbytes() == 4 * 10 * 8
+
+
+def test_a_mask_for_a_method_that_reads_gradients_is_refused() -> None:
+    with pytest.raises(ValueError, match="token_mask: has no effect with method 'lora_ga'"):
+        compute_plan(adapted("bert"), text_batches(), InitConfig(method="lora_ga"), token_mask="none")
 
 
 def test_a_plan_of_a_peer_survives_its_file(tmp_path: Any) -> None:

@@ -122,7 +122,7 @@ def test_pissa_by_subspace_iteration_is_an_approximation(task: SentimentTask) ->
 
 def test_corda_agrees_on_one_sequence(task: SentimentTask, sequence: list[Batch]) -> None:
     theirs = corda_of_peft(task, sequence)
-    assert product_error(ours(task, "corda", sequence), theirs) < 5e-3
+    assert product_error(ours(task, "corda", sequence), theirs) < 2e-3
     assert product_error(ours(task, "corda", sequence, damping=1.0), theirs) > 2e-2  # the control
 
 

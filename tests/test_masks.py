@@ -330,3 +330,17 @@ def test_offset_trains_as_subtract(kind: str, optimizer: str, options: dict[str,
     assert abs(losses[0] - losses[-1]) > 1e-2
     paired, _ = ten_losses(kind, "paired", optimizer, **options)  # the control: another way to train
     assert max(abs(a - b) for a, b in zip(paired, losses, strict=True)) > 1e-3
+
+
+def test_freeze_offset_of_a_start_at_zero_is_refused() -> None:
+    """Its second half would be frozen at B = 0, and never train."""
+    for model in (adapted(), initialised("eva")):
+        with pytest.raises(ValueError, match=r"the second half of its lora_B is zero, .* has no half to freeze"):
+            freeze_offset(model)
+    assert freeze_offset(initialised("self")) > 0  # the control
+
+
+def initialised(method: str) -> Any:
+    model = adapted()
+    initialize(model, text_batches(), InitConfig(method=method), progress=False)
+    return model

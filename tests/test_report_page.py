@@ -94,7 +94,7 @@ def test_every_method_can_be_switched_and_has_a_row() -> None:
 def test_studies_share_the_filter_but_not_their_tables() -> None:
     other = [r | {"experiment": "glue", "task": "rte"} for r in cases.few() if r["method"] != "eva"]
     parsed = Page(build_page([*cases.few(), *other]))
-    assert [a["id"] for a in parsed.all("section") if a.get("class") == "study"] == ["glue-rte", "tweets"]
+    assert [a["id"] for a in parsed.all("section") if a.get("class") == "study"] == ["glue", "tweets"]
     assert len(parsed.all("input")) == 4
 
 

@@ -53,7 +53,7 @@ class Work:
 
     def rtol(self, site: Site) -> float | None:
         """The tolerance of † at a site, of its largest batch where that depends on the batch; None without †."""
-        if self.config.method not in ("cross", "self", "shift"):
+        if "rtol" not in METHODS[self.config.method].options:
             return None
         if self.config.rtol is not None:
             return self.config.rtol
@@ -87,8 +87,9 @@ def plan_sites(sites: list[Site], work: Work, seen: Seen) -> dict[str, SitePlan]
 
 def _spectrum(site: Site, target: Target, q: int) -> Spectrum:
     """The first q singular triplets of a target; none where the method does not look at them."""
-    if target.known is not None:
-        return target.known
+    if target.known is not None:  # copies, so that no (d, d) matrix is kept alive for each site
+        known = target.known
+        return Spectrum(known.U[:, :q].clone(), known.S, known.Vh[:q].clone())
     if target.M is None:
         none = torch.zeros(0, dtype=DTYPE, device=site.A.device)
         return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))

@@ -47,6 +47,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where batches go: the device of the first parameter that has values."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, whose own forward pass would wait for a backward pass of training."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """model(**batch), model(*batch) or model(batch), by the kind of the batch."""
     try:

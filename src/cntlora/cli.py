@@ -43,8 +43,14 @@ def _options(
 @app.command("init")
 def init(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the pretrained model.")],
-    data: Annotated[Path, typer.Option(help="Your fine-tuning texts: .csv, .tsv, .jsonl or .txt (one a line).")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter; made if missing.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your fine-tuning texts: .csv, .tsv, .jsonl or .txt (one a line). Not for pissa, olora and lora, "
+            "which read the weights alone."
+        ),
+    ] = None,
     text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label: Annotated[str | None, typer.Option(help="Column of the classes, for classification.")] = None,
     task: Annotated[str, typer.Option(help="auto, causal-lm, classification or encoder.")] = "auto",
@@ -104,7 +110,13 @@ def init(
             raise ValueError("--base subtract changes the base model, which a file cannot do; use offset, or Python")
         if out.exists() and any(out.iterdir()) and not overwrite:
             raise ValueError(f"--out {out} is not empty; choose another folder, or replace it with --overwrite")
-        lora = LoraOptions(rank, alpha, None if targets is None else tuple(targets.split(",")), rslora, dora)
+        lora = LoraOptions(
+            rank,
+            alpha,
+            None if targets is None else tuple(t.strip() for t in targets.split(",") if t.strip()),
+            rslora,
+            dora,
+        )
         report = _initialise(model, (data, text, label), task, lora, options, (batch_size, max_length), (out, plan))
         if as_json:
             typer.echo(json.dumps(report.to_dict(), indent=2))
@@ -132,7 +144,7 @@ def _number_or_name(value: str) -> float | str:
 
 def _initialise(
     name: str,
-    source: tuple[Path, str, str | None],
+    source: tuple[Path | None, str, str | None],
     task: str,
     lora: Any,
     options: dict[str, Any],
@@ -143,17 +155,23 @@ def _initialise(
     from .adapters import apply_plan
     from .compute import compute_plan
     from .config import InitConfig
+    from .core.family import METHODS
     from .recipes.loading import add_lora, batches_of, load_model
-    from .recipes.text import read_table, shuffled
+    from .recipes.text import Table, read_table, shuffled
     from .saving import save_adapter
 
     config = InitConfig(**options)
     path, text, label = source
-    table = shuffled(read_table(path, text=text, label=label), config.seed)
-    table = table.take(range(min(len(table), config.num_batches * sizes[0])))
+    reads = METHODS[config.method].reads
+    if path is None and reads != "weights":
+        raise ValueError(f"--data: method {config.method} reads {reads}, so it needs your texts")
+    table = Table([], [], [])
+    if path is not None:
+        table = shuffled(read_table(path, text=text, label=label), config.seed)
+        table = table.take(range(min(len(table), config.num_batches * sizes[0])))
     base_model, tokenizer, resolved = load_model(name, task, table, config.seed)
     model = add_lora(base_model, resolved, lora, config.seed)
-    plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes), config)
+    plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes) if path else None, config)
     report = apply_plan(model, plan)
     save_adapter(model, outputs[0], fold_alpha=config.fold_alpha)
     if outputs[1] is not None:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .batches import Forward, TokenMask, default_forward, first_batches, to_device, token_masks
+from .batches import (
+    Forward,
+    TokenMask,
+    default_forward,
+    device_of,
+    first_batches,
+    to_device,
+    token_masks,
+    unwrapped,
+)
 from .core.moments import Moments, TokenCount
 from .sites import Site
 
@@ -181,7 +190,8 @@ def collect(
     """
     seen = Seen()
     call = forward or default_forward
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    model = unwrapped(model)
+    device = device_of(model)
 
     def new(dim: int) -> Stats:
         return TokenCount() if on_output else Moments(dim, gram)

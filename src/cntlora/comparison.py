@@ -94,7 +94,8 @@ def compare_adapters(before: Adapter, after: Adapter, adapter_name: str = "defau
 
     The paper's table 2 compares the initialised adapter with the final one. It does not print its formulas; since it
     has a cosine for LoRA, whose B·A starts at zero, that is taken of the parameters (A, B), and the spectral norm of
-    the difference of the products. Of an adapter of base "offset" only the half that trains is compared.
+    the difference of the products. Of an adapter of base "offset" only the half that trains is compared. DoRA's
+    magnitude vector is no part of either.
 
     Args:
         before, after: a model, an adapter folder, or a `snapshot`.
@@ -111,7 +112,8 @@ def compare_adapters(before: Adapter, after: Adapter, adapter_name: str = "defau
                 f"site {name}: before it has A and B of shapes {shapes[0]}, after {shapes[1]}; expected two states of "
                 "the same adapter"
             )
-    return AdapterComparison({name: _compare(name, first[name], second[name]) for name in first})
+    halved = all(_second_half_stayed(first[name], second[name]) for name in first)
+    return AdapterComparison({name: _compare(name, first[name], second[name], halved) for name in first})
 
 
 def _factors(adapter: Adapter, adapter_name: str) -> Snapshot:
@@ -122,11 +124,11 @@ def _factors(adapter: Adapter, adapter_name: str) -> Snapshot:
     return {s.name: Factors(s.A, s.B, s.scaling) for s in read_adapter(adapter)}
 
 
-def _compare(name: str, before: Factors, after: Factors) -> SiteComparison:
+def _compare(name: str, before: Factors, after: Factors, halved: bool) -> SiteComparison:
     change = product_spectrum(
         torch.cat([after.scaling * after.B, -before.scaling * before.B], dim=1), torch.cat([after.A, before.A])
     )
-    r = _trained_rank(before, after)
+    r = before.A.shape[0] // 2 if halved else before.A.shape[0]
     one, other = (Factors(f.A[:r], f.B[:, :r], f.scaling) for f in (before, after))
     inner = float((one.A * other.A).sum() + (one.B * other.B).sum())
     sizes = [float(f.A.square().sum() + f.B.square().sum()) ** 0.5 for f in (one, other)]
@@ -145,16 +147,15 @@ def _ratio(inner: float, sizes: list[float]) -> float | None:
     return None if bottom == 0 else max(-1.0, min(1.0, inner / bottom))
 
 
-def _trained_rank(before: Factors, after: Factors) -> int:
-    """The rank that trains: half of it where the second half cancelled the first and has stayed parallel to itself."""
-    r, h = before.A.shape[0], before.A.shape[0] // 2
-    if r % 2 or not halves_cancel(before.B, before.A):
-        return r
-    stayed = _parallel(before.A[h:], after.A[h:]) and _parallel(before.B[:, h:], after.B[:, h:])
-    return h if stayed else r
+def _second_half_stayed(before: Factors, after: Factors) -> bool:
+    """Whether the second half cancelled the first and has only been scaled since: base "offset", where it is frozen."""
+    h = before.A.shape[0] // 2
+    if before.A.shape[0] % 2 or not halves_cancel(before.B, before.A):
+        return False
+    return _parallel(before.A[h:], after.A[h:]) and _parallel(before.B[:, h:], after.B[:, h:])
 
 
 def _parallel(one: Tensor, other: Tensor) -> bool:
     """Whether they differ by a positive factor alone (decoupled weight decay shrinks what is frozen)."""
     inner, norms = float((one * other).sum()), float(one.norm() * other.norm())
-    return inner > (1.0 - 1e-6) * norms if norms else True
+    return inner > (1.0 - 1e-11) * norms if norms else True

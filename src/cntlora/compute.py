@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from .config import InitConfig
 from .core.family import METHODS
 from .core.solve import GradientEstimator
 from .gradients import weight_gradients
+from .notices import warn_caller
 from .plan import InitPlan
 from .sites import Site, config_holder, find_sites
 from .version import VERSION
@@ -155,6 +155,11 @@ def _read(
         raise ValueError(
             f"batches: method {config.method!r} reads {reads}, so it needs some; give a DataLoader or a list"
         )
+    if reads == "gradients" and token_mask is not None:
+        raise ValueError(
+            f"token_mask: has no effect with method {config.method!r}, which reads gradients: the loss decides which "
+            "tokens count (label padding −100); leave it out"
+        )
     with ExitStack() as stack:
         backward = None
         if reads == "gradients":
@@ -177,7 +182,7 @@ def _gradient_sink(work: Work) -> Callable[[int, str, Tensor], None]:
     assert isinstance(estimator, GradientEstimator)
 
     def sink(index: int, name: str, G: Tensor) -> None:
-        if not bool(torch.isfinite(G.sum())):
+        if not bool(torch.isfinite(G).all()):
             raise ValueError(f"site {name}, batch {index}: its gradient has NaN or Inf; check the batch and the dtype")
         estimator.add(name, G, work.weight(index))
 
@@ -245,7 +250,7 @@ def _report_missing(problems: Mapping[str, str], on_missing: str) -> None:
     message = f"site {name} cannot be initialised: {reason}{more}"
     if on_missing == "raise":
         raise ValueError(f"{message}. Or leave such sites as plain LoRA with on_missing='warn'")
-    warnings.warn(f"{message}; left as plain LoRA", stacklevel=4)
+    warn_caller(f"{message}; left as plain LoRA")
 
 
 def _starved(sites: list[Site], seen: Seen, work: Work) -> dict[str, str]:

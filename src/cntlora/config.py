@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .core.family import METHODS
+from .core.family import METHOD_OPTIONS, METHODS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -33,6 +33,8 @@ def unknown_name(what: str, name: object, allowed: Iterable[str]) -> str:
 class InitConfig:
     """How adapters are initialised.
 
+    An option that has no effect on the method is an error where it is not at its default.
+
     Attributes:
         method: constraint set: "cross" (eq. 4), "self" (eq. 12) or "shift" (eq. 17), or a published peer: "lora",
             "pissa", "olora", "eva", "corda", "lora_ga", "lora_one"; see `cntlora.methods()`.
@@ -41,7 +43,7 @@ class InitConfig:
             "keep": the paper's letter, the function moves by s·B·A. r is the rank that trains in all of them. Methods
             that start at B = 0 (lora, eva) keep the function as it is and need none of them: all write rank r.
         decomposition: "svd", "qr" as printed in the paper, or "qr_pivoted" (column pivoting, reveals the rank). olora
-            is QR in any case; eva, lora and lora_ga have no product to decompose.
+            is QR in any case.
         p: share of the singular values that goes to A (B gets 1 − p), in [0, 1]. SVD only.
         strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say. None for the method's own: 2 for
             the paper's modes (the α = 2r of its runs), 1 for pissa and corda, and the layer's scaling s for olora,
@@ -52,7 +54,8 @@ class InitConfig:
         shift_constant: C in shift mode: a multiple of the identity, or "gaussian".
         center: eva: subtract the mean token, as its own code does; False for eq. 39 as printed.
         damping: corda: the input covariance gets damping·mean(diag C)·I before it is inverted.
-        num_batches: how many batches are read from the data, from its start; fewer if there are fewer.
+        num_batches: how many batches are read from the data, from its start; fewer if there are fewer. Where several
+            processes run, each reads so many of its own, and B of eq. 18 is their number together.
         batch_weights: w_j of eq. 18, one a batch; None for 1 each.
         initial_weight: W_0 of eq. 18, "pretrained" or "zero".
         adaptive_ranks: variable adapter structure (eq. 19): ranks by the top-K rule instead of one r for all.
@@ -95,11 +98,7 @@ class InitConfig:
             object.__setattr__(self, "batch_weights", _weights(self.batch_weights))
         self._check_numbers()
         self._check_ranks()
-        if self.decomposition != "svd" and not METHODS[self.method].decomposes:
-            raise ValueError(
-                f"decomposition: {self.decomposition!r} has no effect with method {self.method!r}, which has no "
-                "product to decompose; leave it out"
-            )
+        self._check_effects()
 
     def _check_numbers(self) -> None:
         _number("p", self.p, 0.0, 1.0, "0.5 balances A and B, 1 gives the whole spectrum to A")
@@ -117,6 +116,18 @@ class InitConfig:
         for name in ("adaptive_ranks", "fold_alpha", "center"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+
+    def _check_effects(self) -> None:
+        """Nothing is silent: an option that is set must have an effect on the method."""
+        reads = METHODS[self.method].options
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in METHOD_OPTIONS - reads and value != option.default:
+                own = ", ".join(sorted(reads)) or "none of them"
+                raise ValueError(
+                    f"{option.name}: {value!r} has no effect with method {self.method!r}; leave it out (of the options "
+                    f"of methods, this one reads {own})"
+                )
 
     def _check_ranks(self) -> None:
         _integer("min_rank", self.min_rank, 0)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches import default_forward, to_device
+from .batches import default_forward, device_of, to_device, unwrapped
 from .collect import as_found
-from .gradients import scalar_loss
+from .gradients import gradients_of, scalar_loss
 from .sites import find_sites
 
 
@@ -46,24 +46,12 @@ def start_diagnostics(
     """
     sites, _ = find_sites(model, adapter_name)
     factors = [p for site in sites for p in (site.A, site.B)]
-    found = [(p, p.requires_grad, p.grad) for p in {id(p): p for p in (*model.parameters(), *factors)}.values()]
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    try:
-        with as_found(model, ()), torch.enable_grad():
-            model.eval()
-            for p, wanted, _ in found:
-                p.grad = None
-                if wanted:
-                    p.requires_grad_(False)
-            for p in factors:
-                p.requires_grad_(True)
-            value = scalar_loss((loss or default_forward)(model, to_device(batch, device)), 0)
-            value.backward()  # type: ignore[no-untyped-call]
-            norms = {id(p): float(p.grad.norm()) if p.grad is not None else 0.0 for p in factors}
-    finally:
-        for p, wanted, gradient in found:
-            p.requires_grad_(wanted)
-            p.grad = gradient
+    bare = unwrapped(model)
+    with gradients_of(factors, bare), as_found(bare, ()), torch.enable_grad():
+        bare.eval()
+        value = scalar_loss((loss or default_forward)(bare, to_device(batch, device_of(bare))), 0)
+        value.backward()  # type: ignore[no-untyped-call]
+        norms = {id(p): float(p.grad.norm()) if p.grad is not None else 0.0 for p in factors}
     return StartDiagnostics(
         loss=float(value.detach()),
         gradient_A={s.name: norms[id(s.A)] for s in sites},

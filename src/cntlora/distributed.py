@@ -5,7 +5,7 @@ Only sums of size d×d (gradients: k×d) travel, once for all sites that share a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .compute import Reading
-from .core.solve import SharedSums
+from .core.solve import Estimator, SharedSums
+from .notices import warn_caller
 from .plan import InitPlan
 
 T = TypeVar("T")
@@ -73,8 +74,10 @@ def add_up(reading: Reading) -> None:
     Ranks may have read different numbers of batches, and a site may have seen no token on some of them.
     """
     work, seen = reading.work, reading.seen
+    devices = {site.name: site.base.weight.device for site in reading.sites}
+    _warn_of_equal_data(work.estimator)
     for sums in work.estimator.accumulated:
-        _add_up_sums(sums)
+        _add_up_sums(sums, devices)
     facts = _gathered((work.estimator.ranks, work.largest_batch, seen.tokens, seen.site_batches, seen.masked))
     ranks, largest, tokens, batches, masked = zip(*facts, strict=True)
     work.estimator.ranks.update(_merged(ranks, min))
@@ -98,7 +101,18 @@ def _merged(parts: Iterable[dict[str, int]], rule: Callable[[list[int]], int]) -
     return {name: rule([part[name] for part in parts if name in part]) for name in names}
 
 
-def _add_up_sums(sums: SharedSums) -> None:
+def _warn_of_equal_data(estimator: Estimator) -> None:
+    """Every process should read its own share of the data; a loader that is not sharded gives all of them the same."""
+    marks = [[float(total.double().sum()) for _, total in sums.groups()] for sums in estimator.accumulated]
+    everyone = _gathered(marks)
+    if any(marks) and all(other == marks for other in everyone):
+        warn_caller(
+            "every process read the same batches, so that they count several times (eq. 18 depends on their number); "
+            "shard the data, for example with a DistributedSampler or accelerator.prepare(loader)"
+        )
+
+
+def _add_up_sums(sums: SharedSums, devices: Mapping[str, torch.device]) -> None:
     """All-reduces each distinct sum once; names share one afterwards where they shared one on every rank."""
     mine = sums.groups()
     everyone = _gathered([(names, tuple(total.shape), total.dtype) for names, total in mine])
@@ -110,7 +124,7 @@ def _add_up_sums(sums: SharedSums) -> None:
     for names in groups.values():
         shape, dtype = shapes[names[0]]
         held = sums.get(names[0])
-        total = torch.zeros(shape, dtype=dtype) if held is None else held.clone()
+        total = torch.zeros(shape, dtype=dtype, device=devices[names[0]]) if held is None else held.clone()
         sums.put(names, _all_reduced(total))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layouts import layout_of
@@ -16,36 +17,57 @@ OnGradient = Callable[[int, str, Tensor], None]
 
 
 @contextmanager
+def gradients_of(parameters: Iterable[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Inside, `parameters` are the only ones of the model with gradients; afterwards all are as before."""
+    wanted = list(parameters)
+    found = [(p, p.requires_grad, p.grad) for p in {id(p): p for p in (*model.parameters(), *wanted)}.values()]
+    try:
+        for p, *_ in found:
+            p.requires_grad_(False)
+            p.grad = None
+        for p in wanted:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, wants, gradient in found:
+            p.requires_grad_(wants)
+            p.grad = gradient
+
+
+@contextmanager
 def weight_gradients(model: nn.Module, sites: list[Site], sink: OnGradient) -> Iterator[Callable[[int, Any], None]]:
     """Inside, the weights of the sites are the only parameters with gradients; the yielded function runs backward.
 
     It takes the index of the batch and what the model gave for it, and hands ∂L/∂W of every site to `sink`. The
     gradients and the `requires_grad` of all parameters are as before afterwards, also after an exception.
     """
-    parameters = list({id(p): p for p in model.parameters()}.values())
-    found = [(p, p.requires_grad, p.grad) for p in parameters]
     weights = {site.name: site.base.weight for site in sites}
 
     def backward(index: int, output: Any) -> None:
-        scalar_loss(output, index).backward()  # type: ignore[no-untyped-call]
+        scale = _backward(scalar_loss(output, index), list(weights.values()))
         for site in sites:
             gradient = weights[site.name].grad
             if gradient is not None:
-                sink(index, site.name, gradient.mT if layout_of(site.base).transposed else gradient)
+                unscaled = gradient if scale == 1.0 else gradient.float() / scale
+                sink(index, site.name, unscaled.mT if layout_of(site.base).transposed else unscaled)
         for weight in weights.values():
             weight.grad = None
 
-    try:
-        for p in parameters:
-            p.requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
-            weight.grad = None
+    with gradients_of(weights.values(), model):
         yield backward
-    finally:
-        for p, wanted, gradient in found:
-            p.requires_grad_(wanted)
-            p.grad = gradient
+
+
+def _backward(loss: Tensor, weights: list[Tensor]) -> float:
+    """Backward of the loss times a power of two, which it returns: float16 gradients under 6e-8 would vanish."""
+    half = any(weight.dtype == torch.float16 for weight in weights)
+    for power in (14, 10, 6, 3) if half else ():
+        (loss.float() * 2.0**power).backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        if all(bool(w.grad.isfinite().all()) for w in weights if w.grad is not None):
+            return 2.0**power
+        for weight in weights:
+            weight.grad = None
+    loss.backward()  # type: ignore[no-untyped-call]
+    return 1.0
 
 
 def scalar_loss(output: Any, index: int) -> Tensor:

@@ -24,17 +24,24 @@ def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
     Gradients are masked before they are accumulated, so gradient accumulation, clipping and DDP see the masked ones.
     Decoupled weight decay (AdamW) shrinks both halves alike, so that what did not train keeps cancelling.
 
+    Call it for adapters of base "offset" only: nothing in a file tells them from those of "paired", whose halves train.
+
     Returns:
         The number of sites.
 
     Raises:
-        ValueError: if a site has an odd rank, so that it has no two halves.
+        ValueError: if a site has an odd rank, so that it has no two halves, or a second half of B that is zero.
     """
     sites, _ = find_sites(model, adapter_name)
     for site in sites:
         if site.A.shape[0] % 2:
             raise ValueError(
                 f"site {site.name}: rank {site.A.shape[0]} is odd; base 'offset' writes 2r. Is it another base?"
+            )
+        if not bool(site.B.detach()[:, site.A.shape[0] // 2 :].any()):
+            raise ValueError(
+                f"site {site.name}: the second half of its lora_B is zero, where base 'offset' writes −B; an adapter "
+                "that starts at B = 0 (plain LoRA, eva) has no half to freeze"
             )
     freeze_sites(sites)
     return len(sites)

@@ -72,9 +72,11 @@ class SitePlan:
         return self.A.shape[0]
 
     @property
-    def captured(self) -> float:
-        """Share of ‖ΔW‖² that the first `rank` singular values cover (base "paired" holds half as many)."""
+    def captured(self) -> float | None:
+        """Share of Σ s² that the first `rank` of `singular_values` cover (base "paired" holds half as many)."""
         squares = self.singular_values.double().square()
+        if not squares.numel():
+            return None
         return float(squares[: self.rank].sum() / squares.sum()) if float(squares.sum()) > 0 else 0.0
 
 

@@ -36,7 +36,7 @@ def save_adapter(
 
     Args:
         model: a PeftModel, a model with `add_adapter`, or a module that PEFT injected LoRA layers into.
-        path: the folder; written under a temporary name first, so that it is whole or not there.
+        path: the folder; each file is written under a temporary name first, so that it is whole or not there.
         adapter_name: of the adapter.
         fold_alpha: rewrite the factors so that alpha = rank everywhere (scaling 1, no rsLoRA), right also for readers
             that ignore `alpha_pattern`.

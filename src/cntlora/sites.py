@@ -163,6 +163,8 @@ def _refusal(layer: Any, adapter: str) -> str | None:
     """Why a LoRA layer cannot be initialised, or None."""
     if adapter not in layer.lora_A:
         return f"it is a LoRA of {type(layer.get_base_layer()).__name__}, which has no linear map to initialise"
+    if not hasattr(layer.lora_A[adapter], "weight"):
+        return f"it is not plain LoRA but a {type(layer).__name__} of {type(layer).__module__} (AdaLoRA)"
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     if variant is not None and "Dora" not in type(variant).__name__:
         return f"its LoRA variant {type(variant).__name__} is not plain LoRA, DoRA or rsLoRA"

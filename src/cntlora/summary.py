@@ -100,6 +100,6 @@ def _cells(s: Mapping[str, Any]) -> tuple[str, ...]:
         cell(s["rtol"], ".0e"),
         "–" if s["delta_norm"] is None or not weight else f"{s['delta_norm'] / weight:.3f}",
         "–" if not weight else f"{s['start_norm'] / weight:.3f}",
-        f"{s['captured']:.1%}",
+        cell(s["captured"], ".1%"),
         f"{1e3 * s['seconds']:.0f}",
     )

@@ -14,6 +14,7 @@ from .factor import Spectrum, qr_factors, svd_factors
 from .peers import (
     Target,
     corda_target,
+    damped_inverse,
     eva_target,
     lora_down,
     lora_ga_factors,
@@ -90,7 +91,7 @@ class Method:
         zero_start: whether B = 0, so that the function starts unchanged whatever becomes of W.
         width: singular triplets that it uses, as a multiple of r.
         ranked: whether it has a spectrum to share ranks out by.
-        decomposes: whether `InitConfig.decomposition` has a say.
+        options: those of `InitConfig` that have an effect on it, of `METHOD_OPTIONS`.
     """
 
     name: str
@@ -103,7 +104,7 @@ class Method:
     zero_start: bool = False
     width: int = 1
     ranked: bool = True
-    decomposes: bool = True
+    options: frozenset[str] = frozenset()
 
 
 def product_factors(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
@@ -144,14 +145,16 @@ def _shift(weight_of: WeightOf, o: Options) -> Estimator:
 
 
 def _corda_sums(weight_of: WeightOf, o: Options) -> Estimator:
-    def make(name: str, gram: Tensor, total: Tensor, tokens: float) -> tuple[Target, None]:
-        return corda_target(weight_of(name), gram / tokens, o.damping), None
-
-    return InputEstimator(make)
+    return InputEstimator(
+        lambda gram, total, tokens: damped_inverse(gram / tokens, o.damping),
+        lambda name, C: corda_target(weight_of(name), *C),
+    )
 
 
 def _eva_sums(weight_of: WeightOf, o: Options) -> Estimator:
-    return InputEstimator(lambda name, gram, total, tokens: eva_target(gram, total, tokens, o.center))
+    return InputEstimator(
+        lambda gram, total, tokens: eva_target(gram, total, tokens, o.center), lambda name, target: target
+    )
 
 
 def _weights(make: Callable[[Tensor], Target] | None) -> Callable[[WeightOf, Options], Estimator]:
@@ -162,30 +165,37 @@ def _gradients(make: Callable[[Tensor], Target]) -> Callable[[WeightOf, Options]
     return lambda weight_of, o: GradientEstimator(make)
 
 
+_PRODUCT = frozenset({"decomposition", "p", "strength"})
+_ESTIMATE = _PRODUCT | {"rtol", "gram", "initial_weight", "batch_weights"}
+METHOD_OPTIONS = _ESTIMATE | {"root", "shift_constant", "center", "damping"}
+"""Options of `InitConfig` that some methods read and others do not."""
+
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         Method("cross", "equal outputs, inputs correlated with the source's", "Das et al. 2025, eq. 4",
-               _maps(cross_map, "rtol"), product_factors, strength=2.0),
+               _maps(cross_map, "rtol"), product_factors, strength=2.0, options=_ESTIMATE),
         Method("self", "equal output covariances, whitened source", "Das et al. 2025, eq. 12",
-               _maps(self_map, "root", "rtol"), product_factors, strength=2.0),
+               _maps(self_map, "root", "rtol"), product_factors, strength=2.0, options=_ESTIMATE | {"root"}),
         Method("shift", "output covariances differ by a constant", "Das et al. 2025, eq. 17",
-               _shift, product_factors, strength=2.0),
+               _shift, product_factors, strength=2.0, options=_ESTIMATE | {"shift_constant"}),
         Method("lora", "A random, B zero", "Hu et al. 2021; eq. 22",
-               _weights(None), _lora, reads="weights", zero_start=True, ranked=False, decomposes=False),
+               _weights(None), _lora, reads="weights", zero_start=True, ranked=False),
         Method("pissa", "principal singular triplets of W", "Meng et al. 2024; eq. 24",
-               _weights(pissa_target), product_factors, reads="weights"),
+               _weights(pissa_target), product_factors, reads="weights", options=_PRODUCT),
         Method("olora", "QR of W", "Büyükakyüz 2024; eq. 28",
-               _weights(pissa_target), _olora, strength=None, reads="weights"),
+               _weights(pissa_target), _olora, strength=None, reads="weights",
+               options=frozenset({"decomposition", "strength"})),
         Method("eva", "A = principal directions of the inputs, B zero", "Paischer et al. 2024; eq. 39",
-               _eva_sums, _eva, zero_start=True, decomposes=False),
+               _eva_sums, _eva, zero_start=True, options=frozenset({"center", "batch_weights"})),
         Method("corda", "SVD of W times the input covariance", "Yang et al. 2024; eq. 33",
-               _corda_sums, product_factors),
+               _corda_sums, product_factors, options=_PRODUCT | {"damping", "batch_weights"}),
         Method("lora_ga", "singular vectors of the gradient", "Wang et al. 2024, theorems 3.1 and 3.2",
                _gradients(lambda G: Target(M=G)), _lora_ga, strength=None, reads="gradients", width=2,
-               decomposes=False),
+               options=frozenset({"strength", "batch_weights"})),
         Method("lora_one", "one step of gradient descent", "Zhang et al. 2025, algorithm 1",
-               _gradients(lora_one_target), product_factors, strength=None, reads="gradients"),
+               _gradients(lora_one_target), product_factors, strength=None, reads="gradients",
+               options=_PRODUCT | {"batch_weights"}),
     )
 }  # fmt: skip
 

@@ -149,7 +149,7 @@ class TokenCount:
     def update(self, rows: Tensor) -> None:
         """Counts `rows` (n, d)."""
         self.tokens += rows.shape[0]
-        self._finite = self._finite and bool(torch.isfinite(rows.sum()))
+        self._finite = self._finite and bool(torch.isfinite(rows).all())
 
     def merge(self, other: TokenCount) -> None:
         """Adds what `other` has counted."""

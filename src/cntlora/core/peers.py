@@ -41,12 +41,14 @@ def pissa_target(W: Tensor) -> Target:
     return Target(M=W, is_delta=True)
 
 
-def corda_target(W: Tensor, C: Tensor, damping: float) -> Target:
-    """ΔW C = SVD(W C) (CorDA, Yang et al. 2024, instruction-previewed; eq. 33–36): B·A = [W C̃]_r C̃⁻¹.
+def damped_inverse(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """C̃ = C + damping·mean(diag C)·I and its inverse, for `corda_target`.
 
-    Args:
-        damping: C̃ = C + damping·mean(diag C)·I. The paper's C⁻¹ does not exist for a rank-poor C; PEFT damps in the
-            same way, 0.01, and doubles it while a float32 inverse is off by more than 0.05. In float64 it never is.
+    The paper's C⁻¹ does not exist for a rank-poor C. PEFT damps in the same way, by 0.01, and doubles it while a
+    float32 inverse is off by more than 0.05. In float64 it never is.
+
+    Raises:
+        ValueError: if C̃ is singular.
     """
     ridge = damping * float(C.diagonal().mean())
     damped = C + ridge * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
@@ -56,24 +58,30 @@ def corda_target(W: Tensor, C: Tensor, damping: float) -> Target:
             f"damping: C + {damping:g}·mean(diag C)·I is singular, so that CorDA has no inverse; raise damping, or "
             "read more tokens"
         )
-    return Target(M=W @ damped, right=torch.cholesky_inverse(L))
+    return damped, torch.cholesky_inverse(L)
 
 
-def eva_target(gram: Tensor, total: Tensor, tokens: float, center: bool) -> tuple[Target, Tensor]:
+def corda_target(W: Tensor, C: Tensor, inverse: Tensor) -> Target:
+    """ΔW C = SVD(W C) (CorDA, Yang et al. 2024, instruction-previewed; eq. 33–36): B·A = [W C̃]_r C̃⁻¹.
+
+    Args:
+        C, inverse: C̃ and C̃⁻¹ of `damped_inverse`.
+    """
+    return Target(M=W @ C, right=inverse)
+
+
+def eva_target(gram: Tensor, total: Tensor, tokens: float, center: bool) -> Target:
     """Right singular vectors of X (EVA, Paischer et al. 2024; eq. 39), by the eigenvectors of X Xᵀ.
 
     Args:
         gram: X Xᵀ (d, d) over all tokens. total: Σ x (d,). tokens: their number n.
         center: subtract the mean token, as EVA's own code does (an incremental PCA); False is eq. 39 as printed.
-
-    Returns:
-        The target, and the eigenvalues (d,), descending.
     """
     if center:
         gram = gram - torch.outer(total, total) / tokens
     D, P = eigh_descending(gram)
     P = P * fix_signs(P)
-    return Target(known=Spectrum(U=P.new_zeros(0, P.shape[1]), S=D.sqrt(), Vh=P.mT)), D
+    return Target(known=Spectrum(U=P.new_zeros(0, P.shape[1]), S=D.sqrt(), Vh=P.mT))
 
 
 def lora_one_target(G: Tensor, gamma: float = 128.0) -> Target:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -183,21 +183,27 @@ class WeightEstimator:
         return None
 
 
-class InputEstimator:
+Shared = TypeVar("Shared")
+
+
+class InputEstimator(Generic[Shared]):
     """Methods of the second moment of all inputs together (CorDA, EVA).
 
     Per input one tensor (d + 2, d) is summed, each batch times its w_j: X Xᵀ, Σ x, and a row that starts with n.
 
     Args:
-        make: site name, X Xᵀ (d, d), Σ x (d,), n → its target, and the eigenvalues of the moment where they are known.
+        prepare: X Xᵀ (d, d), Σ x (d,), n → what does not depend on W, once for neighbours that share their input.
+        finish: site name and that → its target.
     """
 
-    def __init__(self, make: Callable[[str, Tensor, Tensor, float], tuple[Target, Tensor | None]]) -> None:
-        self.make = make
+    def __init__(
+        self, prepare: Callable[[Tensor, Tensor, float], Shared], finish: Callable[[str, Shared], Target]
+    ) -> None:
+        self.prepare, self.finish = prepare, finish
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
         self.ranks: dict[str, int] = {}
-        self._seen: dict[int, int] = {}  # sites with the same input share their sum, and its rank
+        self._last: tuple[Tensor, Shared, int] | None = None  # one only: sites with the same input are neighbours
 
     def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
         gram = X.gram_sum()
@@ -209,16 +215,15 @@ class InputEstimator:
     def target(self, name: str, batches: int, initial: str) -> Target:
         packed = self.sums.get(name)
         assert packed is not None, f"{name} saw no batch"
-        gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
-        if tokens <= 0:
-            raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
-        target, D = self.make(name, gram, total, tokens)
-        if id(packed) not in self._seen:
-            D = torch.linalg.eigvalsh(gram) if D is None else D
+        if self._last is None or self._last[0] is not packed:
+            gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
+            if tokens <= 0:
+                raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
+            D = torch.linalg.eigvalsh(gram)
             rtol = default_rtol(gram.shape[0], int(tokens), gram.dtype)
-            self._seen[id(packed)] = int((rtol * D.max() < D).sum())
-        self.ranks[name] = self._seen[id(packed)]
-        return target
+            self._last = packed, self.prepare(gram, total, tokens), int((rtol * D.max() < D).sum())
+        _, shared, self.ranks[name] = self._last
+        return self.finish(name, shared)
 
     def effective_rank(self, name: str) -> int | None:
         return self.ranks.get(name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import InitConfig, unknown_name
-from ..core.family import methods
+from ..core.family import METHODS, methods
 
 LABELS = {
     "full": "Full fine-tuning",
@@ -63,7 +63,7 @@ class Arm:
     @property
     def meaning(self) -> tuple[Any, ...]:
         """Equal for two names of the same arm, such as "dora" and "lora+dora"."""
-        init = None if self.init is None else sorted(self.init.items())
+        init = None if self.init is None else sorted(InitConfig(**self.init).to_dict().items())
         return str(init), str(sorted(self.lora.items())), self.peft, self.full
 
 
@@ -181,6 +181,8 @@ def _check(name: str, root: str, found: list[tuple[Modifier, Any]]) -> None:
         if root in ("full", "peft:adalora") or (not modifier.lora and (root == "lora" or root.startswith("peft:"))):
             allowed = [] if root in ("full", "peft:adalora") else [f"+{m.example}" for m in MODIFIERS if m.lora]
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}; it takes {allowed or 'no modifier'}")
+        if modifier.option == "base" and root in METHODS and METHODS[root].zero_start:
+            raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}, which starts at B = 0; leave it out")
         if modifier.only not in (None, root):
             raise ValueError(f"method {name!r}: {shown} works with {modifier.only!r} only; leave it out")
     if "p" in seen and "decomposition" in seen:

@@ -17,12 +17,12 @@ from typing import Any
 
 from ..config import InitConfig
 from ..plan import write_atomically
+from ..version import RECORD_SCHEMA as SCHEMA
 from ..version import VERSION
 from .arms import Arm, parse_arm
 from .settings import Experiment, LoraSettings, TaskSettings, TrainSettings
 from .tasks import task_kind
 
-SCHEMA = 1
 _TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}")  # as `write_atomically` names what is not whole yet
 
 
@@ -43,7 +43,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of the file, without its suffix."""
-        return f"{self.method.replace(':', '-')}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.method.replace(':', '-')}-lr{self.learning_rate!r}-seed{self.seed}"
 
     def init_config(self) -> InitConfig | None:
         """The resolved configuration of cntlora; None for an arm that has none."""
@@ -84,9 +84,10 @@ def _digest_of(path: Path, modified: int) -> str:
 def runs_of(experiment: Experiment) -> list[Run]:
     """All runs, those of one seed together, so that every arm has something early on."""
     sweep = experiment.sweep
+    overrides = {parse_arm(name).meaning: override for name, override in sweep.overrides.items()}
     grid = []
     for method in sweep.methods:
-        own = sweep.overrides.get(method)
+        own = overrides.get(parse_arm(method).meaning)
         rates = (own and own.learning_rates) or sweep.learning_rates
         seeds = sweep.seeds if own is None or own.seeds is None else own.seeds
         grid += [Run(experiment, method, rate, seed) for seed in seeds for rate in rates]

@@ -86,7 +86,7 @@ def adapt(
         return Adapted(model, model, None, 0.0)
     options, config = _lora_options(run, kind, targets), run.init_config()
     device = next(model.parameters()).device
-    some = [to_device(batch, device) for batch in itertools.islice(batches, e.num_batches)] if arm.peft else []
+    some = [to_device(batch, device) for batch in itertools.islice(batches, e.num_batches)]
     torch.manual_seed(run.seed)  # A, and what PEFT's initialisations draw
     start, plan = time.perf_counter(), None
     if arm.peft:
@@ -94,7 +94,7 @@ def adapt(
     else:
         adapted = get_peft_model(model, LoraConfig(**options))  # type: ignore[assignment,arg-type]
     if config is not None:
-        plan = compute_plan(adapted, batches, config, progress=False)
+        plan = compute_plan(adapted, some, config, progress=False)
         apply_plan(adapted, plan)
     seconds = time.perf_counter() - start
     if arm.peft == "adalora":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import InitConfig
+from ..core.family import METHOD_OPTIONS, METHODS
 from .arms import Arm, parse_arm
 from .typed import at_least, build, within
 
@@ -180,8 +181,11 @@ class Experiment:
         """
         if arm.init is None:
             return None
+        reads = METHODS[arm.init["method"]].options if arm.init["method"] in METHODS else METHOD_OPTIONS
+        # what is common to all arms goes to those on which it has an effect
+        common = {key: value for key, value in self.init.items() if key not in METHOD_OPTIONS - reads}
         try:
-            return InitConfig(**{"seed": seed, **self.init, **arm.init})
+            return InitConfig(**{"seed": seed, **common, **arm.init})
         except (ValueError, TypeError) as error:
             raise ValueError(f"init, for method {arm.name!r}: {error}") from error
 

@@ -62,7 +62,7 @@ def group_of(method: str) -> str:
         return "peft"
     if method.startswith(OURS):
         return "ours"
-    return "peers" if method in PEERS else "other"
+    return "peers" if family_of(method) in PEERS else "other"
 
 
 def family_of(method: str) -> str:
@@ -74,8 +74,8 @@ def family_of(method: str) -> str:
 def order_key(method: str) -> tuple[int, int, str, int, str]:
     """Sorts as the paper's tables do: peers, PEFT's own code, ours (plain, then variant by variant), the unknown."""
     group = group_of(method)
-    place = PEERS.index(method) if group == "peers" else 0
     family = family_of(method)
+    place = PEERS.index(method if method in PEERS else family) if group == "peers" else 0
     if group == "ours":
         return GROUPS.index(group), place, method.removeprefix(family), OURS.index(family), method
     if group == "peft" and family in PEERS:

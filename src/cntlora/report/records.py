@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ..version import RECORD_SCHEMA as SCHEMA
 from .methods import order_key, ordered
 
 Record = Mapping[str, Any]
-SCHEMA = 1
 MEAN_LOSS = "mean_loss"
 _NEEDED = {"experiment": str, "method": str, "learning_rate": int | float, "seed": int, "status": str}
 
