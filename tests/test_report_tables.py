@@ -354,3 +354,22 @@ def test_styles_of_35_methods_are_legible_on_both_grounds_and_all_different() ->
     assert len({style.colour for style in found.values()}) == len(found)
     assert all(contrast(style.colour, ground) >= LEGIBLE for style in found.values() for ground in GROUNDS)
     assert contrast("#ffff00", GROUNDS[0]) < LEGIBLE  # the control
+
+
+def test_against_lora_what_the_seeds_share_drops_out() -> None:
+    """Seeds that differ by far more than the methods: the means overlap, the paired difference does not."""
+    records = [
+        cases.record(
+            method, 0.003, seed, mean_loss=1.0 + 0.2 * seed + (0.0 if method == "lora" else -0.01 - 0.001 * seed)
+        )
+        for method in ("lora", "eva")
+        for seed in (0, 1, 2)
+    ]
+    table = main_table(studies(records)[0])
+    paired, alone = column_of(table, "against LoRA"), column_of(table, "mean training loss")
+    eva = row_of(table, "eva")
+    assert eva[paired].mean == pytest.approx(-0.011) and eva[paired].spread == pytest.approx(0.001)
+    assert eva[alone].spread is not None and eva[alone].spread > 0.19  # the control: unpaired, nothing can be told
+    assert row_of(table, "lora")[paired].mean == 0.0
+    without = main_table(studies([r for r in records if r["method"] != "lora"])[0])
+    assert "against LoRA" not in [column.head for column in without.columns]

@@ -55,6 +55,12 @@ class Group:
         """Of a number of the record, such as "mean_loss" or "init_seconds", over the finished runs."""
         return Estimate.of(run.get(key) for run in self.finished)
 
+    def against(self, other: Group) -> Estimate:
+        """Mean training loss minus that of another group's run with the same seed: what the seeds share drops out."""
+        theirs = {run["seed"]: run.get(MEAN_LOSS) for run in other.finished}
+        pairs = [(run.get(MEAN_LOSS), theirs.get(run["seed"])) for run in self.finished]
+        return Estimate.of(a - b for a, b in pairs if a is not None and b is not None)
+
     def final(self, metric: str) -> Estimate:
         """Of a held-out metric at the last evaluation, over the finished runs."""
         return Estimate.of(final_metric(run, metric) for run in self.finished)

@@ -38,12 +38,17 @@ def main_table(study: Study, loss: float | None = None) -> Table:
     """
     loss = reference_loss(study) if loss is None else loss
     columns = [Column("Method"), Column("lr", spec="g"), Column("seeds", spec="d"), Column("mean training loss", "min")]
+    columns += [Column("against LoRA", "min", "+.3f")] if "lora" in study.best else []
     columns += [Column(metric_name(metric), _way(way)) for metric, way in study.metrics.items()]
     columns += [Column(f"steps to {loss:.3f}", "min", "d")] if loss is not None else []
     columns += [Column("init s", spec=".1f"), Column("train s", spec=".1f"), Column("peak MiB", spec=",d")]
     columns += [Column("trainable", spec=",d")]
     rows = [_row(study, group, _main_cells(study, group, loss)) for group in study.best.values()]
     caption = f"Chosen by the {criterion_words(study)}. {_SEEDS} Held-out metrics are of the last evaluation."
+    if "lora" in study.best:
+        caption += (
+            " Against LoRA: difference of the mean training loss of runs with the same seed, head, data and order."
+        )
     if loss is not None:
         caption += f" Steps until the smoothed training loss, averaged over seeds, is at or below {loss:.3f}."
     return _table(study, "best", "Methods at their best learning rate", columns, rows, caption + _broken(study))
@@ -142,6 +147,8 @@ def _main_cells(study: Study, group: Group, loss: float | None) -> list[Cell]:
     seeds = f"{len(group.finished)}/{len(group.runs)}"
     cells = [Cell(mean=group.learning_rate), Cell(mean=len(group.runs)) if whole else Cell(seeds)]
     cells += [Cell.of(group.estimate(MEAN_LOSS), competes=whole)]
+    if "lora" in study.best:
+        cells += [Cell.of(group.against(study.best["lora"]), competes=whole)]
     cells += [Cell.of(group.final(metric), competes=whole) for metric in study.metrics]
     cells += [Cell(mean=steps_to_reach(group, loss), competes=whole)] if loss is not None else []
     costs = ("init_seconds", "train_seconds", "peak_memory_mib", "trainable_parameters")
