@@ -29,6 +29,7 @@ bench: setup  ## cost of the initialisation against the bare forward pass
 
 results: setup  ## docs/results.md and the page of the comparison again, from the records in results/
 	$(BIN)/cntlora report results/tweets_100 --into docs/results.md
+	$(BIN)/cntlora report results/tweets_tolerance --into docs/results.md
 	$(BIN)/cntlora report results/tweets --into docs/results.md --out results/tweets --title "Tweets, MiniLM-L6: every initialisation, 40 steps"
 
 clean:
