@@ -15,6 +15,7 @@ from cntlora.core.linalg import (
     fix_signs,
     frobenius_condition,
     nothing_dropped,
+    numerical_rank,
     pinv,
     plain_inverse,
     tall_pinv,
@@ -137,3 +138,11 @@ def test_the_condition_is_bounded_on_both_sides(n: int) -> None:
     assert true <= bound <= n * true
     assert nothing_dropped(M, torch.linalg.inv(M), 0.99 / bound)
     assert not nothing_dropped(M, torch.linalg.inv(M), 1.01 / bound)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 7])
+def test_numerical_rank_counts_what_the_tolerance_keeps(rank: int) -> None:
+    X = draw(3, 7, rank) @ draw(4, rank, 20)
+    assert numerical_rank(X @ X.mT, 1e-10) == rank
+    S = torch.diag(torch.tensor([1.0, 0.5, 1e-3, 0.0], dtype=torch.float64))
+    assert [numerical_rank(S, rtol) for rtol in (1e-6, 1e-2, 0.7)] == [3, 2, 1]

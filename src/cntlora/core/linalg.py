@@ -51,6 +51,14 @@ def cholesky_inverse(S: Tensor, rtol: float) -> Tensor | None:
     return inverse if nothing_dropped(S, inverse, rtol) else None
 
 
+def numerical_rank(S: Tensor, rtol: float) -> int:
+    """Number of eigenvalues above rtol·λ_max of a positive semi-definite matrix: by Cholesky alone where it is full."""
+    if cholesky_inverse(S, rtol) is not None:
+        return S.shape[0]
+    D = torch.linalg.eigvalsh(S)
+    return int((rtol * D[-1] < D).sum())
+
+
 def plain_inverse(M: Tensor, rtol: float) -> Tensor | None:
     """M⁻¹ of a square matrix by LU, or None where † would have to drop something."""
     inverse, info = torch.linalg.inv_ex(M)

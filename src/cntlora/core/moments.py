@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import cholesky_inverse, default_rtol, eigh_descending, fix_signs
+from .linalg import default_rtol, eigh_descending, fix_signs, numerical_rank
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,7 @@ class Moments:
         """Number of eigenvalues of G above rtol·λ_max: the directions that the data determine."""
         rows = self.rows()
         S = self.gram() if rows is None else rows @ rows.mT
-        if cholesky_inverse(S, rtol) is not None:
-            return S.shape[0]
-        D, _ = eigh_descending(S)
-        return int((rtol * D[0] < D).sum())
+        return numerical_rank(S, rtol)
 
 
 class TokenCount:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .constraints import combine, shift_constant, shift_inverse, shift_rtol
-from .linalg import default_rtol, frobenius_condition, plain_inverse, tall_pinv
+from .linalg import default_rtol, frobenius_condition, numerical_rank, plain_inverse, tall_pinv
 from .moments import Moments
 from .peers import Target
 
@@ -219,9 +219,8 @@ class InputEstimator(Generic[Shared]):
             gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
             if tokens <= 0:
                 raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
-            D = torch.linalg.eigvalsh(gram)
             rtol = default_rtol(gram.shape[0], int(tokens), gram.dtype)
-            self._last = packed, self.prepare(gram, total, tokens), int((rtol * D.max() < D).sum())
+            self._last = packed, self.prepare(gram, total, tokens), numerical_rank(gram, rtol)
         _, shared, self.ranks[name] = self._last
         return self.finish(name, shared)
 
