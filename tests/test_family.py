@@ -437,3 +437,20 @@ def test_a_report_says_that_a_zero_start_needs_no_policy() -> None:
              for m in ("eva", "self")]  # fmt: skip
     titles = [str(cntlora.InitReport.of(plan)).splitlines()[0] for plan in plans]
     assert "B = 0" in titles[0] and "offset" not in titles[0] and "base offset" in titles[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "decomposition", "passes"), [("self", "svd", 1), ("self", "qr", 2), ("corda", "svd", 2)]
+)
+def test_with_adaptive_ranks_a_target_is_made_again_only_where_its_matrix_is_needed(
+    method: str, decomposition: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cntlora.assemble import Work
+
+    made: list[str] = []
+    plain = Work.target
+    monkeypatch.setattr(Work, "target", lambda self, site, seen: made.append(site.name) or plain(self, site, seen))
+    config = InitConfig(method=method, decomposition=decomposition, adaptive_ranks=True)
+    plan = compute_plan(wrapped(mlp()), token_batches(SIZES), config, progress=False)
+    extended = [n for n, s in plan.sites.items() if s.rank > 2 * R]
+    assert sorted(made) == sorted([*plan.sites] * passes + (extended if passes == 1 else []))

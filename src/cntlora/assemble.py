@@ -11,7 +11,7 @@ from torch import Tensor
 from .collect import Seen
 from .config import InitConfig
 from .core.allocate import allocate
-from .core.factor import Spectrum, offset, paired, product_inner, spectrum
+from .core.factor import Spectrum, offset, paired, product_norm, spectrum
 from .core.family import METHODS, Goal
 from .core.linalg import default_rtol
 from .core.moments import Moments, TokenCount
@@ -71,18 +71,35 @@ def plan_sites(sites: list[Site], work: Work, seen: Seen) -> dict[str, SitePlan]
     if not config.adaptive_ranks:
         return {s.name: _plan_site(s, work, seen, s.rank, None) for s in sites}
     width = METHODS[config.method].width
-    spectra: dict[str, Spectrum] = {}
+    ranked: dict[str, _Ranked] = {}
     variances: dict[str, list[float]] = {}
     for site in sites:
         start = time.perf_counter()
         # twice the usual rank is nearly always enough; where a site wins more, `_plan_site` extends it exactly
-        spectra[site.name] = _spectrum(site, work.target(site, seen), 2 * width * site.rank)
+        target = work.target(site, seen)
+        known = _spectrum(site, target, 2 * width * site.rank)
+        ranked[site.name] = _Ranked(known, _without_matrix(target, config))
         most = min(site.in_features, site.out_features) // width
-        variances[site.name] = spectra[site.name].relative_variance().tolist()[:most]
+        variances[site.name] = known.relative_variance().tolist()[:most]
         work.seconds[site.name] = work.seconds.get(site.name, 0.0) + time.perf_counter() - start
     budget = sum(s.rank for s in sites) if config.rank_budget is None else config.rank_budget
     ranks = allocate(variances, budget, config.min_rank, config.max_rank)
-    return {s.name: _plan_site(s, work, seen, ranks[s.name], spectra[s.name]) for s in sites}
+    return {s.name: _plan_site(s, work, seen, ranks[s.name], ranked[s.name]) for s in sites}
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """What is kept of a site between the sharing out of ranks and its factors: no matrix of its size."""
+
+    spectrum: Spectrum
+    target: Target | None
+
+
+def _without_matrix(target: Target, config: InitConfig) -> Target | None:
+    """The target without M, where the spectrum is all that the factors need; None where it has to be made again."""
+    if config.effective_decomposition != "svd" or target.right is not None:
+        return None
+    return Target(is_delta=target.is_delta)
 
 
 def _spectrum(site: Site, target: Target, q: int) -> Spectrum:
@@ -96,12 +113,12 @@ def _spectrum(site: Site, target: Target, q: int) -> Spectrum:
     return spectrum(target.M, q)
 
 
-def _plan_site(site: Site, work: Work, seen: Seen, r: int, known: Spectrum | None) -> SitePlan:
+def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | None) -> SitePlan:
     start = time.perf_counter()
     config, method = work.config, METHODS[work.config.method]
-    target = work.target(site, seen)
-    if known is None or known.Vh.shape[0] < r * method.width:
-        known = _spectrum(site, target, r * method.width)
+    enough = ranked is not None and ranked.spectrum.Vh.shape[0] >= r * method.width
+    target = ranked.target if ranked and enough and ranked.target else work.target(site, seen)
+    known = ranked.spectrum if ranked and enough else _spectrum(site, target, r * method.width)
     scaling = 1.0 if config.fold_alpha else site.scaling
     scale = config.strength_at(site.scaling) / scaling
     shape = (site.out_features, site.in_features)
@@ -110,7 +127,7 @@ def _plan_site(site: Site, work: Work, seen: Seen, r: int, known: Spectrum | Non
     base = config.effective_base
     W = site.weight(DTYPE)
     _check_fits(site, W, B, A, scaling, base)
-    start_norm = abs(scaling) * max(product_inner(B.double(), A.double(), B.double(), A.double()), 0.0) ** 0.5
+    start_norm = abs(scaling) * product_norm(B.double(), A.double())
     B, A = _arranged(B, A, r, base)
     use_rslora = site.use_rslora and not config.fold_alpha
     return SitePlan(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core.factor import halves_cancel, product_inner, product_spectrum
+from .core.factor import halves_cancel, product_inner, product_norm, product_spectrum
 from .inspection import read_adapter
 from .kinds import kind_of
 from .sites import find_sites
@@ -133,7 +133,7 @@ def _compare(name: str, before: Factors, after: Factors, halved: bool) -> SiteCo
     inner = float((one.A * other.A).sum() + (one.B * other.B).sum())
     sizes = [float(f.A.square().sum() + f.B.square().sum()) ** 0.5 for f in (one, other)]
     product = product_inner(one.B, one.A, other.B, other.A)
-    norms = [max(product_inner(f.B, f.A, f.B, f.A), 0.0) ** 0.5 for f in (one, other)]
+    norms = [product_norm(f.B, f.A) for f in (one, other)]
     return SiteComparison(
         kind=kind_of(name),
         cosine=_ratio(inner, sizes),

@@ -149,6 +149,11 @@ class InitConfig:
         """The base policy in force: methods that start at B = 0 need none, which is what "keep" does."""
         return "keep" if METHODS[self.method].zero_start else self.base
 
+    @property
+    def effective_decomposition(self) -> str:
+        """The decomposition in force: the one given, else the method's own."""
+        return METHODS[self.method].decomposition if self.decomposition == "svd" else self.decomposition
+
     def strength_at(self, scaling: float) -> float:
         """The strength in force at a layer of this scaling: the one given, else the method's own."""
         own = METHODS[self.method].strength

@@ -103,6 +103,11 @@ def product_inner(B: Tensor, A: Tensor, Y: Tensor, X: Tensor) -> float:
     return float(((B.mT @ Y) * (A @ X.mT)).sum())
 
 
+def product_norm(B: Tensor, A: Tensor) -> float:
+    """‖B·A‖_F without the product."""
+    return max(product_inner(B, A, B, A), 0.0) ** 0.5  # rounding may go below zero
+
+
 def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
     """Singular values of B·A through two small QRs, without forming the product."""
     return torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)

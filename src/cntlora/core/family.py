@@ -44,7 +44,7 @@ class Options(Protocol):
     @property
     def shift_constant(self) -> float | str: ...
     @property
-    def decomposition(self) -> str: ...
+    def effective_decomposition(self) -> str: ...
     @property
     def p(self) -> float: ...
     @property
@@ -91,6 +91,7 @@ class Method:
         zero_start: whether B = 0, so that the function starts unchanged whatever becomes of W.
         width: singular triplets that it uses, as a multiple of r.
         ranked: whether it has a spectrum to share ranks out by.
+        decomposition: its own, where `InitConfig.decomposition` is at its default.
         options: those of `InitConfig` that have an effect on it, of `METHOD_OPTIONS`.
     """
 
@@ -104,23 +105,19 @@ class Method:
     zero_start: bool = False
     width: int = 1
     ranked: bool = True
+    decomposition: Literal["svd", "qr"] = "svd"
     options: frozenset[str] = frozenset()
 
 
 def product_factors(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
     """B·A = scale·[M]_r·right by SVD with the fraction p, or by QR."""
     M, right = goal.target.M, goal.target.right
-    if o.decomposition == "svd":
+    if o.effective_decomposition == "svd":
         B, A = svd_factors(goal.spectrum, goal.r, o.p, goal.scale)
     else:
         assert M is not None
-        B, A = qr_factors(M, goal.r, o.decomposition == "qr_pivoted", goal.scale)
+        B, A = qr_factors(M, goal.r, o.effective_decomposition == "qr_pivoted", goal.scale)
     return B, A if right is None else A @ right
-
-
-def _olora(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
-    assert goal.target.M is not None
-    return qr_factors(goal.target.M, goal.r, o.decomposition == "qr_pivoted", goal.scale)
 
 
 def _eva(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
@@ -184,7 +181,7 @@ METHODS: dict[str, Method] = {
         Method("pissa", "principal singular triplets of W", "Meng et al. 2024; eq. 24",
                _weights(pissa_target), product_factors, reads="weights", options=_PRODUCT),
         Method("olora", "QR of W", "Büyükakyüz 2024; eq. 28",
-               _weights(pissa_target), _olora, strength=None, reads="weights",
+               _weights(pissa_target), product_factors, strength=None, reads="weights", decomposition="qr",
                options=frozenset({"decomposition", "strength"})),
         Method("eva", "A = principal directions of the inputs, B zero", "Paischer et al. 2024; eq. 39",
                _eva_sums, _eva, zero_start=True, options=frozenset({"center", "batch_weights"})),

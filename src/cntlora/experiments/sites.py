@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..comparison import compare_adapters, snapshot
-from ..core.factor import halves_cancel, product_inner
+from ..core.factor import halves_cancel, product_norm
 from ..diagnostics import StartDiagnostics, start_diagnostics
 from ..kinds import depth_of, kind_of
 from ..plan import InitPlan, SitePlan
@@ -78,7 +78,7 @@ def _start_norm(site: Site) -> float:
     A, B = site.A.detach().double(), site.B.detach().double()
     directions = site.rank // 2 if halves_cancel(B, A) else site.rank
     A, B = A[:directions], B[:, :directions]
-    return site.scaling * max(product_inner(B, A, B, A), 0.0) ** 0.5
+    return site.scaling * product_norm(B, A)
 
 
 def trainable_parameters(model: nn.Module, plan: InitPlan | None) -> int:
