@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cntlora import InitConfig
 from cntlora.core.constraints import shift_constant
+from cntlora.core.estimator import InputReader, absorb_batch
 from cntlora.core.family import METHODS
 from cntlora.core.moments import Moments
 from cntlora.core.solve import site_generator
@@ -154,12 +155,18 @@ def moments(X: Tensor, gram: str = "sum", pieces: int = 1) -> Moments:
     return total
 
 
+def absorb(estimator: Any, names: Sequence[str], X: Moments, weight: float) -> None:
+    """Adds one batch that the sites `names` saw as `X`, times w_j."""
+    assert isinstance(estimator, InputReader)
+    absorb_batch(estimator, [(names, X)], weight)
+
+
 def delta(config: InitConfig, W: Tensor, batches: Sequence[Tensor], site: str = "site") -> Tensor:
     """ΔW (k, d) of cntlora's core, one batch at a time."""
     estimator = METHODS[config.method].estimator(lambda name: W.to(torch.float64, copy=True), config)
     weights = config.batch_weights or (1.0,) * len(batches)
     for X, weight in zip(batches, weights, strict=True):
-        estimator.absorb([site], moments(X, config.gram, pieces=2), weight)
+        absorb(estimator, [site], moments(X, config.gram, pieces=2), weight)
     M = estimator.target(site, len(batches), config.initial_weight).M
     assert M is not None
     return M

@@ -37,11 +37,12 @@ from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
 import cntlora.assemble as assemble
-import cntlora.compute as compute
 from cntlora import InitConfig, InitPlan, compute_plan
 from cntlora.batches import to_device
+from cntlora.collect import collect
 from cntlora.core.linalg import default_rtol
 from cntlora.core.moments import Moments
+from cntlora.sites import find_sites
 
 mode = pytest.mark.parametrize("mode", MODES, ids=repr)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -753,7 +754,7 @@ def test_a_site_that_wins_more_than_twice_its_rank_gets_the_factors_of_a_full_sv
     config = InitConfig(**KEEP, method="cross", adaptive_ranks=True, rank_budget=20, decomposition=decomposition)
     asked: list[int] = []
     plain = assemble.spectrum
-    monkeypatch.setattr(assemble, "spectrum", lambda M, q: asked.append(q) or plain(M, q))
+    monkeypatch.setattr(assemble, "spectrum", lambda M, q, exact: asked.append(q) or plain(M, q, exact))
     W = {name: array(base.get_submodule(name).weight) for name in ("flat", "steep", "other")}
     plan = plan_of(wrapped(base, lora(r=2, targets=["flat", "steep", "other"])), batches, config)
     X = [array(batches[0].reshape(-1, 16)).T]
@@ -988,10 +989,11 @@ def test_half_precision_models_are_computed_in_float64(dtype: torch.dtype) -> No
 def test_every_batch_reaches_the_progress_and_no_more() -> None:
     steps: list[int] = []
     model = wrapped(mlp())
-    sites, _ = compute.find_sites(model)
+    sites, _ = find_sites(model)
     groups: list[tuple[int, tuple[str, ...]]] = []
-    seen = compute.collect(
-        model, sites, chain(token_batches(SIZES)), lambda i, names, X: groups.append((i, names)), num_batches=2,
+    seen = collect(
+        model, sites, chain(token_batches(SIZES)), lambda i, new: groups.extend((i, names) for names, _ in new),
+        num_batches=2,
         step=lambda: steps.append(1),
     )  # fmt: skip
     assert seen.batches == len(steps) == 2

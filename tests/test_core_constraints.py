@@ -9,7 +9,16 @@ from tests import reference
 from tests.cases import CASES, Case, array, draw, moments, relative_error
 from torch import Tensor
 
-from cntlora.core.constraints import combine, cross_map, self_map, shift_constant, shift_inverse, shift_rtol
+from cntlora.core.constraints import (
+    combine,
+    cross_map,
+    cross_quick,
+    self_map,
+    shift_constant,
+    shift_inverse,
+    shift_resolvent,
+    shift_rtol,
+)
 
 case = pytest.mark.parametrize("case", CASES, ids=repr)
 full_case = pytest.mark.parametrize("case", [c for c in CASES if c.full], ids=repr)
@@ -278,3 +287,37 @@ def test_the_tolerance_of_shift_mode_is_that_of_its_own_matrix() -> None:
     assert shift_rtol(3, 7, torch.float64, None) == 7 * torch.finfo(torch.float64).eps
     assert shift_rtol(9, 7, torch.float64, None) == 9 * torch.finfo(torch.float64).eps
     assert shift_rtol(9, 7, torch.float64, 0.5) == 0.5
+
+
+# --- what shift mode shares -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", [1, 4, 9, 10, 30])
+@pytest.mark.parametrize("gram", ["sum", "mean"])
+def test_the_resolvent_is_the_inverse_in_both_forms(b: int, gram: str) -> None:
+    X = draw(0, 10, b)
+    M = torch.eye(10, dtype=torch.float64) - torch.from_numpy(reference.gram(array(X), gram))
+    inverse, holds, condition = shift_resolvent(moments(X, gram), 1e-13)
+    assert bool(holds)
+    assert relative_error(inverse, torch.linalg.inv(M)) < 1e-11
+    expected = torch.linalg.matrix_norm(M) * torch.linalg.matrix_norm(torch.linalg.inv(M))
+    assert float(condition) == pytest.approx(float(expected), rel=1e-9)
+    assert float(torch.linalg.cond(M)) <= float(condition) <= 10 * float(torch.linalg.cond(M))
+    assert not bool(shift_resolvent(moments(X, gram), 1.01 / float(condition))[1])  # control: † would drop something
+
+
+@pytest.mark.parametrize("b", [4, 10])
+def test_a_singular_resolvent_does_not_hold(b: int) -> None:
+    X = torch.linalg.qr(draw(0, 10, b)).Q * torch.linspace(0.2, 1.0, b, dtype=torch.float64)  # one eigenvalue is 1
+    assert not bool(shift_resolvent(moments(X), 1e-13)[1])
+    assert bool(shift_resolvent(moments(0.9 * X), 1e-13)[1])  # control
+
+
+@pytest.mark.parametrize("b", [4, 10, 30])
+def test_the_quick_cross_map_is_the_other_where_it_holds(b: int) -> None:
+    X = draw(0, 10, b)
+    T, holds, rank = cross_quick(moments(X))
+    assert bool(holds) and rank == min(b, 10)
+    assert relative_error(T, cross_map(moments(X))[0]) < 1e-8
+    twice = torch.cat([X[:, :3], X[:, :3]], dim=1)  # control: † has to drop what the repeated tokens leave
+    assert not bool(cross_quick(moments(twice))[1])

@@ -413,7 +413,7 @@ def test_spectra_of_eva_hold_no_square_matrix_for_each_site() -> None:
 
     X = draw(1, 10, 30)
     target = eva_target(X @ X.mT, X.sum(dim=1), 30, True)
-    kept = _spectrum(find_sites(wrapped(mlp()))[0][0], target, 4)
+    kept = _spectrum(find_sites(wrapped(mlp()))[0][0], target, 4, False)
     assert kept.Vh.shape == (4, 10) and kept.S.shape == (10,)
     assert kept.Vh.untyped_storage().nbytes() == 4 * 10 * 8
 

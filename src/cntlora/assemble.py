@@ -3,44 +3,58 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .collect import Seen
+from .collect import Groups, Seen
 from .config import InitConfig
 from .core.allocate import allocate
+from .core.estimator import Estimator, InputReader, absorb_batch
 from .core.factor import Spectrum, offset, paired, product_norm, spectrum
 from .core.family import METHODS, Goal
 from .core.linalg import default_rtol
-from .core.moments import Moments, TokenCount
+from .core.moments import Moments
+from .core.parallel import side_by_side
 from .core.peers import Target
-from .core.solve import Estimator
 from .plan import SitePlan, weight_sketch
 from .sites import Site
 
 DTYPE = torch.float64
 
+T = TypeVar("T")
+
 
 @dataclass
 class Work:
-    """What is known of each site while the plan is made."""
+    """What is known of each site while the plan is made.
+
+    Attributes:
+        sites: by name, where the estimator finds W; one with a sharded weight has it `gathered` while it is worked on.
+        take: hands the inputs of a batch to the estimator, times w_j.
+    """
 
     estimator: Estimator
     config: InitConfig
+    sites: dict[str, Site] = field(default_factory=dict)
+    take: Take = field(default=lambda work, groups, weight: _take(work, groups, weight))
     largest_batch: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def absorb(self, index: int, names: tuple[str, ...], X: Moments | TokenCount) -> None:
-        """One input of one batch."""
+    def absorb(self, index: int, groups: Groups) -> None:
+        """The distinct inputs of one batch, each with the sites that saw it."""
         start = time.perf_counter()
-        if isinstance(X, Moments):
-            self.estimator.absorb(names, X, self.weight(index))
-        share = (time.perf_counter() - start) / len(names)
-        for name in names:
-            self.largest_batch[name] = max(X.tokens, self.largest_batch.get(name, 0))
-            self.seconds[name] = self.seconds.get(name, 0.0) + share
+        if METHODS[self.config.method].reads == "inputs":
+            self.take(self, [group for group in groups if isinstance(group[1], Moments)], self.weight(index))
+        share = (time.perf_counter() - start) / max(1, sum(len(names) for names, _ in groups))
+        for names, X in groups:
+            for name in names:
+                self.largest_batch[name] = max(X.tokens, self.largest_batch.get(name, 0))
+                self.seconds[name] = self.seconds.get(name, 0.0) + share
 
     def weight(self, index: int) -> float:
         """w_j of a batch."""
@@ -65,34 +79,99 @@ class Work:
         return self.estimator.target(site.name, seen.site_batches.get(site.name, 0), self.config.initial_weight)
 
 
-def plan_sites(sites: list[Site], work: Work, seen: Seen) -> dict[str, SitePlan]:
-    """The plan of every site; with adaptive ranks the spectra come first, the factors after."""
+Take = Callable[[Work, Groups, float], None]
+
+
+def _take(work: Work, groups: Groups, weight: float) -> None:
+    assert isinstance(work.estimator, InputReader)
+    absorb_batch(work.estimator, groups, weight)
+
+
+class Share(Protocol):
+    """How the work on the sites is shared with other processes."""
+
+    def mine(self, sites: list[Site]) -> list[Site]:
+        """Those that this process works on."""
+
+    def each(self, sites: list[Site], make: Callable[[Site], T]) -> dict[str, T]:
+        """What `make` gives for those of `sites` that are this process's."""
+
+    def everyone(self, values: dict[str, T]) -> dict[str, T]:
+        """The plain values that all processes have for theirs, together."""
+
+
+class Alone:
+    """One process works on all sites."""
+
+    def mine(self, sites: list[Site]) -> list[Site]:
+        return sites
+
+    def each(self, sites: list[Site], make: Callable[[Site], T]) -> dict[str, T]:
+        """Small sites side by side."""
+        if not sites:
+            return {}
+        rows = max(max(s.in_features, s.out_features) for s in sites)
+        made = side_by_side(make, sites, rows, sites[0].base.weight.device)
+        return {site.name: result for site, result in zip(sites, made, strict=True)}
+
+    def everyone(self, values: dict[str, T]) -> dict[str, T]:
+        return values
+
+
+def working_weight(site: Site) -> Tensor:
+    """W (k, d) in its own dtype, float32 at least."""
+    return site.weight(torch.promote_types(site.base.weight.dtype, torch.float32))
+
+
+def plan_sites(sites: list[Site], work: Work, seen: Seen, share: Share) -> dict[str, SitePlan]:
+    """The plan of every site of this process; with adaptive ranks the spectra come first, the factors after."""
     config = work.config
     if not config.adaptive_ranks:
-        return {s.name: _plan_site(s, work, seen, s.rank, None) for s in sites}
-    width = METHODS[config.method].width
-    ranked: dict[str, _Ranked] = {}
-    variances: dict[str, list[float]] = {}
-    for site in sites:
-        start = time.perf_counter()
-        # twice the usual rank is nearly always enough; where a site wins more, `_plan_site` extends it exactly
-        target = work.target(site, seen)
-        known = _spectrum(site, target, 2 * width * site.rank)
-        ranked[site.name] = _Ranked(known, _without_matrix(target, config))
-        most = min(site.in_features, site.out_features) // width
-        variances[site.name] = known.relative_variance().tolist()[:most]
-        work.seconds[site.name] = work.seconds.get(site.name, 0.0) + time.perf_counter() - start
+        return share.each(sites, lambda s: _plan_site(s, work, seen, s.rank, None))
+    # twice the usual rank is nearly always enough
+    ranked = share.each(sites, lambda s: _ranked(s, work, seen, max(2 * s.rank, config.min_rank)))
     budget = sum(s.rank for s in sites) if config.rank_budget is None else config.rank_budget
-    ranks = allocate(variances, budget, config.min_rank, config.max_rank)
-    return {s.name: _plan_site(s, work, seen, ranks[s.name], ranked[s.name]) for s in sites}
+    while True:
+        known = share.everyone({name: (found.variances, found.may_have_more) for name, found in ranked.items()})
+        variances = {s.name: known[s.name][0] for s in sites}
+        ranks = allocate(variances, budget, config.min_rank, config.max_rank)
+        # all that such a site holds has won, so that what is not known of it yet might win too
+        short = [s for s in sites if known[s.name][1] and ranks[s.name] >= len(variances[s.name])]
+        if not short:
+            break
+        ranked |= share.each(short, partial(_ranked_for, work, seen, {s.name: 2 * ranks[s.name] for s in short}))
+    return share.each(sites, lambda s: _plan_site(s, work, seen, ranks[s.name], ranked[s.name]))
+
+
+def _ranked_for(work: Work, seen: Seen, ranks: Mapping[str, int], site: Site) -> _Ranked:
+    return _ranked(site, work, seen, ranks[site.name])
+
+
+def _ranked(site: Site, work: Work, seen: Seen, r: int) -> _Ranked:
+    """A site's spectrum, with the triplets that rank `r` needs."""
+    start = time.perf_counter()
+    width = METHODS[work.config.method].width
+    target = work.target(site, seen)
+    known = _spectrum(site, target, width * r, work.config.exact_svd)
+    most = min(site.in_features, site.out_features) // width
+    variances = known.relative_variance().tolist()[:most]
+    work.seconds[site.name] = work.seconds.get(site.name, 0.0) + time.perf_counter() - start
+    return _Ranked(known, _without_matrix(target, work.config), variances, len(variances) < most)
 
 
 @dataclass(frozen=True)
 class _Ranked:
-    """What is kept of a site between the sharing out of ranks and its factors: no matrix of its size."""
+    """What is kept of a site between the sharing out of ranks and its factors: no matrix of its size.
+
+    Attributes:
+        variances: v_m of eq. 19, of those singular values that are known.
+        may_have_more: whether there are singular values that are not.
+    """
 
     spectrum: Spectrum
     target: Target | None
+    variances: list[float]
+    may_have_more: bool
 
 
 def _without_matrix(target: Target, config: InitConfig) -> Target | None:
@@ -102,15 +181,14 @@ def _without_matrix(target: Target, config: InitConfig) -> Target | None:
     return Target(is_delta=target.is_delta)
 
 
-def _spectrum(site: Site, target: Target, q: int) -> Spectrum:
+def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
     """The first q singular triplets of a target; none where the method does not look at them."""
-    if target.known is not None:  # copies, so that no (d, d) matrix is kept alive for each site
-        known = target.known
-        return Spectrum(known.U[:, :q].clone(), known.S, known.Vh[:q].clone())
+    if target.known is not None:
+        return target.known(q)
     if target.M is None:
         none = torch.zeros(0, dtype=DTYPE, device=site.A.device)
         return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
-    return spectrum(target.M, q)
+    return spectrum(target.M, q, exact)
 
 
 def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | None) -> SitePlan:
@@ -118,7 +196,7 @@ def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | Non
     config, method = work.config, METHODS[work.config.method]
     enough = ranked is not None and ranked.spectrum.Vh.shape[0] >= r * method.width
     target = ranked.target if ranked and enough and ranked.target else work.target(site, seen)
-    known = ranked.spectrum if ranked and enough else _spectrum(site, target, r * method.width)
+    known = ranked.spectrum if ranked and enough else _spectrum(site, target, r * method.width, config.exact_svd)
     scaling = 1.0 if config.fold_alpha else site.scaling
     scale = config.strength_at(site.scaling) / scaling
     shape = (site.out_features, site.in_features)
@@ -140,7 +218,8 @@ def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | Non
         found_rank=site.rank,
         found_scaling=site.scaling,
         singular_values=known.S.float(),
-        delta_norm=float(torch.linalg.vector_norm(known.S)) if target.is_delta else None,
+        factored_norm=known.frobenius if known.S.numel() else None,
+        delta_norm=known.frobenius if target.is_delta else None,
         weight_norm=float(torch.linalg.matrix_norm(W)),
         start_norm=start_norm,
         sketch=weight_sketch(W),

@@ -27,12 +27,19 @@ from .batches import (
     token_masks,
     unwrapped,
 )
+from .bypass import bypassed
+from .core.estimator import read_back
 from .core.moments import Moments, TokenCount
+from .core.parallel import full_precision
 from .sites import Site
 
 Stats = Moments | TokenCount
-OnGroup = Callable[[int, tuple[str, ...], Any], None]
-"""Called after a forward pass for each distinct input: batch index, names of the sites that saw it, its `Stats`."""
+Groups = list[tuple[tuple[str, ...], Any]]
+"""The distinct inputs of one forward pass: names of the sites that saw it, its `Stats`."""
+Admits = Callable[[Site, bool], bool]
+"""Whether the statistics of a site are taken, told whether its input is one that is taken for another site anyway."""
+OnBatch = Callable[[int, Groups], None]
+"""Called after a forward pass with the index of the batch and its inputs."""
 
 
 @dataclass
@@ -43,6 +50,13 @@ class Seen:
     tokens: dict[str, int] = field(default_factory=dict)
     site_batches: dict[str, int] = field(default_factory=dict)
     masked: set[str] = field(default_factory=set)
+
+    def update(self, other: Seen) -> None:
+        """Takes over what another pass over the same batches saw."""
+        self.batches = other.batches
+        self.tokens.update(other.tokens)
+        self.site_batches.update(other.site_batches)
+        self.masked |= other.masked
 
 
 @contextmanager
@@ -81,11 +95,12 @@ def _generators(batches: object) -> Iterator[torch.Generator]:
 class _Watcher:
     """Takes the moments of one forward pass."""
 
-    def __init__(self, new: Callable[[int], Stats], masks: list[Tensor], batch: int) -> None:
-        self.new, self.batch = new, batch
+    def __init__(self, new: Callable[[Site], Stats], admits: Admits, masks: list[Tensor], batch: int) -> None:
+        self.new, self.admits, self.batch = new, admits, batch
         self.masks = [(mask.shape, mask.flatten().nonzero().squeeze(1)) for mask in masks]
         self.values = masks
-        self.known: Any = WeakIdKeyDictionary()  # tensor → (version, its moments, whether a mask was applied)
+        # tensor → its version, and by whether it is read its statistics and whether a mask was applied
+        self.known: Any = WeakIdKeyDictionary()
         self.seen: dict[str, list[Stats]] = {}
         self.masked: set[str] = set()
 
@@ -106,12 +121,17 @@ class _Watcher:
         version = None if x.is_inference() else x._version
         entry = self.known.get(x)
         if entry is None or version is None or entry[0] != version:
-            moments = self.new(site.in_features)
+            entry = self.known[x] = (version, {})
+        stats = entry[1]  # by whether it is read: a site that waits for another pass shares no moments
+        admitted = self.admits(site, True in stats)
+        if admitted not in stats:
+            new = self.new(site) if admitted else TokenCount()
             rows, masked = self._rows(site, x)
-            moments.update(rows)
-            entry = self.known[x] = (version, moments, masked)
-        self.seen.setdefault(site.name, []).append(entry[1])
-        if entry[2]:
+            with full_precision(rows.device):
+                new.update(rows)
+            stats[admitted] = new, masked
+        self.seen.setdefault(site.name, []).append(stats[admitted][0])
+        if stats[admitted][1]:
             self.masked.add(site.name)
 
     def _rows(self, site: Site, x: Tensor) -> tuple[Tensor, bool]:
@@ -166,7 +186,7 @@ def collect(
     model: nn.Module,
     sites: list[Site],
     batches: Iterable[Any],
-    on_group: OnGroup,
+    on_batch: OnBatch,
     *,
     num_batches: int = 8,
     gram: str = "sum",
@@ -174,16 +194,20 @@ def collect(
     token_mask: TokenMask = None,
     on_output: Callable[[int, Any], None] | None = None,
     step: Callable[[], None] = lambda: None,
+    totals: bool = False,
+    admits: Admits = lambda site, known: True,
 ) -> Seen:
     """Runs the first `num_batches` batches through the model in eval mode; with gradients only for `on_output`.
 
     Args:
-        on_group: receives the moments of every distinct input after each forward pass.
+        on_batch: receives the moments of all distinct inputs after each forward pass.
         forward: how to call the model with a batch; by default by the kind of the batch.
         token_mask: which tokens count, see `batches.token_masks`.
         on_output: receives the index of each batch and what the model gave for it, while gradients are enabled; the
             inputs are then only counted.
         step: called after each batch (progress).
+        totals: whether the moments hold Σ x too.
+        admits: which sites are read, see `memory.Budget`; the tokens of the others are counted.
 
     Raises:
         ValueError: no batch, a batch without a token that counts, NaN or Inf in an input (names site and batch).
@@ -193,19 +217,19 @@ def collect(
     model = unwrapped(model)
     device = device_of(model)
 
-    def new(dim: int) -> Stats:
-        return TokenCount() if on_output else Moments(dim, gram)
+    def new(site: Site) -> Stats:
+        return TokenCount() if on_output else Moments(site.in_features, gram, totals=totals)
 
-    with as_found(model, batches), torch.set_grad_enabled(on_output is not None):
+    with as_found(model, batches), bypassed(sites), torch.set_grad_enabled(on_output is not None):
         model.eval()
         for index, batch in enumerate(first_batches(batches, num_batches)):
             moved = to_device(batch, device)
-            watcher = _Watcher(new, _usable_masks(moved, token_mask, index), index)
+            watcher = _Watcher(new, admits, _usable_masks(moved, token_mask, index), index)
             with watching(sites, watcher):
                 output = call(model, moved)
             if on_output:
                 on_output(index, output)
-            _hand_on(watcher, index, on_group, seen)
+            _hand_on(watcher, index, on_batch, seen)
             step()
     if seen.batches == 0:
         raise ValueError("batches: expected at least one batch, got none; is the loader empty, or already used up?")
@@ -223,17 +247,21 @@ def _usable_masks(batch: Any, rule: TokenMask, index: int) -> list[Tensor]:
     return masks
 
 
-def _hand_on(watcher: _Watcher, index: int, on_group: OnGroup, seen: Seen) -> None:
-    for names, moments in watcher.groups():
-        if not moments.finite():
+def _hand_on(watcher: _Watcher, index: int, on_batch: OnBatch, seen: Seen) -> None:
+    groups = watcher.groups()
+    device = groups[0][1].device if groups else torch.device("cpu")
+    with full_precision(device):
+        finite = read_back([stats.finite()[None] for _, stats in groups])
+    for (names, _), fine in zip(groups, finite, strict=True):
+        if not fine[0]:
             raise ValueError(
                 f"site {names[0]}, batch {index}: its input has NaN or Inf; check the batch and the dtype "
                 "(float16 overflows where bfloat16 and float32 do not)"
             )
-        if moments.tokens:
-            on_group(index, names, moments)
+    on_batch(index, [(names, stats) for names, stats in groups if stats.tokens])
+    for names, stats in groups:
         for name in names:
-            seen.tokens[name] = seen.tokens.get(name, 0) + moments.tokens
-            seen.site_batches[name] = seen.site_batches.get(name, 0) + (moments.tokens > 0)
+            seen.tokens[name] = seen.tokens.get(name, 0) + stats.tokens
+            seen.site_batches[name] = seen.site_batches.get(name, 0) + (stats.tokens > 0)
     seen.masked |= watcher.masked
     seen.batches += 1

@@ -61,6 +61,8 @@ class InitConfig:
         adaptive_ranks: variable adapter structure (eq. 19): ranks by the top-K rule instead of one r for all.
         rank_budget: K; None for the sum of the ranks that the adapter has. Needs adaptive_ranks.
         min_rank, max_rank: bounds of a site's rank with adaptive_ranks; None for no upper bound.
+        exact_svd: all singular values in float64; else the leading ones of a large layer come from a truncated
+            SVD with an error bound, in the model's precision (float32 at least): B·A is the same within 1e-3 of ‖ΔW‖.
         fold_alpha: write the factors for scaling 1 (alpha = rank, no rsLoRA), so that a reader that ignores
             `rank_pattern` and `alpha_pattern` gets the same function. The scaling that trains is then 1.
         seed: of what is random (the Gaussian C, lora's A).
@@ -87,6 +89,7 @@ class InitConfig:
     rank_budget: int | None = None
     min_rank: int = 0
     max_rank: int | None = None
+    exact_svd: bool = False
     fold_alpha: bool = False
     seed: int = 0
 
@@ -113,7 +116,7 @@ class InitConfig:
         _number("damping", self.damping, 0.0, math.inf, "0.01 is CorDA's own")
         _integer("num_batches", self.num_batches, 1)
         _integer("seed", self.seed, 0)
-        for name in ("adaptive_ranks", "fold_alpha", "center"):
+        for name in ("adaptive_ranks", "exact_svd", "fold_alpha", "center"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 

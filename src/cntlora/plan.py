@@ -20,7 +20,7 @@ from torch import Tensor
 from .config import InitConfig
 from .sites import Site
 
-FORMAT = 2
+FORMAT = 3
 _KEY = "cntlora_plan"
 
 
@@ -34,8 +34,9 @@ class SitePlan:
         rank: the rank that trains, which the budget counts; 0 takes the adapter off.
         scaling, alpha, use_rslora: of the layer afterwards.
         found_rank, found_scaling: of the adapter that the plan was made for.
-        singular_values: of the matrix that is factored, all of them: ΔW, W (pissa, olora), W·C (corda), the gradient
-            (lora_ga) or the inputs (eva); none for lora.
+        singular_values: of the matrix that is factored, descending: ΔW, W (pissa, olora), W·C (corda), the gradient
+            (lora_ga) or the inputs (eva); all of them for a small layer, the leading ones for a large; none for lora.
+        factored_norm: ‖·‖_F of that matrix, (Σ s²)^½ over all its singular values; None for lora.
         delta_norm, weight_norm: ‖ΔW‖_F, None where that matrix is not ΔW, and ‖W‖_F.
         start_norm: scaling·‖B'·A'‖_F of the directions that train, the distance of the start if nothing cancels it.
         sketch: uᵀWv for four fixed random pairs u, v: tells another pretrained weight from a rounded one.
@@ -55,6 +56,7 @@ class SitePlan:
     found_rank: int
     found_scaling: float
     singular_values: Tensor
+    factored_norm: float | None
     delta_norm: float | None
     weight_norm: float
     start_norm: float
@@ -74,10 +76,10 @@ class SitePlan:
     @property
     def captured(self) -> float | None:
         """Share of Σ s² that the first `rank` of `singular_values` cover (base "paired" holds half as many)."""
-        squares = self.singular_values.double().square()
-        if not squares.numel():
+        if self.factored_norm is None:
             return None
-        return float(squares[: self.rank].sum() / squares.sum()) if float(squares.sum()) > 0 else 0.0
+        first = float(self.singular_values[: self.rank].double().square().sum())
+        return min(first / self.factored_norm**2, 1.0) if self.factored_norm > 0 else 0.0
 
 
 _TENSORS = ("A", "B", "singular_values")
@@ -94,6 +96,7 @@ class InitPlan:
         skipped: sites left as plain LoRA, with the reason (only with `on_missing="warn"`).
         batches: batches read; seconds: of the whole computation; forward_seconds: of its data pass.
         versions: of cntlora and torch.
+        memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
     """
 
     sites: Mapping[str, SitePlan]
@@ -103,6 +106,7 @@ class InitPlan:
     seconds: float
     forward_seconds: float
     versions: Mapping[str, str]
+    memory: Mapping[str, int]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, first under a temporary name. No pickle, no path inside."""
@@ -124,6 +128,7 @@ class InitPlan:
             "seconds": self.seconds,
             "forward_seconds": self.forward_seconds,
             "versions": dict(self.versions),
+            "memory": dict(self.memory),
             "digests": {key: _digest(tensor) for key, tensor in tensors.items()},
         }
         return dump_tensors(tensors, metadata={_KEY: json.dumps(head)})
@@ -153,7 +158,7 @@ class InitPlan:
         for name, plain in head["sites"].items():
             values: dict[str, Any] = {**plain, **{key: tensors[f"{name}::{key}"] for key in _TENSORS}}
             sites[name] = SitePlan(**values)
-        rest = {key: head[key] for key in ("skipped", "batches", "seconds", "forward_seconds", "versions")}
+        rest = {key: head[key] for key in ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory")}
         return cls(sites=sites, config=InitConfig.from_dict(head["config"]), **rest)
 
     def check(self, sites: Iterable[Site]) -> None:
@@ -207,7 +212,8 @@ def sketch_distance(one: Sequence[float], other: Sequence[float]) -> float:
 def _digest(tensor: Tensor) -> str:
     tensor = tensor.contiguous()
     digest = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-    digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    # flat first: a dimension of length 1 may have any stride, which a view of other element size does not take
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ class InitReport:
             delta_norm, weight_norm, start_norm, captured (share of the squared spectrum that the rank covers), seconds.
         skipped: sites left as plain LoRA, and why.
         batches: batches read. seconds, forward_seconds: of the whole, and of the data pass with its statistics.
+        memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
     """
 
     config: InitConfig
@@ -30,12 +31,14 @@ class InitReport:
     batches: int
     seconds: float
     forward_seconds: float
+    memory: Mapping[str, int]
 
     @classmethod
     def of(cls, plan: InitPlan) -> InitReport:
         """The report of a plan."""
         sites = {name: site_dict(site) for name, site in plan.sites.items()}
-        return cls(plan.config, sites, dict(plan.skipped), plan.batches, plan.seconds, plan.forward_seconds)
+        rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory))
+        return cls(plan.config, sites, dict(plan.skipped), *rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -46,6 +49,7 @@ class InitReport:
             "batches": self.batches,
             "seconds": self.seconds,
             "forward_seconds": self.forward_seconds,
+            "memory": dict(self.memory),
         }
 
     def __str__(self) -> str:
@@ -60,8 +64,17 @@ class InitReport:
         lines = [text_table(title, heads, [(name, *_cells(s)) for name, s in self.sites.items()])]
         if any(_starving(s) for s in self.sites.values()):
             lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
+        lines += _places(self.memory)
         lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _places(memory: Mapping[str, int]) -> list[str]:
+    """Where the statistics were held, if that was not simply beside the model."""
+    elsewhere = [f"{memory[place] / 2**20:.0f} MiB on the {place}" for place in ("cpu", "disk") if memory[place]]
+    if memory["passes"] > 1:
+        elsewhere.insert(0, f"{memory['passes']} passes over the batches")
+    return [f"within max_memory: {', '.join(elsewhere)}"] if elsewhere else []
 
 
 def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

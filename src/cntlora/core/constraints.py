@@ -13,23 +13,29 @@ from .linalg import cholesky_inverse, default_rtol, pinv
 from .moments import Moments
 
 
-def cross_map(X: Moments, rtol: float | None = None) -> tuple[Tensor, int]:
-    """T = G† of eq. 4, W_tar = W (X Xᵀ)†, from W X_src = W_tar X and X_src Xᵀ = I.
+def cross_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, int]:
+    """T = G† of eq. 4 by Cholesky, which holds only where † drops nothing; nothing is read back from the device.
 
     Returns:
-        T (d, d) and the numerical rank of G. Cholesky where G is safely invertible, else its eigendecomposition;
-        the b×b dual where b ≤ d, for which G† = X (Xᵀ X)⁻² Xᵀ.
+        T (d, d), whether it holds (), and then the rank of G. Where b ≤ d by the dual, G† = X (Xᵀ X)⁻² Xᵀ.
     """
     tolerance = X.rtol if rtol is None else rtol
     rows = X.rows()
-    S = X.gram() if rows is None else rows @ rows.mT
-    inverse = cholesky_inverse(S, tolerance)
-    if inverse is not None:
-        if rows is None:
-            return inverse, X.dim
-        half = inverse @ rows
-        return half.mT @ half, S.shape[0]
-    pairs = X.eigenpairs(tolerance)
+    if rows is None:
+        inverse, holds = cholesky_inverse(X.gram(), tolerance)
+        return inverse, holds, X.dim
+    inverse, holds = cholesky_inverse(rows @ rows.mT, tolerance)
+    half = inverse @ rows
+    return half.mT @ half, holds, rows.shape[0]
+
+
+def cross_map(X: Moments, rtol: float | None = None) -> tuple[Tensor, int]:
+    """T = G† of eq. 4, W_tar = W (X Xᵀ)†, from W X_src = W_tar X and X_src Xᵀ = I, by the eigenvalues of G.
+
+    Returns:
+        T (d, d) and the numerical rank of G.
+    """
+    pairs = X.eigenpairs(X.rtol if rtol is None else rtol)
     return (pairs.P / pairs.D) @ pairs.P.mT, pairs.D.numel()
 
 
@@ -63,6 +69,28 @@ def shift_inverse(W: Tensor, G: Tensor, rtol: float | None = None) -> Tensor:
     From W_tar Wᵀ − W_tar G Wᵀ = C (eq. 16). The default tolerance is max(d, k)·eps on the singular values.
     """
     return pinv(W.mT - G @ W.mT, rtol)
+
+
+def shift_resolvent(X: Moments, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(I − G)⁻¹ (d, d), with which (Wᵀ − G Wᵀ)† = (Wᵀ)† (I − G)⁻¹ where † drops nothing.
+
+    Where b ≤ d from a b×b inverse, (I − X Xᵀ)⁻¹ = I + X (I − Xᵀ X)⁻¹ Xᵀ; nothing is read back from the device.
+
+    Returns:
+        The inverse, whether it holds () with this tolerance, and ‖I − G‖_F·‖(I − G)⁻¹‖_F (), above its condition.
+    """
+    rows = X.rows()
+    S = X.gram() if rows is None else rows @ rows.mT
+    K = torch.eye(S.shape[0], dtype=S.dtype, device=S.device) - S
+    inverse, info = torch.linalg.inv_ex(K)
+    ones = X.dim - S.shape[0]  # eigenvalues of I − G that are 1, outside the span of X
+    squares = [torch.linalg.matrix_norm(matrix).square() + ones for matrix in (K, inverse)]
+    condition = (squares[0] * squares[1]).sqrt()
+    holds = (info == 0) & (condition * rtol < 1.0)
+    if rows is not None:
+        inverse = rows.mT @ (inverse @ rows)
+        inverse.diagonal().add_(1.0)
+    return inverse, holds, condition
 
 
 def shift_constant(C: float | str, k: int, generator: torch.Generator, like: Tensor) -> Tensor | float:

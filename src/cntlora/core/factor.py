@@ -8,35 +8,74 @@ import torch
 from torch import Tensor
 
 from .linalg import eigh_descending, fix_signs
+from .truncated import TOLERANCE, gram_triplets, leading_triplets
+
+EXACT_BELOW = 256
+"""Up to so many rows or columns all singular values are computed; beyond, the leading ones alone."""
+
+
+GRAM_BELOW = 640
+"""Up to so many rows or columns one eigendecomposition in float32 is cheaper than the iteration."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """ΔW = U S Vᵀ: all singular values `S` (min(k, d),) descending, the first q triplets `U` (k, q), `Vh` (q, d)."""
+    """ΔW = U S Vᵀ: singular values `S` descending, all or the first, and the first q triplets `U` (k, q), `Vh` (q, d).
+
+    Attributes:
+        norm: ‖ΔW‖_F; None where `S` are all the singular values.
+    """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
+    norm: float | None = None
 
     @property
     def triplets(self) -> int:
         """q, the number of singular vectors held."""
         return self.U.shape[1]
 
+    @property
+    def frobenius(self) -> float:
+        """‖ΔW‖_F = (Σ s²)^½ over all singular values."""
+        return float(torch.linalg.vector_norm(self.S)) if self.norm is None else self.norm
+
     def relative_variance(self) -> Tensor:
-        """v_m = s_m² / Σ s² of eq. 19, (min(k, d),) descending; zeros for ΔW = 0."""
-        squares = self.S.square()
-        total = squares.sum()
-        return squares / total if float(total) > 0 else squares
+        """v_m = s_m² / Σ s² of eq. 19 for the values of `S`, descending; zeros for ΔW = 0."""
+        total = self.frobenius**2
+        return self.S.square() / total if total > 0 else self.S.square()
 
 
-def spectrum(M: Tensor, q: int) -> Spectrum:
-    """The singular values of M (k, d) and its first q singular triplets, signs fixed by the rows of Vᵀ.
+def spectrum(M: Tensor, q: int, exact: bool = False) -> Spectrum:
+    """The first q singular triplets of M (k, d), signs fixed by the rows of Vᵀ, and at least so many singular values.
+
+    Where M is large and q small, they come in the precision of M: from its smaller Gram matrix, or from a block Krylov
+    iteration with an error bound (`truncated`) where that is cheaper. ‖M‖_F, which eq. 19 divides by, costs no SVD.
+    Else, or with `exact`, from float64.
+    """
+    q = min(q, *M.shape)
+    if not exact and _pays(M, q):
+        small = M.dtype == torch.float32 and min(M.shape) <= GRAM_BELOW
+        found = (gram_triplets(M, q) if small else None) or leading_triplets(M, q)
+        if found is not None:
+            U, S, Vh = found
+            signs = fix_signs(Vh.mT)
+            return Spectrum(U * signs, S, Vh * signs[:, None], float(torch.linalg.matrix_norm(M)))
+    return _whole_spectrum(M.double(), q)
+
+
+def _pays(M: Tensor, q: int) -> bool:
+    """Whether the leading triplets alone are cheaper than all."""
+    return 0 < q <= min(M.shape) // 8 and min(M.shape) > EXACT_BELOW
+
+
+def _whole_spectrum(M: Tensor, q: int) -> Spectrum:
+    """All singular values and the first q triplets.
 
     Works on the smaller Gram matrix, which costs a fraction of an SVD. That loses accuracy as (σ_1/σ_q)²·eps, so
     where σ_q falls under 1e-4·σ_1 the SVD itself is taken.
     """
-    q = min(q, *M.shape)
     wide = M.shape[0] < M.shape[1]
     D, near = eigh_descending(M @ M.mT if wide else M.mT @ M)
     S = D.sqrt()
@@ -51,6 +90,18 @@ def spectrum(M: Tensor, q: int) -> Spectrum:
         U = (M @ Vh.mT) / S[:q]
     signs = fix_signs(Vh.mT)
     return Spectrum(U * signs, S, Vh * signs[:, None])
+
+
+def input_spectrum(gram: Tensor, q: int, exact: bool = False) -> Spectrum:
+    """Singular values and the first q right singular vectors of Xᵀ, by the eigenvectors of `gram` = X Xᵀ (d, d)."""
+    norm = float(gram.diagonal().sum().clamp_min(0.0).sqrt())
+    found = leading_triplets(gram, q, TOLERANCE[torch.float32]) if _pays(gram, q) and not exact else None
+    if found is None:
+        D, P = eigh_descending(gram)
+        P = P[:, :q].clone()
+    else:
+        P, D = found[0], found[1]
+    return Spectrum(gram.new_zeros(0, P.shape[1]), D.sqrt(), (P * fix_signs(P)).mT, norm)
 
 
 def svd_factors(s: Spectrum, r: int, p: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from .constraints import cross_map, self_map
+from .constraints import cross_map, cross_quick, self_map
+from .estimator import Estimator
 from .factor import Spectrum, qr_factors, svd_factors
 from .peers import (
     Target,
@@ -23,7 +24,6 @@ from .peers import (
     zero_up,
 )
 from .solve import (
-    Estimator,
     GradientEstimator,
     InputEstimator,
     MapEstimator,
@@ -51,6 +51,8 @@ class Options(Protocol):
     def center(self) -> bool: ...
     @property
     def damping(self) -> float: ...
+    @property
+    def exact_svd(self) -> bool: ...
     @property
     def seed(self) -> int: ...
 
@@ -132,9 +134,12 @@ def _lora_ga(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
     return lora_ga_factors(goal.spectrum, goal.r, goal.scale)
 
 
-def _maps(map: Callable[..., tuple[Tensor, int]], *options: str) -> Callable[[WeightOf, Options], Estimator]:
-    """The estimator of a mode W_tar = W·T, with the options that its map takes."""
-    return lambda weight_of, o: MapEstimator(weight_of, partial(map, **{name: getattr(o, name) for name in options}))
+def _cross(weight_of: WeightOf, o: Options) -> Estimator:
+    return MapEstimator(weight_of, partial(cross_map, rtol=o.rtol), partial(cross_quick, rtol=o.rtol))
+
+
+def _self(weight_of: WeightOf, o: Options) -> Estimator:
+    return MapEstimator(weight_of, partial(self_map, root=o.root, rtol=o.rtol))
 
 
 def _shift(weight_of: WeightOf, o: Options) -> Estimator:
@@ -144,13 +149,15 @@ def _shift(weight_of: WeightOf, o: Options) -> Estimator:
 def _corda_sums(weight_of: WeightOf, o: Options) -> Estimator:
     return InputEstimator(
         lambda gram, total, tokens: damped_inverse(gram / tokens, o.damping),
-        lambda name, C: corda_target(weight_of(name), *C),
+        lambda name, C: corda_target(weight_of(name).to(C[0]), *C),
     )
 
 
 def _eva_sums(weight_of: WeightOf, o: Options) -> Estimator:
     return InputEstimator(
-        lambda gram, total, tokens: eva_target(gram, total, tokens, o.center), lambda name, target: target
+        lambda gram, total, tokens: eva_target(gram, total, tokens, o.center, o.exact_svd),
+        lambda name, target: target,
+        o.center,
     )
 
 
@@ -171,9 +178,9 @@ METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         Method("cross", "equal outputs, inputs correlated with the source's", "Das et al. 2025, eq. 4",
-               _maps(cross_map, "rtol"), product_factors, strength=2.0, options=_ESTIMATE),
+               _cross, product_factors, strength=2.0, options=_ESTIMATE),
         Method("self", "equal output covariances, whitened source", "Das et al. 2025, eq. 12",
-               _maps(self_map, "root", "rtol"), product_factors, strength=2.0, options=_ESTIMATE | {"root"}),
+               _self, product_factors, strength=2.0, options=_ESTIMATE | {"root"}),
         Method("shift", "output covariances differ by a constant", "Das et al. 2025, eq. 17",
                _shift, product_factors, strength=2.0, options=_ESTIMATE | {"shift_constant"}),
         Method("lora", "A random, B zero", "Hu et al. 2021; eq. 22",

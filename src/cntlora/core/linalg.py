@@ -31,40 +31,49 @@ def eigh_descending(S: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
 
 
-def frobenius_condition(M: Tensor, inverse: Tensor) -> float:
-    """‖M‖_F·‖M†‖_F, at least σ_max/σ_min and at most n times that; infinite where anything overflowed."""
-    bound = float(torch.linalg.matrix_norm(M) * torch.linalg.matrix_norm(inverse))
-    return bound if math.isfinite(bound) else math.inf
+def symmetric_product(rows: Tensor) -> Tensor:
+    """rowsᵀ·rows (d, d) of (n, d) rows; if d is large by the blocks on and above the diagonal, two thirds the work."""
+    d = rows.shape[1]
+    if d < 256 or rows.device.type != "cpu":
+        return rows.mT @ rows
+    product, step = rows.new_empty(d, d), max(128, -(-d // 8))
+    for i in range(0, d, step):
+        product[i : i + step, i:] = rows[:, i : i + step].mT @ rows[:, i:]
+        product[i + step :, i : i + step] = product[i : i + step, i + step :].mT
+    return product
 
 
-def nothing_dropped(M: Tensor, inverse: Tensor, rtol: float) -> bool:
-    """Whether σ_min(M) > rtol·σ_max(M) for certain, so that the pseudo-inverse is the plain inverse."""
+def frobenius_condition(M: Tensor, inverse: Tensor) -> Tensor:
+    """‖M‖_F·‖M†‖_F (), at least σ_max/σ_min and at most n times that; infinite or NaN where anything overflowed."""
+    return torch.linalg.matrix_norm(M) * torch.linalg.matrix_norm(inverse)
+
+
+def nothing_dropped(M: Tensor, inverse: Tensor, rtol: float) -> Tensor:
+    """Whether σ_min(M) > rtol·σ_max(M) for certain, so that the pseudo-inverse is the plain inverse; boolean ()."""
     return frobenius_condition(M, inverse) * rtol < 1.0
 
 
-def cholesky_inverse(S: Tensor, rtol: float) -> Tensor | None:
-    """S⁻¹ of a positive definite matrix by Cholesky, or None where † would have to drop something."""
+def cholesky_inverse(S: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+    """S⁻¹ of a positive definite matrix by Cholesky, and whether it is S† (), i.e. nothing has to be dropped."""
     L, info = torch.linalg.cholesky_ex(S)
-    if int(info) != 0:
-        return None
+    L.diagonal().masked_fill_(info != 0, 1.0)  # `cholesky_inverse` refuses a singular factor
     inverse = torch.cholesky_inverse(L)
-    return inverse if nothing_dropped(S, inverse, rtol) else None
+    return inverse, (info == 0) & nothing_dropped(S, inverse, rtol)
+
+
+def full_rank(S: Tensor, rtol: float) -> Tensor:
+    """Whether all eigenvalues of a positive semi-definite matrix are above rtol·λ_max for certain: S − rtol·tr(S)·I
+    has a Cholesky factor; boolean ()."""
+    shifted = S - rtol * S.diagonal().sum() * torch.eye(S.shape[0], dtype=S.dtype, device=S.device)
+    return torch.linalg.cholesky_ex(shifted).info == 0
 
 
 def numerical_rank(S: Tensor, rtol: float) -> int:
     """Number of eigenvalues above rtol·λ_max of a positive semi-definite matrix: by Cholesky alone where it is full."""
-    if cholesky_inverse(S, rtol) is not None:
+    if bool(full_rank(S, rtol)):
         return S.shape[0]
     D = torch.linalg.eigvalsh(S)
     return int((rtol * D[-1] < D).sum())
-
-
-def plain_inverse(M: Tensor, rtol: float) -> Tensor | None:
-    """M⁻¹ of a square matrix by LU, or None where † would have to drop something."""
-    inverse, info = torch.linalg.inv_ex(M)
-    if int(info) != 0:
-        return None
-    return inverse if nothing_dropped(M, inverse, rtol) else None
 
 
 def tall_pinv(M: Tensor, rtol: float) -> Tensor | None:
@@ -73,11 +82,20 @@ def tall_pinv(M: Tensor, rtol: float) -> Tensor | None:
     QR keeps the error at cond(M)·eps; the normal equations would square the condition.
     """
     Q, R = torch.linalg.qr(M)
-    identity = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
-    if bool((R.diagonal() == 0).any()):
-        return None
-    inverse = torch.linalg.solve_triangular(R, identity, upper=True)
-    return inverse @ Q.mT if nothing_dropped(R, inverse, rtol) else None
+    inverse = _triangular_inverse(R)
+    return inverse @ Q.mT if bool(nothing_dropped(R, inverse, rtol)) else None
+
+
+def column_condition(M: Tensor) -> float:
+    """‖M‖_F·‖M†‖_F of an (m, n) matrix with m ≥ n, by R of its QR alone; infinite where its columns are dependent."""
+    R = torch.linalg.qr(M, mode="r").R
+    bound = float(frobenius_condition(R, _triangular_inverse(R)))
+    return bound if math.isfinite(bound) else math.inf
+
+
+def _triangular_inverse(R: Tensor) -> Tensor:
+    """R⁻¹ of an upper triangular matrix, with Inf or NaN where there is none."""
+    return torch.linalg.solve_triangular(R, torch.eye(R.shape[0], dtype=R.dtype, device=R.device), upper=True)
 
 
 def pinv(M: Tensor, rtol: float | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Second moments of the inputs of one batch, streamed, in the smaller of the two forms X Xᵀ and Xᵀ X.
 
 Tensor layout: tokens arrive as rows (n, d); X of the paper is their transpose (d, b). While b ≤ d the rows are kept,
-and the b×b dual Xᵀ X serves; beyond that only G = X Xᵀ (d×d) is held, so memory never exceeds d×d.
+in their own dtype, and the b×b dual Xᵀ X serves; beyond that only G = X Xᵀ (d×d) is held, so memory never exceeds d×d.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import default_rtol, eigh_descending, fix_signs, numerical_rank
+from .linalg import default_rtol, eigh_descending, fix_signs, numerical_rank, symmetric_product
 
 
 @dataclass(frozen=True)
@@ -22,41 +22,60 @@ class Eigenpairs:
     D: Tensor
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for inputs of float32 or float64, float32 for those of half precision, whose products it holds exactly.
+
+    G of a network's inputs has condition numbers of 1e5 and more, and float32 sums would lose its small eigenvalues.
+    """
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
+
+
 class Moments:
     """Accumulates the tokens that one input sees in one batch.
 
     Args:
         dim: number of input features d.
         gram: "sum" for G = X Xᵀ as printed in the paper, "mean" for G / b.
-        dtype: dtype of accumulation and of everything returned.
+        dtype: dtype of accumulation and of everything returned; None for `accumulation_dtype` of the first tokens.
+        totals: whether Σ x is wanted besides.
     """
 
-    def __init__(self, dim: int, gram: str = "sum", dtype: torch.dtype = torch.float64) -> None:
-        self.dim, self.kind, self.dtype = dim, gram, dtype
+    def __init__(self, dim: int, gram: str = "sum", dtype: torch.dtype | None = None, totals: bool = False) -> None:
+        self.dim, self.kind, self.totals = dim, gram, totals
+        self._dtype = dtype
         self.tokens = 0
-        self._rows: list[Tensor] = []
+        self._rows: list[Tensor] = []  # as they came, until there are more than d
         self._gram: Tensor | None = None
         self._total: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of accumulation and of everything returned."""
+        return self._dtype or torch.float64
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens came from, and where all is computed."""
+        held = self._gram if self._gram is not None else next(iter(self._rows), None)
+        return torch.device("cpu") if held is None else held.device
+
     def empty(self) -> Moments:
         """A new one of the same kind."""
-        return Moments(self.dim, self.kind, self.dtype)
+        return Moments(self.dim, self.kind, self._dtype, self.totals)
 
     def update(self, rows: Tensor) -> None:
         """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards."""
-        given, rows = rows, rows.to(self.dtype)
+        self._dtype = self._dtype or accumulation_dtype(rows.dtype)
         self.tokens += rows.shape[0]
-        self._add_total(rows.sum(dim=0))
+        if self.totals:
+            self._add_total(rows.sum(dim=0, dtype=self.dtype))
         if self._gram is not None:
-            self._gram.addmm_(rows.mT, rows)
-            return
-        if rows.shape[0] == 0:
-            return
-        self._rows.append(rows.clone() if rows is given else rows)
-        if self.tokens > self.dim:
-            kept = torch.cat(self._rows)
-            self._gram = kept.mT @ kept
+            self._gram += symmetric_product(rows.to(self.dtype))
+        elif self.tokens > self.dim:
+            self._gram = symmetric_product(torch.cat([*self._rows, rows]).to(self.dtype))
             self._rows = []
+        elif rows.shape[0]:
+            self._rows.append(rows.clone())
 
     def merge(self, other: Moments) -> None:
         """Adds what `other` has seen (a module called several times in one forward pass)."""
@@ -65,23 +84,31 @@ class Moments:
                 self.update(rows)
             return
         mine = self.gram_sum()
+        self._dtype = self._dtype or other.dtype
         self._gram = other._gram.clone() if mine is None else mine + other._gram
         self._rows = []
         self.tokens += other.tokens
-        self._add_total(other.total())
+        if self.totals:
+            self._add_total(other.total())
 
     def _add_total(self, total: Tensor) -> None:
         self._total = total if self._total is None else self._total + total
 
     def total(self) -> Tensor:
-        """Σ x (d,) over all tokens."""
+        """Σ x (d,) over all tokens, where `totals` asks for it."""
+        assert self.totals, "not asked for"
         return torch.zeros(self.dim, dtype=self.dtype) if self._total is None else self._total
 
-    def finite(self) -> bool:
-        """Whether every token seen so far is free of NaN and Inf (and small enough to square)."""
+    def _kept(self) -> Tensor:
+        return torch.cat(self._rows).to(self.dtype)
+
+    def finite(self) -> Tensor:
+        """Whether every token seen so far is free of NaN and Inf (and small enough to square); boolean ()."""
         if self._gram is not None:
-            return bool(torch.isfinite(self._gram.diagonal().sum()))
-        return all(bool(torch.isfinite(rows.square().sum())) for rows in self._rows)
+            return torch.isfinite(self._gram.diagonal().sum())
+        if not self._rows:
+            return torch.tensor(True)
+        return torch.isfinite(torch.linalg.vector_norm(self._kept()).square())
 
     @property
     def scale(self) -> float:
@@ -97,21 +124,20 @@ class Moments:
         """X Xᵀ (d, d), whatever `gram` is; None before the first token."""
         if self._gram is not None or not self._rows:
             return self._gram
-        rows = torch.cat(self._rows)
-        return rows.mT @ rows
+        return symmetric_product(self._kept())
 
     def gram(self) -> Tensor:
-        """G (d, d) = X Xᵀ, times 1/b if `gram="mean"`."""
+        """G (d, d) = X Xᵀ, times 1/b if `gram="mean"`. Not to be edited."""
         total = self.gram_sum()
         if total is None:
             raise ValueError("no token seen: G is undefined; check the attention mask of this batch")
-        return total * self.scale
+        return total if self.scale == 1.0 else total * self.scale
 
     def rows(self) -> Tensor | None:
         """√scale·Xᵀ (b, d) while b ≤ d, else None. `rowsᵀ·rows` is G."""
         if self._gram is not None or not self._rows:
             return None
-        return torch.cat(self._rows) * self.scale**0.5
+        return self._kept() if self.scale == 1.0 else self._kept() * self.scale**0.5
 
     def eigenpairs(self, rtol: float) -> Eigenpairs:
         """P and D of G = P D Pᵀ with D > rtol·max D, by the b×b dual where b ≤ d (P = X V D^(-½))."""
@@ -137,7 +163,12 @@ class TokenCount:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._finite = True
+        self._finite = torch.tensor(True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens were."""
+        return self._finite.device
 
     def empty(self) -> TokenCount:
         """A new one."""
@@ -146,13 +177,14 @@ class TokenCount:
     def update(self, rows: Tensor) -> None:
         """Counts `rows` (n, d)."""
         self.tokens += rows.shape[0]
-        self._finite = self._finite and bool(torch.isfinite(rows).all())
+        finite = torch.isfinite(rows).all()
+        self._finite = finite & self._finite.to(finite.device)
 
     def merge(self, other: TokenCount) -> None:
         """Adds what `other` has counted."""
         self.tokens += other.tokens
-        self._finite = self._finite and other.finite()
+        self._finite = other.finite() & self._finite.to(other.finite().device)
 
-    def finite(self) -> bool:
-        """Whether every token was free of NaN and Inf."""
+    def finite(self) -> Tensor:
+        """Whether every token was free of NaN and Inf; boolean ()."""
         return self._finite

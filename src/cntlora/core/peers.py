@@ -7,13 +7,14 @@ follows from a `Target`: B·A = scale·[M]_r·right, unless the method has facto
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from .factor import Spectrum
-from .linalg import eigh_descending, fix_signs
+from .factor import Spectrum, input_spectrum
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,15 @@ class Target:
     """What the factors of one site are made from.
 
     Attributes:
-        M: matrix (k, d) to be factored: ΔW, or what stands for it; None where `known` says all.
+        M: matrix (k, d) to be factored: ΔW, or what stands for it; None where `known` gives all that is needed.
         right: (d, d) that A is multiplied with after the factorisation of M; None for the identity.
-        known: singular triplets, where the method has them already.
+        known: the first q singular triplets, where the method has its own way to them.
         is_delta: whether M is ΔW itself, so that its norm may be compared with that of W.
     """
 
     M: Tensor | None = None
     right: Tensor | None = None
-    known: Spectrum | None = None
+    known: Callable[[int], Spectrum] | None = None
     is_delta: bool = False
 
 
@@ -70,18 +71,17 @@ def corda_target(W: Tensor, C: Tensor, inverse: Tensor) -> Target:
     return Target(M=W @ C, right=inverse)
 
 
-def eva_target(gram: Tensor, total: Tensor, tokens: float, center: bool) -> Target:
+def eva_target(gram: Tensor, total: Tensor, tokens: float, center: bool, exact: bool = False) -> Target:
     """Right singular vectors of X (EVA, Paischer et al. 2024; eq. 39), by the eigenvectors of X Xᵀ.
 
     Args:
         gram: X Xᵀ (d, d) over all tokens. total: Σ x (d,). tokens: their number n.
         center: subtract the mean token, as EVA's own code does (an incremental PCA); False is eq. 39 as printed.
+        exact: all eigenvectors, also where the leading ones would do.
     """
     if center:
         gram = gram - torch.outer(total, total) / tokens
-    D, P = eigh_descending(gram)
-    P = P * fix_signs(P)
-    return Target(known=Spectrum(U=P.new_zeros(0, P.shape[1]), S=D.sqrt(), Vh=P.mT))
+    return Target(known=cache(partial(input_spectrum, gram, exact=exact)))  # once for all sites that share the input
 
 
 def lora_one_target(G: Tensor, gamma: float = 128.0) -> Target:

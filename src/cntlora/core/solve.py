@@ -6,98 +6,71 @@ as long as their histories agree, so the memory is one (d, d) matrix an input an
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from .constraints import combine, shift_constant, shift_inverse, shift_rtol
-from .linalg import default_rtol, frobenius_condition, numerical_rank, plain_inverse, tall_pinv
+from .constraints import combine, shift_constant, shift_inverse, shift_resolvent, shift_rtol
+from .estimator import Digest, note_rank
+from .linalg import (
+    column_condition,
+    default_rtol,
+    full_rank,
+    numerical_rank,
+    tall_pinv,
+)
 from .moments import Moments
 from .peers import Target
+from .sums import SharedSums
 
 WeightOf = Callable[[str], Tensor]
-"""Site name → its weight W (k, d) in the dtype of computation, made on demand."""
+"""Site name → its weight W (k, d), float32 or float64, made on demand."""
 
-
-class Estimator(Protocol):
-    """Accumulates what a method needs of the data, for every site.
-
-    Attributes:
-        accumulated: all that has been summed; several processes add theirs up.
-        ranks: site → smallest numerical rank of G over batches, where that is noted batch by batch.
-    """
-
-    accumulated: tuple[SharedSums, ...]
-    ranks: dict[str, int]
-
-    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
-        """Adds one batch that the sites `names` saw as `X`, times w_j."""
-
-    def target(self, name: str, batches: int, initial: str) -> Target:
-        """What one site's factors are made from, `batches` being those in which it saw a token."""
-
-    def effective_rank(self, name: str) -> int | None:
-        """Numerical rank of the inputs: the smallest over batches, or that of all; None where no input is read."""
-
-
-def note_rank(ranks: dict[str, int], names: Sequence[str], rank: int) -> None:
-    """Keeps the smallest numerical rank of G over batches, per site."""
-    ranks.update({name: min(rank, ranks.get(name, rank)) for name in names})
-
-
-class SharedSums:
-    """One running sum a name; names whose sums have had the same terms hold the same tensor."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, names: Sequence[str], term: Tensor) -> None:
-        """Adds `term` to each name's sum, once for all names that share it. Never edits a sum in place."""
-        new: dict[int, Tensor] = {}
-        for name in names:
-            old = self._sums.get(name)
-            if id(old) not in new:
-                new[id(old)] = term if old is None else old + term
-        self._sums.update({name: new[id(self._sums.get(name))] for name in names})
-
-    def get(self, name: str) -> Tensor | None:
-        """The sum of `name`, or None before the first term. Not to be edited."""
-        return self._sums.get(name)
-
-    def groups(self) -> list[tuple[list[str], Tensor]]:
-        """The distinct sums, each with the names that hold it."""
-        found: dict[int, tuple[list[str], Tensor]] = {}
-        for name, total in self._sums.items():
-            found.setdefault(id(total), ([], total))[0].append(name)
-        return list(found.values())
-
-    def put(self, names: Sequence[str], total: Tensor) -> None:
-        """Replaces the sum of all `names` by one."""
-        self._sums.update(dict.fromkeys(names, total))
+Map = Callable[[Moments], tuple[Tensor, int]]
+QuickMap = Callable[[Moments], tuple[Tensor, Tensor, int]]
 
 
 class MapEstimator:
-    """Modes of the form W_tar = W·T (cross, self): sums T_j (d, d), whatever W is."""
+    """Modes of the form W_tar = W·T (cross, self): sums T_j (d, d), whatever W is.
 
-    def __init__(self, weight_of: WeightOf, map: Callable[[Moments], tuple[Tensor, int]]) -> None:
-        self.weight_of, self.map = weight_of, map
+    Args:
+        map: T (d, d) and the rank of G.
+        quick: T, whether it holds, and the rank: tried first, where there is one.
+    """
+
+    totals = False
+
+    def __init__(self, weight_of: WeightOf, map: Map, quick: QuickMap | None = None) -> None:
+        self.weight_of, self.map, self.quick = weight_of, map, quick
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
         self.ranks: dict[str, int] = {}
 
-    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
-        T, rank = self.map(X)
-        self.sums.add(names, weight * T)
-        note_rank(self.ranks, names, rank)
+    def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
+        if self.quick is None:
+            return None, None
+        T, holds, rank = self.quick(X)
+        return (T, rank), holds.double()[None]
+
+    def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Digest:
+        T, rank = prepared if prepared is not None and numbers[0] else self.map(X)
+        return Digest(shared=T, rank=rank)
+
+    def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
+        assert digest.shared is not None and digest.rank is not None
+        self.sums.add(names, digest.shared, weight)
+        note_rank(self.ranks, names, digest.rank)
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         T = self.sums.get(name)
         assert T is not None, f"{name} saw no batch"
         W = self.weight_of(name)
-        return Target(M=combine(W, W @ T, batches, initial), is_delta=True)
+        return Target(M=combine(W, W @ T.to(W), batches, initial), is_delta=True)
 
     def effective_rank(self, name: str) -> int | None:
         return self.ranks.get(name)
@@ -113,7 +86,12 @@ class ShiftEstimator:
         constant: C, a multiple of the identity or "gaussian".
         rtol: tolerance on the singular values of Wᵀ − G Wᵀ; None for max(d, k)·eps.
         seed: of the Gaussian C; every site draws its own, by its name.
+
+    Attributes:
+        weight_facts: site → shape of its W and its condition number by columns, infinite where k < d.
     """
+
+    totals = False
 
     def __init__(
         self, weight_of: WeightOf, constant: float | str = 1.0, rtol: float | None = None, seed: int = 0
@@ -122,47 +100,76 @@ class ShiftEstimator:
         self.shared, self.own = SharedSums(), SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.shared, self.own)
         self.ranks: dict[str, int] = {}
-        self._weight_conditions: dict[str, float] = {}
+        self.weight_facts: dict[str, tuple[tuple[int, ...], float]] = {}
 
-    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
-        G = X.gram()
-        M = torch.eye(X.dim, dtype=G.dtype, device=G.device) - G
-        resolvent = plain_inverse(M, shift_rtol(X.dim, X.dim, G.dtype, self.rtol))
-        alone = list(names)
-        if resolvent is not None:
-            condition = frobenius_condition(M, resolvent)
-            together = [name for name in names if self._may_share(name, condition)]
-            alone = [name for name in names if name not in together]
-            self.shared.add(together, weight * resolvent)
-        for name in alone:
-            self.own.add([name], weight * shift_inverse(self.weight_of(name), G, self.rtol))
-        note_rank(self.ranks, names, X.numerical_rank(X.rtol if self.rtol is None else self.rtol))
+    def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
+        resolvent, holds, condition = shift_resolvent(X, shift_rtol(X.dim, X.dim, X.dtype, self.rtol))
+        rows = X.rows()
+        full = full_rank(X.gram() if rows is None else rows @ rows.mT, self._rank_rtol(X))
+        eps = torch.full_like(condition, torch.finfo(X.dtype).eps)
+        return resolvent, torch.stack([holds.double(), condition.double(), full.double(), eps.double()])
 
-    def _may_share(self, name: str, condition: float) -> bool:
+    def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Digest:
+        full = numbers[2]
+        apart = self.asks_weight(names, numbers)
+        together = tuple(name for name in names if name not in apart)
+        own = {n: shift_inverse(self.weight_of(n).to(X.dtype), X.gram(), self.rtol) for n in apart}
+        rank = min(X.tokens, X.dim) if full else X.numerical_rank(self._rank_rtol(X))
+        return Digest(shared=prepared if together else None, sharing=together, own=own, rank=rank)
+
+    def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
+        if digest.shared is not None:
+            self.shared.add(digest.sharing or names, digest.shared, weight)
+        for name, term in digest.own.items():
+            self.own.add([name], term, weight)
+        assert digest.rank is not None
+        note_rank(self.ranks, names, digest.rank)
+
+    def _rank_rtol(self, X: Moments) -> float:
+        return X.rtol if self.rtol is None else self.rtol
+
+    def asks_weight(self, names: Sequence[str], numbers: Sequence[float]) -> tuple[str, ...]:
+        """Those of `names` that cannot share a sum, so that `finish` needs their W."""
+        holds, condition, _, eps = numbers
+        return tuple(name for name in names if not (holds and self._may_share(name, condition, eps)))
+
+    def note_weight(self, name: str) -> None:
+        """Stores what W of a site decides, if it is not known yet."""
+        if name not in self.weight_facts:
+            W = self.weight_of(name).double()
+            self.weight_facts[name] = (tuple(W.shape), column_condition(W) if W.shape[0] >= W.shape[1] else math.inf)
+
+    def _may_share(self, name: str, condition: float, eps: float) -> bool:
         """Whether † of the product drops nothing for certain: cond(I − G)·cond(W)·rtol < 1."""
-        W = self.weight_of(name)
-        if name not in self._weight_conditions:
-            inverse = tall_pinv(W, 0.0) if W.shape[0] >= W.shape[1] else None
-            bound = float("inf") if inverse is None else frobenius_condition(W, inverse)
-            self._weight_conditions[name] = bound
-        return condition * self._weight_conditions[name] * shift_rtol(W.shape[0], W.shape[1], W.dtype, self.rtol) < 1.0
+        self.note_weight(name)
+        (k, d), of_weight = self.weight_facts[name]
+        return condition * of_weight * (max(k, d) * eps if self.rtol is None else self.rtol) < 1.0
 
     def target(self, name: str, batches: int, initial: str) -> Target:
-        W = self.weight_of(name)
-        total = self.own.get(name)
-        resolvents = self.shared.get(name)
+        stored = self.weight_of(name)
+        W = stored.double()
+        own, resolvents = self.own.get(name), self.shared.get(name)
+        parts = [] if own is None else [own.to(W)]
         if resolvents is not None:
-            inverse = tall_pinv(W, 0.0)
-            assert inverse is not None, "full column rank was checked when the batch came"
-            part = inverse.mT @ resolvents
-            total = part if total is None else total + part
-        assert total is not None, f"{name} saw no batch"
+            parts.append(_left_divided(W, resolvents))
+        assert parts, f"{name} saw no batch"
+        total = sum(parts[1:], start=parts[0])
         C = shift_constant(self.constant, W.shape[0], site_generator(self.seed, name), W)
         W_tar_sum = C @ total if isinstance(C, Tensor) else C * total
-        return Target(M=combine(W, W_tar_sum, batches, initial), is_delta=True)
+        return Target(M=combine(W, W_tar_sum, batches, initial).to(stored), is_delta=True)
 
     def effective_rank(self, name: str) -> int | None:
         return self.ranks.get(name)
+
+
+def _left_divided(W: Tensor, S: Tensor) -> Tensor:
+    """(Wᵀ)† S (k, d) of W (k, d) of full column rank, which was checked when the batches came."""
+    S = S.to(W)
+    if W.shape[0] == W.shape[1]:
+        return torch.linalg.solve(W.mT, S)
+    inverse = tall_pinv(W, 0.0)
+    assert inverse is not None, "its columns are independent"
+    return inverse.mT @ S
 
 
 class WeightEstimator:
@@ -172,9 +179,6 @@ class WeightEstimator:
         self.weight_of, self.make = weight_of, make
         self.accumulated: tuple[SharedSums, ...] = ()
         self.ranks: dict[str, int] = {}
-
-    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
-        raise AssertionError("no data is read for this method")
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         return Target() if self.make is None else self.make(self.weight_of(name))
@@ -192,37 +196,54 @@ class InputEstimator(Generic[Shared]):
     Per input one tensor (d + 2, d) is summed, each batch times its w_j: X Xᵀ, Σ x, and a row that starts with n.
 
     Args:
-        prepare: X Xᵀ (d, d), Σ x (d,), n → what does not depend on W, once for neighbours that share their input.
-        finish: site name and that → its target.
+        share: X Xᵀ (d, d), Σ x (d,), n → what does not depend on W, once for neighbours that share their input.
+        make: site name and that → its target.
+        totals: whether Σ x is wanted; else it is zero.
     """
 
     def __init__(
-        self, prepare: Callable[[Tensor, Tensor, float], Shared], finish: Callable[[str, Shared], Target]
+        self,
+        share: Callable[[Tensor, Tensor, float], Shared],
+        make: Callable[[str, Shared], Target],
+        totals: bool = False,
     ) -> None:
-        self.prepare, self.finish = prepare, finish
+        self.share, self.make, self.totals = share, make, totals
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
         self.ranks: dict[str, int] = {}
-        self._last: tuple[Tensor, Shared, int] | None = None  # one only: sites with the same input are neighbours
+        self._last: tuple[str, Shared, int] | None = None  # one only: sites with the same input are neighbours
+        self._lock = Lock()
 
-    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
+    def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
         gram = X.gram_sum()
         assert gram is not None, "a batch without tokens is not absorbed"
         count = gram.new_zeros(X.dim)
         count[0] = X.tokens
-        self.sums.add(names, weight * torch.cat([gram, X.total()[None], count[None]]))
+        total = X.total() if self.totals else gram.new_zeros(X.dim)
+        return torch.cat([gram, total[None], count[None]]), None
+
+    def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Digest:
+        return Digest(shared=prepared)
+
+    def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
+        assert digest.shared is not None
+        self.sums.add(names, digest.shared, weight)
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         packed = self.sums.get(name)
         assert packed is not None, f"{name} saw no batch"
-        if self._last is None or self._last[0] is not packed:
-            gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
-            if tokens <= 0:
-                raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
-            rtol = default_rtol(gram.shape[0], int(tokens), gram.dtype)
-            self._last = packed, self.prepare(gram, total, tokens), numerical_rank(gram, rtol)
-        _, shared, self.ranks[name] = self._last
-        return self.finish(name, shared)
+        with self._lock:  # neighbours may be made side by side
+            if self._last is None or not self.sums.same(self._last[0], name):
+                self._last = name, *self._shared(packed)
+            _, shared, self.ranks[name] = self._last
+        return self.make(name, shared)
+
+    def _shared(self, packed: Tensor) -> tuple[Shared, int]:
+        gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
+        if tokens <= 0:
+            raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
+        rtol = default_rtol(gram.shape[0], int(tokens), gram.dtype)
+        return self.share(gram.double(), total.double(), tokens), numerical_rank(gram, rtol)
 
     def effective_rank(self, name: str) -> int | None:
         return self.ranks.get(name)
@@ -237,12 +258,9 @@ class GradientEstimator:
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
         self.ranks: dict[str, int] = {}
 
-    def add(self, name: str, G: Tensor, weight: float) -> None:
+    def add_gradient(self, name: str, G: Tensor, weight: float) -> None:
         """Adds ∂L/∂W (k, d) of one batch, times w_j."""
-        self.sums.add([name], weight * G.to(torch.promote_types(G.dtype, torch.float32)))
-
-    def absorb(self, names: Sequence[str], X: Moments, weight: float) -> None:
-        pass  # the inputs are only counted
+        self.sums.add([name], G.to(torch.promote_types(G.dtype, torch.float32), copy=True), weight)
 
     def has_gradient(self, name: str) -> bool:
         """Whether a gradient other than zero has come."""
@@ -252,7 +270,7 @@ class GradientEstimator:
     def target(self, name: str, batches: int, initial: str) -> Target:
         total = self.sums.get(name)
         assert total is not None, f"{name} has no gradient"
-        return self.make(total.double() / batches)
+        return self.make(total / batches)
 
     def effective_rank(self, name: str) -> int | None:
         return None

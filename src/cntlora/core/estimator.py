@@ -1,0 +1,121 @@
+"""What an estimator is: it is fed one input of one batch at a time, and gives every site its target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .moments import Moments
+from .parallel import full_precision, side_by_side
+from .peers import Target
+from .sums import SharedSums
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What one batch adds to the sums of the sites that saw it.
+
+    Attributes:
+        shared: to those of all sites, or of those in `sharing` where that is not None.
+        own: to those of single sites.
+        rank: numerical rank of G, where it is noted batch by batch.
+    """
+
+    shared: Tensor | None = None
+    sharing: tuple[str, ...] | None = None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    rank: int | None = None
+
+
+class Estimator(Protocol):
+    """Accumulates what a method needs, for every site.
+
+    Attributes:
+        accumulated: all that has been summed; several processes add theirs up.
+        ranks: site → smallest numerical rank of G over batches, where that is noted batch by batch.
+    """
+
+    accumulated: tuple[SharedSums, ...]
+    ranks: dict[str, int]
+
+    def target(self, name: str, batches: int, initial: str) -> Target:
+        """What one site's factors are made from, `batches` being those in which it saw a token."""
+
+    def effective_rank(self, name: str) -> int | None:
+        """Numerical rank of the inputs: the smallest over batches, or that of all; None where no input is read."""
+
+
+@runtime_checkable
+class InputReader(Estimator, Protocol):
+    """An estimator that reads the inputs of the layers.
+
+    One input of one batch goes through `prepare` and `finish`, which depend on nothing that other inputs change, so
+    that inputs may be digested side by side, and then through `add`. On a GPU `prepare` only queues work; the numbers
+    of all inputs of a batch are read back together.
+
+    Attributes:
+        totals: whether it needs Σ x of the inputs.
+    """
+
+    totals: bool
+
+    def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
+        """The quick way, and the numbers (m,) float64 that tell whether it holds; None where it always does."""
+
+    def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Digest:
+        """The digest, by the quick way if `numbers` allow it."""
+
+    def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
+        """Adds a digest times w_j."""
+
+
+def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], Any]], weight: float) -> None:
+    """Adds one batch, times w_j: for every distinct input the sites that saw it, and its `Moments`.
+
+    On the processor small inputs are digested side by side, each from end to end, so that what it needed is free again.
+    On a GPU the work of all inputs is queued first, and what decides how to go on is read back once.
+    """
+    if not groups:
+        return
+    device = groups[0][1].device
+    rows = max(X.dim for _, X in groups)
+    if device.type == "cpu":
+        lock = Lock()
+
+        def absorb(group: tuple[Sequence[str], Any]) -> None:
+            prepared, numbers = estimator.prepare(*group)
+            digest = estimator.finish(*group, prepared, [] if numbers is None else numbers.tolist())
+            with lock:
+                estimator.add(group[0], digest, weight)
+
+        side_by_side(absorb, groups, rows, device)
+        return
+    with full_precision(device):
+        prepared = [estimator.prepare(*group) for group in groups]
+        known = read_back([numbers for _, numbers in prepared])
+        for group, (ready, _), numbers in zip(groups, prepared, known, strict=True):
+            estimator.add(group[0], estimator.finish(*group, ready, numbers), weight)
+
+
+def read_back(numbers: Sequence[Tensor | None]) -> list[list[float]]:
+    """The values of all tensors, by one transfer from each device."""
+    found: list[list[float]] = [[] for _ in numbers]
+    places: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(numbers):
+        if tensor is not None:
+            places.setdefault(tensor.device, []).append(i)
+    for indices in places.values():
+        stacked = torch.stack([tensor for i in indices if (tensor := numbers[i]) is not None])
+        for i, values in zip(indices, stacked.tolist(), strict=True):
+            found[i] = values
+    return found
+
+
+def note_rank(ranks: dict[str, int], names: Sequence[str], rank: int) -> None:
+    """Keeps the smallest numerical rank of G over batches, per site."""
+    ranks.update({name: min(rank, ranks.get(name, rank)) for name in names})

@@ -1,0 +1,89 @@
+"""How the work is run: in full precision whatever the caller has switched on, and on all cores where it is small.
+
+LAPACK hardly gains from a second thread on a matrix of some hundred rows, so that several of them side by side, one
+thread each, take half the time on two cores (docs/performance.md). The results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+SIDE_BY_SIDE = 1024
+"""Largest number of rows of a matrix for which whole factorisations run side by side; beyond, LAPACK's threads do."""
+
+
+def side_by_side(
+    work: Callable[[Item], Result], items: Sequence[Item], rows: int, device: torch.device
+) -> list[Result]:
+    """`work` of every item in their order, in full precision, with as many threads as torch has, each on one core.
+
+    Args:
+        rows: of the largest matrix, which decides whether threads pay. On anything but the processor they never do.
+    """
+    threads = torch.get_num_threads()
+    with full_precision(device):
+        if device.type != "cpu" or threads < 2 or len(items) < 2 or rows > SIDE_BY_SIDE:
+            return [work(item) for item in items]
+        torch.set_num_threads(1)
+        try:
+            return list(_pool(threads).map(_without_gradients(work), items))
+        finally:
+            torch.set_num_threads(threads)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Kept for the next call: a new thread would have to ask the system for all its memory again, page by page."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="cntlora")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def _without_gradients(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """A thread starts with gradients and without autocast, whatever its maker had."""
+
+    def run(item: Item) -> Result:
+        with torch.no_grad():
+            return work(item)
+
+    return run
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inside, float32 products are float32: no autocast, no TF32, no bfloat16; afterwards all is as it was."""
+    with torch.autocast(device.type, enabled=False), _ieee_products():
+        yield
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    owners = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    if not all(hasattr(owner, "fp32_precision") for owner in owners):  # torch before 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    before = [owner.fp32_precision for owner in owners]  # type: ignore[union-attr]
+    try:
+        for owner in owners:
+            owner.fp32_precision = "ieee"  # type: ignore[union-attr]
+        yield
+    finally:
+        for owner, value in zip(owners, before, strict=True):
+            owner.fp32_precision = value  # type: ignore[union-attr]

@@ -1,0 +1,231 @@
+"""`max_memory=`: where the statistics are held, and which sites have to wait for another pass over the batches.
+
+The limit is for what the initialisation needs above the model and its forward pass: the sums over batches, the moments
+of one batch, and the room in which one matrix is factored. Sums go to the model's device while they fit, then to the
+processor's memory, then into a file; sites whose inputs fit nowhere are read in another pass, layer by layer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .core.moments import accumulation_dtype
+from .core.parallel import SIDE_BY_SIDE
+from .sites import Site
+
+MaxMemory = int | str | Mapping[str, int | str] | None
+PLACES = ("device", "cpu", "disk")
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+          **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}}  # fmt: skip
+
+
+def parse_limits(value: MaxMemory) -> dict[str, float]:
+    """Bytes for each of `PLACES`: "6GiB" or a number for the model's device, or a mapping with the places by name.
+
+    What is not named is not limited on the device, nor on the processor if the model is elsewhere; files are written
+    only if "disk" is named.
+
+    Raises:
+        ValueError, TypeError: with the key, what came and what is right.
+    """
+    given = dict(value) if isinstance(value, Mapping) else {} if value is None else {"device": value}
+    unknown = [key for key in given if key not in PLACES]
+    if unknown:
+        raise ValueError(
+            f"max_memory: {unknown[0]!r} is not known; expected a size such as '6GiB', or a mapping with "
+            f"{', '.join(PLACES)}"
+        )
+    limits = {"device": float("inf"), "cpu": float("inf"), "disk": 0.0}
+    return limits | {key: float(_size(key, size)) for key, size in given.items()}
+
+
+def _size(key: str, size: object) -> int:
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise TypeError(f"max_memory: {key}: expected bytes or a size such as '6GiB', got {size!r}")
+    if isinstance(size, int):
+        found = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"max_memory: {key}: expected a size such as '6GiB' or '500MB', got {size!r}")
+        found = int(float(match[1]) * _UNITS[match[2].upper()])
+    if found < 0:
+        raise ValueError(f"max_memory: {key}: expected at least 0, got {size!r}")
+    return found
+
+
+def readable(size: float) -> str:
+    """Bytes as MiB or GiB, rounded up, so that the number can be given as a limit."""
+    unit, name = (2**30, "GiB") if size >= 10 * 2**30 else (2**20, "MiB")
+    return f"{-(-int(size) // unit)}{name}"
+
+
+@dataclass
+class Held:
+    """What was chosen: passes over the batches, and the most bytes of sums in each place."""
+
+    passes: int = 0
+    device: int = 0
+    cpu: int = 0
+    disk: int = 0
+
+
+@dataclass
+class Budget:
+    """The room of one pass.
+
+    Attributes:
+        limits: bytes by place, see `parse_limits`.
+        of_gradients: whether gradients (k, d) are summed, and not d×d statistics of the inputs; they come for all sites
+            at once, so that there is one pass only.
+        own_sums: whether each site may need a sum (k, d) of its own besides (shift mode).
+        held: what is noted for the report.
+    """
+
+    limits: Mapping[str, float]
+    of_gradients: bool = False
+    own_sums: bool = False
+    held: Held = field(default_factory=Held)
+    admitted: set[str] = field(default_factory=set)
+    waiting: set[str] = field(default_factory=set)
+    _used: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PLACES, 0))  # promised to sums
+    _placed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PLACES, 0))  # the sums that are there
+    _taken: int = 0  # by the moments
+    _room: int = 0  # for factorisations
+    _elsewhere_first: bool = False
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether there may be more than one pass."""
+        return self.limits["device"] < float("inf") and not self.of_gradients
+
+    def next_pass(self, sites: list[Site]) -> None:
+        """Forgets the sums of the last pass. If the statistics of `sites` might not all fit on the device, its room is
+        for the moments, and sums go elsewhere first, where that is allowed: so there are fewest passes.
+        """
+        most = sum(self._sums(s, False) + self._moments(s) for s in sites)
+        self._elsewhere_first = most + max(map(self._working_room, sites), default=0) > self.limits["device"]
+        self.held.passes += 1
+        self.admitted, self.waiting = set(), set()
+        self._used, self._placed = dict.fromkeys(PLACES, 0), dict.fromkeys(PLACES, 0)
+        self._taken = self._room = 0
+        self.close()
+
+    def close(self) -> None:
+        """Deletes the files of the last pass."""
+        if self._folder is not None:
+            with suppress(OSError):
+                self._folder.cleanup()
+            self._folder = None
+
+    def admit_in_order(self, sites: list[Site]) -> None:
+        """Decides on all sites before any input is seen, as if none shared its input with another."""
+        for site in sites:
+            self.admits(site, False)
+
+    def admits(self, site: Site, known: bool) -> bool:
+        """Whether a site is read in this pass; decided when its input is first seen.
+
+        Args:
+            known: whether its input is one that another site of this pass is read for anyway.
+
+        Raises:
+            ValueError: if the limit is too small for this site alone.
+        """
+        if site.name in self.admitted or site.name in self.waiting:
+            return site.name in self.admitted
+        room = max(self._room, self._working_room(site))
+        sums, moments = self._sums(site, known), 0 if known else self._moments(site)
+        on_device = self._used["device"] + self._taken + moments + room
+        place = self._place_for(sums, on_device, site)
+        if place is None and self.admitted and not self.of_gradients:
+            self.waiting.add(site.name)
+            return False
+        if place is None:
+            alone = "" if self.of_gradients else " alone"
+            need = sums + on_device if self.of_gradients else sums + moments + room
+            raise ValueError(
+                f"max_memory: {readable(self.limits['device'])} is too little: site {site.name} "
+                f"({site.out_features}×{site.in_features}){alone} needs {readable(need)}; give at least that, or name "
+                "cpu and disk: {'device': …, 'cpu': …, 'disk': …}"
+            )
+        self.admitted.add(site.name)
+        self._room = room
+        self._taken += moments
+        self._used[place] += sums
+        return True
+
+    def _place_for(self, sums: int, on_device: int, site: Site) -> str | None:
+        """The first place with room for the sums of a site, if the rest of what it needs fits on the device."""
+        if on_device > self.limits["device"]:
+            return None
+        elsewhere = PLACES[1:] if site.base.weight.device.type != "cpu" else PLACES[2:]
+        order = (*elsewhere, "device") if self._elsewhere_first else ("device", *elsewhere)
+        used = {**self._used, "device": on_device}
+        return next((p for p in order if used[p] + sums <= self.limits[p]), None)
+
+    def _sums(self, site: Site, known: bool) -> int:
+        if self.of_gradients:
+            return 4 * site.in_features * site.out_features
+        own = self._item(site) * site.in_features * site.out_features if self.own_sums else 0
+        return own + (0 if known else self._item(site) * site.in_features**2)
+
+    def _moments(self, site: Site) -> int:
+        """Of one batch: at most d rows are kept, and else d×d; of gradients, the gradient."""
+        if self.of_gradients:
+            return site.base.weight.element_size() * site.in_features * site.out_features
+        return self._item(site) * site.in_features**2
+
+    def _working_room(self, site: Site) -> int:
+        """In which one input is digested (five d×d) and one site is factored (four k×d in float32, one in float64)."""
+        d, k = site.in_features, site.out_features
+        side_by_side = torch.get_num_threads() if site.base.weight.device.type == "cpu" and d <= SIDE_BY_SIDE else 1
+        digest = 0 if self.of_gradients else 5 * self._item(site) * d * d
+        return side_by_side * max(digest, 24 * d * k)
+
+    def _item(self, site: Site) -> int:
+        return accumulation_dtype(site.base.weight.dtype).itemsize
+
+    def place(self, total: Tensor) -> Tensor:
+        """A new sum where there is room for it: itself, or a copy on the processor or in a file.
+
+        Sites that turn out not to share an input after all need more sums than was foreseen; where nothing else is
+        allowed, those stay on the device.
+        """
+        size = total.numel() * total.element_size()
+        allowed = [p for p in PLACES if p != "cpu" or total.device.type != "cpu"]
+        place = next((p for p in allowed if self._placed[p] + size <= self._used[p]), None)
+        place = place or next((p for p in allowed if self._placed[p] + size <= self.limits[p]), "device")
+        self._placed[place] += size
+        setattr(self.held, place, max(getattr(self.held, place), self._placed[place]))
+        return total if place == "device" else total.cpu() if place == "cpu" else self._in_file(total)
+
+    def _in_file(self, total: Tensor) -> Tensor:
+        """The tensor as a file that the system may drop from memory; its room on the disk is taken first."""
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="cntlora-")
+        path = Path(self._folder.name) / f"{self._placed['disk']}.sum"
+        size = total.numel() * total.element_size()
+        try:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            what = f"max_memory: no room for {readable(size)} of statistics in {path.parent}: {error.strerror}"
+            raise OSError(error.errno, what) from error
+        held = torch.from_file(str(path), shared=True, size=total.numel(), dtype=total.dtype).view(total.shape)
+        return held.copy_(total)
+
+
+def as_record(held: Held | None) -> dict[str, Any]:
+    """For the plan and the report."""
+    return {} if held is None else {"passes": held.passes, "device": held.device, "cpu": held.cpu, "disk": held.disk}

@@ -1,0 +1,219 @@
+"""The passes over the data: from the model and its batches to the statistics of every site."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .assemble import Take, Work, working_weight
+from .batches import Forward, TokenMask, first_batches
+from .checks import check_adapter, usable_sites
+from .collect import Seen, collect
+from .config import InitConfig
+from .core.estimator import InputReader
+from .core.family import METHODS
+from .core.solve import GradientEstimator
+from .gradients import weight_gradients
+from .memory import Budget, MaxMemory, parse_limits
+from .sharded import reshard
+from .sites import Site
+
+Loss = Callable[[nn.Module, Any], Any]
+
+ON_MISSING = ("raise", "warn")
+
+
+@dataclass
+class Request:
+    """What is asked for: the arguments of `compute_plan`, and how several processes go about it.
+
+    Attributes:
+        take: hands the inputs of each batch to the estimator, in place of the usual way (`Work.take`).
+        in_order: admit sites in the order of the model, which is the same for every process, and not as they are seen.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any] | None = None
+    config: InitConfig | None = None
+    forward: Forward | None = None
+    loss: Loss | None = None
+    token_mask: TokenMask = None
+    adapter_name: str = "default"
+    on_missing: str = "raise"
+    progress: bool = True
+    max_memory: MaxMemory = None
+    take: Take | None = None
+    in_order: bool = False
+
+
+@dataclass
+class Reading:
+    """What `read` found, from which `plan_from` makes the plan.
+
+    Attributes:
+        request: what was asked for.
+        sites, skipped: that can be initialised, and that cannot, with the reason.
+        work, seen: the statistics of the data.
+        budget: which sites they are of, and where they are held.
+        started, seconds: the clock at the start, and the seconds of the data passes.
+    """
+
+    request: Request
+    sites: list[Site]
+    skipped: dict[str, str]
+    work: Work
+    budget: Budget
+    started: float
+    seen: Seen = field(default_factory=Seen)
+    seconds: float = 0.0
+
+    def pass_over(self, sites: list[Site]) -> Seen:
+        """Reads the batches, once more or for the first time, for as many of `sites` as there is room for.
+
+        Returns:
+            What of `sites` was seen, by this process alone.
+        """
+        start = time.perf_counter()
+        self.budget.next_pass(sites)
+        if self.request.in_order or self.budget.of_gradients:
+            self.budget.admit_in_order(sites)
+        ranks = self.work.estimator.ranks
+        named = self.work.sites  # and not self: a cycle would keep the loader alive
+        self.work.estimator = METHODS[self.work.config.method].estimator(
+            lambda name: working_weight(named[name]), self.work.config
+        )
+        self.work.estimator.ranks.update(ranks)
+        for sums in self.work.estimator.accumulated:
+            sums.place = self.budget.place
+        seen = _read(self, sites)
+        reshard(self.request.model)
+        self.seconds += time.perf_counter() - start
+        return seen
+
+    def again(self, sites: list[Site]) -> None:
+        """Another pass of this process alone."""
+        self.seen.update(self.pass_over(sites))
+
+
+def read(request: Request) -> Reading:
+    """The first half of `compute_plan`: checks, and the first data pass. Errors are its."""
+    started = time.perf_counter()
+    config = request.config or InitConfig()
+    if request.on_missing not in ON_MISSING:
+        raise ValueError(f"on_missing: expected one of {', '.join(ON_MISSING)}, got {request.on_missing!r}")
+    limits = parse_limits(request.max_memory)
+    sites, skipped = usable_sites(request.model, request.adapter_name, config, request.on_missing)
+    for site in sites:
+        check_adapter(site, config)
+    by_name = {site.name: site for site in sites}
+    method = METHODS[config.method]
+    work = Work(method.estimator(lambda name: working_weight(by_name[name]), config), config, by_name)
+    work.take = request.take or work.take
+    budget = Budget(limits, of_gradients=method.reads == "gradients", own_sums=config.method == "shift")
+    reading = Reading(request, sites, skipped, work, budget, started)
+    try:
+        reading.again(sites)
+    except BaseException:
+        budget.close()
+        raise
+    return reading
+
+
+def _read(reading: Reading, sites: list[Site]) -> Seen:
+    """One data pass, if the method needs one."""
+    request, work = reading.request, reading.work
+    config, reads = work.config, METHODS[work.config.method].reads
+    if reads == "weights":
+        return Seen()
+    _check_request(request, config.method, reads)
+    with ExitStack() as stack:
+        backward, forward = None, request.forward
+        if reads == "gradients":
+            backward = stack.enter_context(weight_gradients(request.model, sites, _gradient_sink(work)))
+            forward = request.loss or forward
+        totals = isinstance(work.estimator, InputReader) and work.estimator.totals
+        step = stack.enter_context(_progress(config.num_batches, request.progress))
+        seen = collect(
+            request.model, sites, _kept(request, config.num_batches, reading.budget), work.absorb,
+            num_batches=config.num_batches, gram=config.gram, forward=forward, token_mask=request.token_mask,
+            on_output=backward, step=step, totals=totals, admits=reading.budget.admits,
+        )  # fmt: skip
+    if config.batch_weights is not None and len(config.batch_weights) != seen.batches:
+        raise ValueError(
+            f"batch_weights: expected one for each of {seen.batches} batches, got {len(config.batch_weights)}"
+        )
+    return seen
+
+
+def _kept(request: Request, count: int, budget: Budget) -> Iterable[Any]:
+    """The batches; kept where there may be another pass, since a loader that shuffles would give others then."""
+    assert request.batches is not None
+    if budget.limited and not isinstance(request.batches, _Kept):
+        request.batches = _Kept(request.batches, count)
+    return request.batches
+
+
+class _Kept:
+    """Gives the first batches of a source, and later the very same again; else it is the source."""
+
+    def __init__(self, source: Iterable[Any], count: int) -> None:
+        self.source, self.count = source, count
+        self.batches: list[Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)  # a DataLoader's generators, which are left as found
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.batches is not None:
+            yield from self.batches
+            return
+        self.batches = []
+        for batch in first_batches(self.source, self.count):
+            self.batches.append(batch)
+            yield batch
+
+
+def _check_request(request: Request, method: str, reads: str) -> None:
+    if request.batches is None:
+        raise ValueError(f"batches: method {method!r} reads {reads}, so it needs some; give a DataLoader or a list")
+    if reads == "gradients" and request.token_mask is not None:
+        raise ValueError(
+            f"token_mask: has no effect with method {method!r}, which reads gradients: the loss decides which "
+            "tokens count (label padding −100); leave it out"
+        )
+
+
+def _gradient_sink(work: Work) -> Callable[[int, str, Tensor], None]:
+    estimator = work.estimator
+    assert isinstance(estimator, GradientEstimator)
+
+    def sink(index: int, name: str, G: Tensor) -> None:
+        if not bool(torch.isfinite(G).all()):
+            raise ValueError(f"site {name}, batch {index}: its gradient has NaN or Inf; check the batch and the dtype")
+        estimator.add_gradient(name, G, work.weight(index))
+
+    return sink
+
+
+@contextmanager
+def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
+    """A bar over the batches on a terminal, nothing elsewhere."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    state = random.getstate()  # rich draws a number when it is first imported
+    from rich.console import Console
+    from rich.progress import Progress
+
+    random.setstate(state)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading batches", total=total)
+        yield lambda: bar.advance(task)
