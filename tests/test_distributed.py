@@ -1,242 +1,258 @@
-"""Two processes (gloo) add up what each has read and end identical; none waits for one that failed."""
+"""Two processes (gloo) end identical under DDP and accelerate; one that failed or died is an error on the others."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
+import socket
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from cntlora.distributed import share_plan
-
-WORKER = """
-import json, sys, warnings
-from pathlib import Path
-import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-import cntlora
-from cntlora import InitConfig
-from cntlora.sites import find_sites
+from tests.processes import connect, outcome, run
 from tests.tiny import adapted, state, text_batches
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-warnings.simplefilter("ignore")
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
-MINE = text_batches(4, seed=rank)  # every rank sees other data
-results = {}
+from cntlora import InitConfig, apply_plan, assemble, compute_plan, initialize
+from cntlora.agreement import agreed, alone
+from cntlora.sites import find_sites
 
-def same(model):
-    "Whether both ranks hold the same bits."
+BASES = ("offset", "paired", "subtract", "keep")
+SCENARIOS: dict[str, dict[str, Any]] = {
+    **{base: {"base": base} for base in BASES},
+    "adaptive": {"base": "offset", "adaptive_ranks": True, "rank_budget": 6},
+    "paired after wrapping": {"base": "paired", "wrap_first": True},
+}
+TIMEOUT = 3.0
+
+
+def same(model: nn.Module) -> bool:
+    """Whether both ranks hold the same bits."""
     bits = torch.cat([t.double().flatten() for t in model.state_dict().values()])
     other = [torch.zeros_like(bits), torch.zeros_like(bits)]
     dist.all_gather(other, bits)
     return torch.equal(*other)
 
-def train(model):
+
+def train(model: DistributedDataParallel, batches: list[dict[str, Tensor]]) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for step in range(2):
         with model.no_sync():  # gradient accumulation
-            model(**MINE[2 * step]).loss.backward()
-        model(**MINE[2 * step + 1]).loss.backward()
+            model(**batches[2 * step]).loss.backward()
+        model(**batches[2 * step + 1]).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-def halves(model, negative):
-    parts = []
-    for site in find_sites(model)[0]:
-        h = site.A.shape[0] // 2
-        part = slice(h, None) if negative else slice(0, h)
-        parts += [site.A.detach()[part].flatten().clone(), site.B.detach()[:, part].flatten().clone()]
-    return torch.cat(parts)
 
-def message(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
+def half(model: nn.Module, which: int) -> Tensor:
+    """The positive (0) or negative (1) halves of all factors, a copy."""
+    sites = find_sites(model)[0]
+    parts = [(s.A.detach().chunk(2, 0)[which], s.B.detach().chunk(2, 1)[which]) for s in sites]
+    return torch.cat([part.flatten() for pair in parts for part in pair])
 
-def scenario(name, base, wrap_first=False, **options):
-    model, before = adapted(), state(adapted())
+
+def scenario(rank: int, base: str, wrap_first: bool = False, **options: Any) -> dict[str, bool]:
+    model, before, mine = adapted(), state(adapted()), text_batches(4, seed=rank)
     wrapped = DistributedDataParallel(model) if wrap_first else None
-    cntlora.initialize(wrapped or model, MINE, InitConfig(base=base, **options))
+    initialize(wrapped or model, mine, InitConfig(base=base, **options))
     start = same(model)
     wrapped = wrapped or DistributedDataParallel(model)
-    negative, positive = halves(model, True), halves(model, False)
-    train(wrapped)
-    shrunk = negative * (1 - 1e-2 * 0.1) ** 2
-    results[name] = {
+    positive, negative, decay = half(model, 0), half(model, 1), (1 - 1e-2 * 0.1) ** 2
+    train(wrapped, mine)
+    return {
         "same start": start,
         "same end": same(model),
-        "negative half only shrinks": torch.allclose(halves(model, True), shrunk, rtol=1e-6, atol=0),
-        "positive half trains": not torch.equal(halves(model, False), positive * (1 - 1e-2 * 0.1) ** 2),
+        "negative half only shrinks": torch.allclose(half(model, 1), negative * decay, rtol=1e-6, atol=0),
+        "positive half trains": not torch.equal(half(model, 0), positive * decay),
         "base untouched": all(torch.equal(before[n], t) for n, t in model.state_dict().items() if "lora_" not in n),
     }
 
-for base in ("offset", "paired", "subtract", "keep"):
-    scenario(base, base)
-scenario("adaptive", "offset", adaptive_ranks=True, rank_budget=6)
-scenario("paired after wrapping", "paired", wrap_first=True)
 
-model = adapted()  # the control: a plan of its own on every rank
-cntlora.apply_plan(model, cntlora.compute_plan(model, MINE))
-results["own plans"] = {"same start": same(model)}
+def job_ddp(rank: int, world: int, folder: Path) -> Any:
+    connect(rank, world, folder)
+    results: dict[str, Any] = {name: scenario(rank, **options) for name, options in SCENARIOS.items()}
+    mine = text_batches(4, seed=rank)
+    model = adapted()  # the control: a plan of its own on every rank
+    apply_plan(model, compute_plan(model, mine))
+    results["own plans"] = {"same start": same(model)}
+    results["offset after wrapping"] = outcome(lambda: initialize(DistributedDataParallel(adapted()), mine))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        initialize(adapted(), text_batches(2, seed=0))
+        results["equal data"] = [str(w.message) for w in caught]
+        caught.clear()
+        initialize(adapted(), mine)
+        results["other data"] = [str(w.message) for w in caught]
+    return results
 
-EVERYTHING = text_batches(4, seed=0) + text_batches(4, seed=1)[:3]
-UNEVEN = text_batches(4, seed=rank)[: 4 - rank]  # one rank has fewer batches than the other
 
-def difference(method, **options):
-    "Largest relative difference of B·A between this initialisation and one process that reads all batches."
-    tolerance = dict(rtol=1e-6) if method in ("cross", "self", "shift") else {}
-    config = dict(base="keep", num_batches=7, method=method, **tolerance, **options)
-    together, single = adapted(dtype=torch.float64), adapted(dtype=torch.float64)
-    report = cntlora.initialize(together, UNEVEN, InitConfig(**config))
-    plan = cntlora.compute_plan(single, EVERYTHING, InitConfig(**config))
-    own = cntlora.compute_plan(adapted(dtype=torch.float64), UNEVEN, InitConfig(**config))
-    worst, control = 0.0, 0.0
-    for site in find_sites(together)[0]:
-        one, all_of_it = plan.sites[site.name], (site.B @ site.A if site.B.any() else site.A)
-        whole = one.B @ one.A if one.B.any() else one.A
-        mine = own.sites[site.name].B @ own.sites[site.name].A if one.B.any() else own.sites[site.name].A
-        worst = max(worst, float((all_of_it - whole).norm() / whole.norm()))
-        control = max(control, float((mine - whole).norm() / whole.norm()))
-        assert report.sites[site.name]["tokens"] == one.tokens and report.batches == 7
-        assert report.sites[site.name]["batches"] == 7
-        assert report.sites[site.name]["effective_rank"] == one.effective_rank
-    return {"difference": worst, "control": control}
-
-for method in ("cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one"):
-    results[method] = difference(method)
-
-def routed(model, batch):
-    "Rank 0 never calls the second layer's value."
+def job_failures(rank: int, world: int, folder: Path) -> Any:
+    """What goes wrong on the second rank: its data, its factors."""
+    connect(rank, world, folder)
+    failing = text_batches(1, seed=rank)
     if rank == 1:
-        return model(**batch)
-    return model.base_model.model.bert.encoder.layer[0].attention.self.query(torch.randn(5, 24))
+        failing[0]["attention_mask"].zero_()
+    original = assemble._plan_site
 
-model = adapted()
-starved = "bert.encoder.layer.1.attention.self.value"
-report = cntlora.initialize(model, text_batches(2, seed=rank), InitConfig(base="keep"), forward=routed)
-plan = cntlora.compute_plan(adapted(), text_batches(2, seed=1), InitConfig(base="keep"))
-results["starved on one rank"] = {
-    "same": same(model),
-    "batches": report.sites[starved]["batches"],
-    "as rank 1 alone": torch.allclose(
-        dict((s.name, s) for s in find_sites(model)[0])[starved].A, plan.sites[starved].A, rtol=1e-4, atol=1e-5
-    ),
-}
+    def broken(*_: Any) -> Any:
+        raise ArithmeticError("no factors")
 
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    cntlora.initialize(adapted(), text_batches(2, seed=0))
-    equal = [str(w.message) for w in caught]
-    caught.clear()
-    cntlora.initialize(adapted(), MINE)
-    results["equal data"] = {"said": equal, "control": [str(w.message) for w in caught]}
+    results = {}
+    for name, batches in (("data", failing), ("factors", text_batches(1, seed=rank))):
+        assemble._plan_site = broken if name == "factors" and rank == 1 else original
+        model, before = adapted(), state(adapted())
+        results[name] = outcome(lambda m=model, b=batches: initialize(m, b))
+        results[name]["unchanged"] = all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    return results
 
-model, before = adapted(), state(adapted())
-failing = text_batches(1, seed=rank)
-if rank == 1:
-    failing[0]["attention_mask"].zero_()
-results["failure"] = {
-    "message": message(lambda: cntlora.initialize(model, failing)),
-    "unchanged": all(torch.equal(before[n], t) for n, t in model.state_dict().items()),
-}
-wrapped = DistributedDataParallel(model)
-results["offset after wrapping"] = {"message": message(lambda: cntlora.initialize(wrapped, MINE))}
-(folder / f"{rank}.json").write_text(json.dumps(results))
-dist.barrier()
-dist.destroy_process_group()
-"""
 
-Results = list[dict[str, dict[str, Any]]]
+def dying(rank: int, world: int, folder: Path, where: str, end: Any) -> Any:
+    """The second rank ends in the middle; what the first is told, and how it is left."""
+    connect(rank, world, folder, seconds=TIMEOUT)
+    original = assemble._plan_site
+    if rank == 1 and where == "factors":
+        assemble._plan_site = lambda *rest: end()
+
+    def batches() -> Any:
+        yield from text_batches(1, seed=rank)
+        if rank == 1 and where == "data":
+            end()
+        yield from text_batches(1, seed=rank + 2)
+
+    model, before = adapted(), state(adapted())
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    try:
+        found = outcome(lambda: initialize(model, batches()))
+    finally:
+        assemble._plan_site = original
+    found["unchanged"] = all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    found["hooks"] = hooks == [len(m._forward_pre_hooks) for m in model.modules()]
+    return found
+
+
+def job_exit_in_data(rank: int, world: int, folder: Path) -> Any:
+    return dying(rank, world, folder, "data", lambda: os._exit(1))
+
+
+def job_killed_in_factors(rank: int, world: int, folder: Path) -> Any:
+    return dying(rank, world, folder, "factors", lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def job_stopped_in_factors(rank: int, world: int, folder: Path) -> Any:
+    """Hangs for longer than the timeout, which alone can tell."""
+    if rank == 0:
+        return dying(rank, world, folder, "factors", None)
+    return dying(rank, world, folder, "factors", lambda: time.sleep(TIMEOUT + 3) or os._exit(1))
+
+
+def job_accelerate(rank: int, world: int, folder: Path) -> Any:
+    """As `accelerate launch` starts processes: by the environment."""
+    from accelerate import Accelerator
+
+    port_file = folder / "port"
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            (folder / "port.new").write_text(str(free.getsockname()[1]))
+        (folder / "port.new").rename(port_file)
+    while not port_file.exists():
+        time.sleep(0.01)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({key: str(value) for key, value in names.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port_file.read_text(), ACCELERATE_USE_CPU="true")
+    accelerator = Accelerator(cpu=True)
+    rows = [{key: value[i] for key, value in batch.items()} for batch in text_batches(4, seed=0) for i in range(8)]
+    results: dict[str, Any] = {"processes": accelerator.num_processes, "alone": alone()}
+    for name, base in (("initialise, then prepare", "offset"), ("prepare, then initialise", "paired")):
+        model, loader = adapted(), accelerator.prepare(DataLoader(rows, batch_size=4))
+        prepared = accelerator.prepare(model) if base == "paired" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the loader is shared out: nothing to warn of
+            report = initialize(prepared or model, loader, InitConfig(base=base, num_batches=3))
+        start, prepared = same(model), prepared or accelerator.prepare(model)
+        optimizer = accelerator.prepare(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+        for batch in loader:
+            accelerator.backward(prepared(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        wrapped = isinstance(prepared, DistributedDataParallel)
+        results[name] = {"start": start, "end": same(model), "batches": report.batches, "wrapped": wrapped}
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the two processes report, by rank."""
-    import json
-
-    folder = tmp_path_factory.mktemp("gloo")
-    (folder / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "worker.py"), str(rank), str(folder)], env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-SCENARIOS = ["offset", "paired", "subtract", "keep", "adaptive", "paired after wrapping"]
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    names = ["ddp", "failures", "exit_in_data", "killed_in_factors", "stopped_in_factors", "accelerate"]
+    return run(__file__, tmp_path_factory.mktemp("gloo"), {f"job_{name}": 2 for name in names})
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_all_ranks_start_and_end_identical(results: Results, name: str) -> None:
-    for rank in results:
+def test_all_ranks_start_and_end_identical(results: Any, name: str) -> None:
+    for rank in results["job_ddp"]:
         assert rank[name]["same start"] and rank[name]["same end"] and rank[name]["positive half trains"]
         assert rank[name]["base untouched"] or name == "subtract"
 
 
-def test_plans_of_their_own_differ(results: Results) -> None:
+def test_plans_of_their_own_differ(results: Any) -> None:
     """The control: the ranks see other data, and without sharing they would start apart."""
-    assert not any(rank["own plans"]["same start"] for rank in results)
-
-
-@pytest.mark.parametrize("method", ["cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one"])
-def test_together_they_know_what_one_process_would(results: Results, method: str) -> None:
-    """With other batches on each rank, and one batch fewer on the second; what a rank alone reads is the control."""
-    for rank in results:
-        assert rank[method]["difference"] < 1e-5 < 1e-2 < rank[method]["control"]
-
-
-def test_a_site_that_one_rank_never_sees_is_initialised_by_the_other(results: Results) -> None:
-    for rank in results:
-        assert rank["starved on one rank"] == {"same": True, "batches": 2, "as rank 1 alone": True}
+    assert not any(rank["own plans"]["same start"] for rank in results["job_ddp"])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_the_negative_half_is_masked_under_ddp(results: Results, name: str) -> None:
-    for rank in results:
+def test_the_negative_half_is_masked_under_ddp(results: Any, name: str) -> None:
+    for rank in results["job_ddp"]:
         assert rank[name]["negative half only shrinks"] == (name in ("offset", "adaptive"))
 
 
-def test_a_loader_that_is_not_sharded_is_noticed(results: Results) -> None:
-    for rank in results:
-        assert any("every process read the same batches" in text for text in rank["equal data"]["said"])
-        assert not any("every process" in text for text in rank["equal data"]["control"])
+def test_a_loader_that_is_not_sharded_is_noticed(results: Any) -> None:
+    for rank in results["job_ddp"]:
+        assert any("every process read the same batches" in text for text in rank["equal data"])
+        assert not any("every process" in text for text in rank["other data"])
 
 
-def test_a_failure_on_one_rank_is_an_error_on_all(results: Results) -> None:
-    zero, one = (rank["failure"]["message"] for rank in results)
-    assert one.startswith("ValueError: batch 0: its mask") and "hides every token" in one
-    assert zero.startswith("RuntimeError: the initialisation failed on another rank") and "rank 1: batch 0" in zero
-    assert all(rank["failure"]["unchanged"] for rank in results)
-
-
-def test_parameters_that_ddp_holds_are_not_replaced(results: Results) -> None:
-    for rank in results:
+def test_parameters_that_ddp_holds_are_not_replaced(results: Any) -> None:
+    for rank in results["job_ddp"]:
         assert "initialise first, then wrap" in rank["offset after wrapping"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("where", "own"),
+    [("data", "ValueError: batch 0: its mask (8, 8) hides every token"), ("factors", "ArithmeticError: no factors")],
+)
+def test_a_failure_on_one_rank_is_an_error_on_all(results: Any, where: str, own: str) -> None:
+    zero, one = (rank[where] for rank in results["job_failures"])
+    assert one["message"].startswith(own)
+    assert zero["message"] == f"RuntimeError: rank 1 failed, so that no rank goes on: {one['message']}"
+    assert zero["unchanged"] and one["unchanged"]
+
+
+@pytest.mark.parametrize("job", ["exit_in_data", "killed_in_factors", "stopped_in_factors"])
+def test_a_process_that_dies_or_hangs_is_an_error_on_the_other(results: Any, job: str) -> None:
+    """Within the timeout of the process group; only one that hangs takes as long as that."""
+    found, lost = results[f"job_{job}"]
+    assert lost == "ended without a word"
+    assert found["message"].startswith("RuntimeError: another process has ended, or has not answered")
+    assert "RuntimeError" in found["cause"] or "Dist" in found["cause"]
+    assert found["unchanged"] and found["hooks"]
+    assert found["seconds"] < TIMEOUT + 4 and (job != "stopped_in_factors" or found["seconds"] > TIMEOUT - 1)
+
+
+@pytest.mark.parametrize("name", ["initialise, then prepare", "prepare, then initialise"])
+def test_accelerate(results: Any, name: str) -> None:
+    for rank in results["job_accelerate"]:
+        assert (rank["processes"], rank["alone"]) == (2, False)
+        assert rank[name] == {"start": True, "end": True, "batches": 6, "wrapped": True}
+
+
 def test_one_process_is_left_alone(process_group: None) -> None:
-    marker: Any = object()
-    assert share_plan(marker) is marker
+    assert alone() and agreed(5, "here") == 5
     with pytest.raises(KeyError):
-        share_plan(KeyError("x"))
-    assert torch.distributed.get_world_size() == 1
+        agreed(KeyError("x"))
+    assert dist.get_world_size() == 1

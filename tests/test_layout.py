@@ -13,17 +13,27 @@ PACKAGE = ROOT / "src" / "cntlora"
 ORDER = [
     "core",
     "config",
+    "sharded",
     "layouts",
     "sites",
     "batches",
+    "bypass",
     "collect",
     "plan",
     "assemble",
+    "checks",
+    "memory",
     "gradients",
+    "reading",
+    "passes",
     "compute",
+    "agreement",
+    "distributed",
+    "lockstep",
     "masks",
     "summary",
     "adapters",
+    "initialize",
 ]
 
 

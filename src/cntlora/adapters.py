@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .compute import check_fresh
-from .layouts import weight_matrix
+from .checks import check_fresh
+from .layouts import weight_matrix, write_matrix
 from .masks import freeze_sites, unmask
 from .plan import InitPlan, SitePlan
+from .sharded import address, check_rank, reshard, write
 from .sites import Site, adapters_of, base_name, config_holder, find_sites, lora_layers, naming_root, uses_rslora
 from .summary import InitReport
 
@@ -30,11 +31,14 @@ SUBTRACTED: Any = WeakIdKeyDictionary()
 def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default") -> InitReport:
     """Writes a plan into the adapter of a model: call it before the optimizer is made.
 
+    Where the model is sharded by `fully_shard`, all processes have to call it, with the same plan.
+
     Raises:
         ValueError: if the plan is not for this model (names the site), the adapter is not fresh, a weight that would
-            be changed is shared with another module or adapter, or an optimizer or DistributedDataParallel already
-            holds the parameters; nothing is written then.
+            be changed is shared with another module or adapter, an optimizer or DistributedDataParallel already holds
+            the parameters, or they are sharded and would change their rank; nothing is written then.
     """
+    reshard(model)
     sites, _ = find_sites(model, adapter_name)
     usable = [s for s in sites if s.name not in plan.skipped]
     plan.check(usable)
@@ -58,8 +62,9 @@ def _write(site: Site, planned: SitePlan, base: str) -> None:
     if planned.rank == 0:
         return
     layer, adapter = site.layer, site.adapter
-    A = _put(layer.lora_A[adapter], planned.A)
-    B = _put(layer.lora_B[adapter], planned.B)
+    A, B = (M.to(device=site.A.device, dtype=site.A.dtype, copy=True) for M in (planned.A, planned.B))
+    _put(layer.lora_A[adapter], A)
+    _put(layer.lora_B[adapter], B)
     layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = layer.r[adapter] = planned.file_rank
     layer.lora_alpha[adapter] = whole(planned.alpha)
     layer.scaling[adapter] = planned.scaling
@@ -67,27 +72,24 @@ def _write(site: Site, planned: SitePlan, base: str) -> None:
         layer.use_rslora[adapter] = planned.use_rslora
     added = planned.scaling * (B.double() @ A.double())
     if base == "subtract":
-        matrix = weight_matrix(site.base)
-        matrix.copy_(matrix.double() - added)
-        SUBTRACTED.setdefault(layer, {})[adapter] = (A.detach().clone(), B.detach().clone())
+        write_matrix(site.base, weight_matrix(site.base).double() - added)
+        SUBTRACTED.setdefault(layer, {})[adapter] = (A, B)
     if site.magnitude is not None:
         # DoRA divides by ‖W + s·B·A‖ per output: with m equal to it, its function starts as that of W + s·B·A
         total = site.weight()
         if base in ("subtract", "keep"):
             total += added
-        site.magnitude.copy_(torch.linalg.vector_norm(total, dim=1))
+        write(site.magnitude, torch.linalg.vector_norm(total, dim=1))
 
 
-def _put(linear: Any, value: Tensor) -> nn.Parameter:
+def _put(linear: Any, value: Tensor) -> None:
     """Writes a factor; the parameter stays the same object where the shape allows, else a new one takes its place."""
     old: nn.Parameter = linear.weight
     unmask(old)
     if old.shape == value.shape:
-        old.copy_(value)
-        return old
-    new = nn.Parameter(value.to(device=old.device, dtype=old.dtype, copy=True), requires_grad=old.requires_grad)
-    linear.weight = new
-    return new
+        write(old, value)
+    else:
+        linear.weight = nn.Parameter(value.clone(), requires_grad=old.requires_grad)
 
 
 def whole(value: float) -> int | float:
@@ -99,6 +101,8 @@ def _check_holders(sites: list[Site], plan: InitPlan) -> None:
     """An optimizer or DDP that holds parameters about to be replaced would go on with what the model no longer uses."""
     ours = {id(p): s.name for s in sites for p in (s.A, s.B)}
     resized = {id(p) for s in sites for p in (s.A, s.B) if plan.sites[s.name].file_rank != s.rank}
+    for site in sites:
+        check_rank(site.name, site.A, plan.sites[site.name].file_rank)
     if not any(_concerns(holder, ours) for holder in _holders()):
         return
     gc.collect()  # one that the caller has dropped may still wait in a reference cycle
@@ -160,9 +164,9 @@ def _check_untied(model: nn.Module, sites: list[Site]) -> None:
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter.data_ptr(), []).append(path)
+            owners.setdefault(address(parameter), []).append(path)
     for site in sites:
-        shared = owners.get(site.base.weight.data_ptr(), [])
+        shared = owners.get(address(site.base.weight), [])
         if len(shared) > 1:
             raise ValueError(
                 f"site {site.name}: its weight is shared with another module ({', '.join(shared)}), so base "

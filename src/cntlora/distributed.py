@@ -1,98 +1,225 @@
-"""One decision everywhere: several processes add up what each has read, the first makes the plan, all apply it.
+"""One decision everywhere: several processes share the sites out, each factors its own, and all apply one plan.
 
-Only sums of size d×d (gradients: k×d) travel, once for all sites that share an input on every rank; never activations.
+Only sums of size d×d (gradients: k×d) travel, each once for all sites that share an input on every rank, and only to
+the process that factors those sites; never activations. A weight that is sharded is gathered by its site's process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from .compute import Reading
-from .core.solve import Estimator, SharedSums
+from .agreement import agreed, alone, answered, attempt, gathered, sent_by_each, summed_at
+from .assemble import Alone, Work
+from .compute import plan_from
+from .core.estimator import Estimator
+from .core.sums import SharedSums
+from .layouts import as_matrix
 from .notices import warn_caller
 from .plan import InitPlan
+from .reading import Reading
+from .sharded import full, full_at, is_sharded
+from .sites import Site
 
 T = TypeVar("T")
 
 
-def alone() -> bool:
-    """Whether this process has no others to agree with."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-
-
-def attempt(make: Callable[[], T]) -> T | Exception:
-    """The result, or the exception: other processes must not wait for what does not come."""
-    try:
-        return make()
-    except Exception as error:
-        return error
-
-
-def agreed(outcome: T | Exception) -> T:
-    """The outcome, if no rank failed.
-
-    Raises:
-        Exception: the outcome, if it is one.
-        RuntimeError: if there was one on another rank, with its message, so that no rank waits for one that failed.
-    """
-    messages: list[str | None] = [None]
-    if not alone():
-        failed = f"rank {dist.get_rank()}: {outcome}" if isinstance(outcome, Exception) else None
-        messages = _gathered(failed)
-    if isinstance(outcome, Exception):
-        raise outcome
-    failures = [message for message in messages if message is not None]
-    if failures:
-        raise RuntimeError(f"the initialisation failed on another rank, so no rank applies it: {failures[0]}")
-    return outcome
-
-
-def share_plan(outcome: InitPlan | Exception | None) -> InitPlan:
-    """The plan of rank 0 on every rank of the default process group; the plan itself where there is none.
-
-    Args:
-        outcome: on rank 0 the plan, or the exception that was raised instead; elsewhere None.
+def plan_together(reading: Reading) -> InitPlan:
+    """The plan that one process would make of all batches, the same to the bit on every rank.
 
     Raises:
         Exception, RuntimeError: see `agreed`.
     """
-    plan = agreed(outcome)
-    if alone():
-        assert plan is not None
-        return plan
-    return _of_rank_0(plan)
+    share = Shared(add_up(reading), reading.work)
+
+    def again(sites: list[Site]) -> None:
+        seen = agreed(attempt(lambda: reading.pass_over(sites)), "the end of another pass over its data")
+        part = replace(reading, sites=sites, seen=seen)
+        share.owners.update(add_up(part))
+        reading.seen.update(part.seen)
+
+    piece = plan_from(reading, share, again)
+    return piece if alone() else _put_together(piece, [site.name for site in reading.sites])
 
 
-def add_up(reading: Reading) -> None:
-    """Makes the statistics those of all ranks together, as if one process had read all their batches.
+def add_up(reading: Reading) -> dict[str, int]:
+    """Deals the sites out, and makes the statistics of each those of all ranks together at the rank it went to.
 
     Ranks may have read different numbers of batches, and a site may have seen no token on some of them.
+
+    Returns:
+        Site name → the rank that factors it, the same on every rank.
     """
-    work, seen = reading.work, reading.seen
-    devices = {site.name: site.base.weight.device for site in reading.sites}
+    names = [site.name for site in reading.sites]
+    work = reading.work
+    if alone():
+        for sums in work.estimator.accumulated:
+            for holders, total in sums.groups():
+                sums.put(holders, full(total))
+        return dict.fromkeys(names, 0)
     _warn_of_equal_data(work.estimator)
-    for sums in work.estimator.accumulated:
-        _add_up_sums(sums, devices)
-    facts = _gathered((work.estimator.ranks, work.largest_batch, seen.tokens, seen.site_batches, seen.masked))
-    ranks, largest, tokens, batches, masked = zip(*facts, strict=True)
+    _add_up_facts(reading)
+    groups = [_groups(sums) for sums in work.estimator.accumulated]
+    costs = {site.name: _cost(site, reading) for site in reading.sites}
+    owners = deal(_linked(names, [g.names for of_one in groups for g in of_one]), costs, dist.get_world_size())
+    devices = {site.name: site.base.weight.device for site in reading.sites}
+    for sums, of_one in zip(work.estimator.accumulated, groups, strict=True):
+        for group in of_one:
+            _send(sums, group, owners[group.names[0]], devices[group.names[0]])
+    return owners
+
+
+def _cost(site: Site, reading: Reading) -> float:
+    """Of the factors, up to a constant; a site that waits for another pass is dealt again then."""
+    waits = site.name in reading.budget.waiting
+    return 0.0 if waits else float(site.in_features * site.out_features * min(site.in_features, site.out_features))
+
+
+def deal(groups: Iterable[Sequence[str]], costs: Mapping[str, float], ranks: int) -> dict[str, int]:
+    """Name → rank: each group as a whole, the dearest first, to the rank that has least to do so far."""
+    loads = [0.0] * ranks
+    owners: dict[str, int] = {}
+    for group in sorted(groups, key=lambda group: -sum(costs[name] for name in group)):
+        rank = loads.index(min(loads))
+        loads[rank] += sum(costs[name] for name in group)
+        owners.update(dict.fromkeys(group, rank))
+    return owners
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Each process works on the sites that were dealt to it (an `assemble.Share`).
+
+    Attributes:
+        owners: site name → rank.
+        work: where the estimator finds the weights of the sites.
+    """
+
+    owners: dict[str, int]
+    work: Work
+
+    def mine(self, sites: list[Site]) -> list[Site]:
+        rank = 0 if alone() else dist.get_rank()
+        return [site for site in sites if self.owners[site.name] == rank]
+
+    def each(self, sites: list[Site], make: Callable[[Site], T]) -> dict[str, T]:
+        """Raises on every rank what was raised on one."""
+        if any(is_sharded(site.base.weight) for site in sites):
+            return agreed(self._in_rounds(sites, make))
+        return agreed(attempt(lambda: Alone().each(self.mine(sites), make)))
+
+    def everyone(self, values: dict[str, T]) -> dict[str, T]:
+        return values if alone() else {name: value for part in gathered(values) for name, value in part.items()}
+
+    def _in_rounds(self, sites: list[Site], make: Callable[[Site], T]) -> dict[str, T] | Exception:
+        """One site for every process a round: all send their parts of its weight to its process, which works on it.
+
+        So no process ever holds more than one whole weight. One that fails goes on sending.
+        """
+        made: dict[str, T] = {}
+        failure: Exception | None = None
+        queues: dict[int, list[Site]] = {}
+        for site in sites:
+            queues.setdefault(self.owners[site.name], []).append(site)
+        for round_ in zip_longest(*(queues[rank] for rank in sorted(queues))):
+            own = self._gathered([site for site in round_ if site is not None])
+            if own is not None and failure is None:
+                outcome = attempt(partial(holding, self.work, own, make))
+                if isinstance(outcome, Exception):
+                    failure = outcome
+                else:
+                    made[own.name] = outcome
+            del own
+        return made if failure is None else failure
+
+    def _gathered(self, sites: list[Site]) -> Site | None:
+        """This process's one of `sites`, with its weight."""
+        own = None
+        for site in sites:
+            with answered():
+                stored = full_at(site.base.weight, self.owners[site.name])
+            if stored is not None:
+                own = replace(site, gathered=as_matrix(site.base, stored))
+        return own
+
+
+def holding(work: Work, site: Site, make: Callable[[Site], T]) -> T:
+    """What `make` gives for a site whose weight is gathered; the estimator finds that weight meanwhile."""
+    before = work.sites[site.name]
+    work.sites[site.name] = site
+    try:
+        return make(site)
+    finally:
+        work.sites[site.name] = before
+
+
+class _Group(NamedTuple):
+    """Names that share one sum on every rank, and what it is like."""
+
+    names: list[str]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sharded: bool
+
+
+def _groups(sums: SharedSums) -> list[_Group]:
+    """The distinct sums of all ranks; names share one where they share one on every rank."""
+    everyone = gathered([(n, (tuple(total.shape), total.dtype, is_sharded(total))) for n, total in sums.groups()])
+    kinds = {name: kind for part in everyone for names, kind in part for name in names}
+    places = [{name: i for i, (names, _) in enumerate(part) for name in names} for part in everyone]
+    found: dict[tuple[int | None, ...], list[str]] = {}
+    for name in sorted(kinds):
+        found.setdefault(tuple(place.get(name) for place in places), []).append(name)
+    return [_Group(names, *kinds[names[0]]) for names in found.values()]
+
+
+def _linked(names: Sequence[str], links: Iterable[Sequence[str]]) -> list[list[str]]:
+    """The names in groups: those that any link joins are in the same."""
+    label = {name: i for i, name in enumerate(names)}
+    for link in links:
+        joined = {label[name] for name in link}
+        label.update({name: min(joined) for name, i in label.items() if i in joined})
+    found: dict[int, list[str]] = {}
+    for name, i in label.items():
+        found.setdefault(i, []).append(name)
+    return list(found.values())
+
+
+def _send(sums: SharedSums, group: _Group, owner: int, device: torch.device) -> None:
+    """The sum over ranks takes the place of a sum at its owner; the others forget theirs."""
+    held = sums.get(group.names[0])
+    if group.sharded:
+        assert held is not None, "a sharded gradient is there on every rank or on none"
+        with answered():
+            whole = full_at(held, owner)
+        total = None if whole is None else whole * dist.get_world_size()  # FSDP averages gradients over ranks
+    else:
+        new = torch.zeros(group.shape, dtype=group.dtype, device=device) if held is None else held.clone()
+        total = summed_at(new, owner)
+    if total is None:
+        sums.drop(group.names)
+    else:
+        sums.put(group.names, total)
+
+
+def _add_up_facts(reading: Reading) -> None:
+    work, seen = reading.work, reading.seen
+    facts = gathered(
+        (work.estimator.ranks, work.largest_batch, seen.tokens, seen.site_batches, seen.masked, seen.batches)
+    )
+    ranks, largest, tokens, batches, masked, counts = zip(*facts, strict=True)
     work.estimator.ranks.update(_merged(ranks, min))
     work.largest_batch.update(_merged(largest, max))
     seen.tokens.update(_merged(tokens, sum))
     seen.site_batches.update(_merged(batches, sum))
     seen.masked.update(*masked)
-    seen.batches = sum(_gathered(seen.batches))
-
-
-def _gathered(value: T) -> list[T]:
-    """The value of every rank, in the order of ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    seen.batches = sum(counts)
 
 
 def _merged(parts: Iterable[dict[str, int]], rule: Callable[[list[int]], int]) -> dict[str, int]:
@@ -103,48 +230,19 @@ def _merged(parts: Iterable[dict[str, int]], rule: Callable[[list[int]], int]) -
 
 def _warn_of_equal_data(estimator: Estimator) -> None:
     """Every process should read its own share of the data; a loader that is not sharded gives all of them the same."""
-    marks = [[float(total.double().sum()) for _, total in sums.groups()] for sums in estimator.accumulated]
-    everyone = _gathered(marks)
-    if any(marks) and all(other == marks for other in everyone):
+    totals = [t for sums in estimator.accumulated for _, t in sums.groups() if not is_sharded(t)]
+    marks = [float(total.double().sum()) for total in totals]
+    everyone = gathered(marks)
+    if marks and all(other == marks for other in everyone):
         warn_caller(
             "every process read the same batches, so that they count several times (eq. 18 depends on their number); "
             "shard the data, for example with a DistributedSampler or accelerator.prepare(loader)"
         )
 
 
-def _add_up_sums(sums: SharedSums, devices: Mapping[str, torch.device]) -> None:
-    """All-reduces each distinct sum once; names share one afterwards where they shared one on every rank."""
-    mine = sums.groups()
-    everyone = _gathered([(names, tuple(total.shape), total.dtype) for names, total in mine])
-    shapes = {name: (shape, dtype) for part in everyone for names, shape, dtype in part for name in names}
-    place = [{name: i for i, (names, *_) in enumerate(part) for name in names} for part in everyone]
-    groups: dict[tuple[int | None, ...], list[str]] = {}
-    for name in sorted(shapes):
-        groups.setdefault(tuple(part.get(name) for part in place), []).append(name)
-    for names in groups.values():
-        shape, dtype = shapes[names[0]]
-        held = sums.get(names[0])
-        total = torch.zeros(shape, dtype=dtype, device=devices[names[0]]) if held is None else held.clone()
-        sums.put(names, _all_reduced(total))
-
-
-def _all_reduced(total: Tensor) -> Tensor:
-    """The sum over ranks, on the device that `total` lies on; NCCL works on the GPU alone."""
-    there = total.to(_device())
-    dist.all_reduce(there)
-    return there.to(total.device)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def _of_rank_0(plan: InitPlan | None) -> InitPlan:
-    device = _device()
-    data = torch.frombuffer(bytearray(plan.to_bytes() if plan else b" "), dtype=torch.uint8).to(device)
-    size = torch.tensor([data.numel()], device=device)
-    dist.broadcast(size, src=0)
-    if dist.get_rank() != 0:
-        data = torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(data, src=0)
-    return InitPlan.from_bytes(data.cpu().numpy().tobytes(), "the plan of rank 0")
+def _put_together(piece: InitPlan, order: Sequence[str]) -> InitPlan:
+    """The plan of all sites, in their order, from what each rank has; read from the same bytes on every rank."""
+    data = agreed(attempt(piece.to_bytes))
+    pieces = [InitPlan.from_bytes(part, f"the plan of rank {rank}") for rank, part in enumerate(sent_by_each(data))]
+    sites = {name: site for part in pieces for name, site in part.sites.items()}
+    return replace(pieces[0], sites={name: sites[name] for name in order if name in sites})

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from .adapters import apply_plan
-from .batches import Forward, TokenMask
-from .compute import Loss, plan_from, read
+from .agreement import agreed, alone, attempt, in_step
+from .batches import Forward, TokenMask, default_forward
+from .compute import plan_from
 from .config import InitConfig
-from .distributed import add_up, agreed, alone, attempt, share_plan
+from .core.family import METHODS
+from .distributed import plan_together
+from .gradients import scalar_loss
+from .lockstep import absorb_together
+from .memory import MaxMemory
+from .reading import Loss, Request, read
+from .sharded import recover, reshard, shards
 from .summary import InitReport
 
 
@@ -27,36 +33,45 @@ def initialize(
     adapter_name: str = "default",
     on_missing: str = "raise",
     progress: bool = True,
+    max_memory: MaxMemory = None,
 ) -> InitReport:
     """Initialises the LoRA factors of a model from its weights and a few batches of the fine-tuning data.
 
     Call it between wrapping the model and making the optimizer. `compute_plan` followed by `apply_plan`; arguments and
-    errors are theirs. Where several processes run, each reads its own batches, their statistics are added up, and all
-    take the plan that the first makes of them.
+    errors are theirs. Where several processes run, all have to call it. Each reads its own batches; the statistics of a
+    site are added up at one process, which factors it, and all take the same plan. The model may be sharded by
+    `fully_shard` (FSDP2) before, where the adapter keeps its ranks (not base "offset"), or afterwards.
 
     Returns:
         The report: `print` it, or keep `report.to_dict()`.
+
+    Raises:
+        RuntimeError: with several processes, if one failed or has ended; no process writes anything then.
     """
-    reading = agreed(
-        attempt(
-            lambda: read(
-                model,
-                batches,
-                config,
-                forward=forward,
-                loss=loss,
-                token_mask=token_mask,
-                adapter_name=adapter_name,
-                on_missing=on_missing,
-                progress=progress,
-            )
-        )
-    )
-    if not alone():
-        add_up(reading)
-    first = alone() or dist.get_rank() == 0
-    plan = share_plan(attempt(lambda: plan_from(reading)) if first else None)
+    config = config or InitConfig()
+    reshard(model)
+    sharded = shards(model)
+
+    request = Request(
+        model, batches, config, forward, loss, token_mask, adapter_name, on_missing, progress, max_memory,
+        in_order=not alone(),
+    )  # fmt: skip
+    if sharded:
+        request.forward = _together(forward or default_forward, config)
+        request.loss = _together(loss, config) if loss else None
+        request.take = absorb_together
+    try:
+        found = agreed(attempt(lambda: read(request)), "the end of its data")
+        plan = plan_from(found) if alone() and not sharded else plan_together(found)
+    except BaseException:
+        recover(model, sharded)
+        raise
     return apply_plan(model, plan, adapter_name=adapter_name)
+
+
+def _together(call: Forward, config: InitConfig) -> Forward:
+    reads = METHODS[config.method].reads
+    return in_step(call, scalar_loss if reads == "gradients" else None)
 
 
 def initialize_from_trainer(trainer: Any, config: InitConfig | None = None, **options: Any) -> InitReport:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharded import full, is_sharded, refusal, write
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -53,18 +55,35 @@ def layout_of(layer: nn.Module) -> Layout:
             "its weight is on the meta device (no values); load the pretrained weights before initialising "
             "(low_cpu_mem_usage/init_empty_weights off, or dispatch the checkpoint first)"
         )
-    plain = type(weight) in (Tensor, nn.Parameter)
+    reason = refusal(weight)
+    if reason is not None:
+        raise ValueError(reason)
+    plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
     if not plain or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"its weight is a {type(weight).__name__} of dtype {str(weight.dtype).removeprefix('torch.')}, expected a "
-            "float64, float32, bfloat16 or float16 tensor; for a quantised or sharded base, initialise the adapter "
-            "on the unquantised model, save it and load it on the other"
+            "float64, float32, bfloat16 or float16 tensor; for a quantised base, initialise the adapter on the "
+            "unquantised model, save it and load it on the other"
+        )
+    if weight.dim() != 2:
+        raise ValueError(
+            f"its weight has shape {tuple(weight.shape)}, expected two dimensions: DeepSpeed ZeRO-3 and the first FSDP "
+            "keep flat parts of weights; initialise before the model is sharded, or shard it with fully_shard (FSDP2)"
         )
     return layout
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
-    """W (out, in), a detached view of the stored weight."""
+    """W (out, in), detached: a view of the stored weight, or all of it gathered where it is sharded (a collective)."""
     stored: Any = layer.weight
-    weight: Tensor = stored.detach()
-    return weight.mT if layout_of(layer).transposed else weight
+    return as_matrix(layer, full(stored))
+
+
+def as_matrix(layer: nn.Module, stored: Tensor) -> Tensor:
+    """(out, in) of a tensor that is laid out as the weight of a layer, or the other way round; a view."""
+    return stored.mT if layout_of(layer).transposed else stored
+
+
+def write_matrix(layer: nn.Module, W: Tensor) -> None:
+    """Writes W (out, in) into the weight of a layer, sharded or not."""
+    write(layer.weight, as_matrix(layer, W))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .sharded import full, is_sharded, part_of, reshard
 from .sites import Site, find_sites
 
 _HANDLES: Any = WeakIdKeyDictionary()  # parameter → handle of its mask, so that a mask is never put on twice
+_WATCHES: Any = WeakIdKeyDictionary()  # parameter → what puts the mask on the one that takes its place
 
 
 def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
@@ -19,7 +23,8 @@ def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
     `initialize` and `apply_plan` do this themselves, and loading a checkpoint into such a model keeps it. Call it where
     the adapter comes from a file into a new model (`PeftModel.from_pretrained(..., is_trainable=True)`), since a file
     of an ordinary LoRA cannot say that half of it is frozen, and after `copy.deepcopy(model)` or
-    `load_state_dict(..., assign=True)`, which make new parameters. Calling it twice does no harm.
+    `load_state_dict(..., assign=True)`, which make new parameters. Calling it twice does no harm. After `fully_shard`
+    (FSDP2) it is not needed: the mask goes over to the sharded parameters.
 
     Gradients are masked before they are accumulated, so gradient accumulation, clipping and DDP see the masked ones.
     Decoupled weight decay (AdamW) shrinks both halves alike, so that what did not train keeps cancelling.
@@ -32,13 +37,14 @@ def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
     Raises:
         ValueError: if a site has an odd rank, so that it has no two halves, or a second half of B that is zero.
     """
+    reshard(model)
     sites, _ = find_sites(model, adapter_name)
     for site in sites:
         if site.A.shape[0] % 2:
             raise ValueError(
                 f"site {site.name}: rank {site.A.shape[0]} is odd; base 'offset' writes 2r. Is it another base?"
             )
-        if not bool(site.B.detach()[:, site.A.shape[0] // 2 :].any()):
+        if not bool(full(site.B)[:, site.A.shape[0] // 2 :].any()):
             raise ValueError(
                 f"site {site.name}: the second half of its lora_B is zero, where base 'offset' writes −B; an adapter "
                 "that starts at B = 0 (plain LoRA, eva) has no half to freeze"
@@ -51,24 +57,63 @@ def freeze_sites(sites: Iterable[Site]) -> None:
     """Masks the gradients of the second half of the rank of every site."""
     for site in sites:
         half = site.A.shape[0] // 2
-        mask_gradient(site.A, _zero_from(half, 0))
-        mask_gradient(site.B, _zero_from(half, 1))
+        _freeze_half(site.layer.lora_A[site.adapter], half, 0)
+        _freeze_half(site.layer.lora_B[site.adapter], half, 1)
+
+
+def _freeze_half(linear: Any, half: int, dim: int) -> None:
+    """Masks the gradient of `linear.weight` from `half` on, and of the sharded one that may take its place."""
+    parameter: nn.Parameter = linear.weight
+    if is_sharded(parameter):
+        _mask_shard(parameter, half, dim)
+    else:
+        mask_gradient(parameter, _zero_from(half, dim))
+    watch = weakref.finalize(parameter, _follow, weakref.ref(linear), half, dim)
+    watch.atexit = False
+    _WATCHES[parameter] = watch
+
+
+def _follow(linear: weakref.ref[Any], half: int, dim: int) -> None:
+    """`fully_shard` puts new parameters in the place of those it shards, and so does a move to the meta device."""
+    weight = getattr(linear(), "weight", None)
+    if isinstance(weight, nn.Parameter) and (is_sharded(weight) or weight.device.type == "meta"):
+        _freeze_half(linear(), half, dim)
 
 
 def mask_gradient(parameter: nn.Parameter, mask: Callable[[Tensor], Tensor]) -> None:
     """Puts one gradient hook on a parameter, in place of an earlier one; works on a frozen parameter too."""
+    _put_on(parameter, lambda: parameter.register_hook(mask))
+
+
+def _mask_shard(parameter: Any, half: int, dim: int) -> None:
+    """FSDP calls only the hook for after a gradient was reduced and accumulated; what was zero before stays zero so."""
+    frozen = torch.zeros(parameter.shape, dtype=torch.bool)
+    frozen.narrow(dim, half, parameter.shape[dim] - half).fill_(True)
+    here: list[Tensor] = []  # this process's part, found at the first gradient: a parameter may have no values yet
+
+    def zero(held: Any) -> None:
+        if not here:
+            here.append(part_of(frozen, held))
+        held.grad.to_local().masked_fill_(here[0], 0.0)
+
+    _put_on(parameter, lambda: parameter.register_post_accumulate_grad_hook(zero))
+
+
+def _put_on(parameter: nn.Parameter, register: Callable[[], Any]) -> None:
     unmask(parameter)
     wanted = parameter.requires_grad
     parameter.requires_grad_(True)  # a hook can only be put on a tensor that requires a gradient
-    _HANDLES[parameter] = parameter.register_hook(mask)
+    _HANDLES[parameter] = register()
     parameter.requires_grad_(wanted)
 
 
 def unmask(parameter: nn.Parameter) -> None:
     """Takes our gradient hook off, if there is one."""
-    handle = _HANDLES.pop(parameter, None)
+    handle, watch = _HANDLES.pop(parameter, None), _WATCHES.pop(parameter, None)
     if handle is not None:
         handle.remove()
+    if watch is not None:
+        watch.detach()
 
 
 def _zero_from(start: int, dim: int) -> Callable[[Tensor], Tensor]:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import SUBTRACTED, anchored, whole
+from .agreement import agreed, alone, attempt
 from .plan import InitPlan
+from .sharded import full, reshard, shards
 from .sites import base_name, config_holder, find_sites, lora_paths, uses_rslora
 
 PREFIX = "base_model.model."
@@ -34,6 +37,8 @@ def save_adapter(
     For base "subtract" the base weights in memory have s·B₀·A₀ taken off, so the file holds [A; A₀] and [B, −B₀], of
     rank 2r: on the pristine base the same function. The other policies are written at the rank they have.
 
+    Where the model is sharded by `fully_shard`, all processes have to call it, and the first one writes.
+
     Args:
         model: a PeftModel, a model with `add_adapter`, or a module that PEFT injected LoRA layers into.
         path: the folder; each file is written under a temporary name first, so that it is whole or not there.
@@ -48,6 +53,8 @@ def save_adapter(
     """
     from peft import get_peft_model_state_dict
 
+    reshard(model)
+    sharded = shards(model)
     find_sites(model, adapter_name)  # says which adapters there are, if not this one
     holder = config_holder(model, adapter_name)
     if holder is None:
@@ -57,7 +64,7 @@ def save_adapter(
         )
     owner: Any = _state_owner(model, adapter_name) or holder[1]
     state = {_file_key(k): v for k, v in get_peft_model_state_dict(owner, adapter_name=adapter_name).items()}
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    state = {key: full(value).cpu().contiguous().clone() for key, value in state.items()}
     held = {key.partition(".lora_")[0] for key in state}
     shapes = {}
     config: Any = holder[1].peft_config[adapter_name]  # type: ignore[index,union-attr]
@@ -74,7 +81,11 @@ def save_adapter(
         plain_alpha = whole(scaling * (rank**0.5 if config.use_rslora else rank))
         shapes[name] = (rank, rank if fold_alpha else plain_alpha)
     config = _file_config(config, shapes, fold_alpha)
-    _write_folder(Path(path), state, config)
+    if not sharded:
+        _write_folder(Path(path), state, config)
+    else:
+        first = alone() or dist.get_rank() == 0
+        agreed(attempt(lambda: _write_folder(Path(path), state, config)) if first else None)
 
 
 def _state_owner(model: nn.Module, adapter: str) -> nn.Module | None:

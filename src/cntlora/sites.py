@@ -7,7 +7,7 @@ PEFT, DDP or a wrapper put in front are dropped, so that a plan fits the model h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,13 +19,18 @@ from .layouts import layout_of, weight_matrix
 
 @dataclass(frozen=True)
 class Site:
-    """One adapted layer: W (k, d) = (out_features, in_features) with factors A (rank, d) and B (k, rank)."""
+    """One adapted layer: W (k, d) = (out_features, in_features) with factors A (rank, d) and B (k, rank).
+
+    Attributes:
+        gathered: W (k, d), while this process holds all of a weight that is sharded.
+    """
 
     name: str
     adapter: str
     layer: Any  # a PEFT LoRA layer, known by its attributes
     in_features: int
     out_features: int
+    gathered: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def base(self) -> Any:
@@ -76,8 +81,9 @@ class Site:
         return layout_of(self.base).transposed
 
     def weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """W (k, d), a copy in `dtype`."""
-        return weight_matrix(self.base).to(dtype, copy=True)
+        """W (k, d), a copy in `dtype`; a collective where it is sharded and not `gathered`."""
+        W = weight_matrix(self.base) if self.gathered is None else self.gathered
+        return W.to(dtype, copy=True)
 
 
 def is_lora_layer(module: nn.Module) -> bool:
