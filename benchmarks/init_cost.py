@@ -1,160 +1,98 @@
-"""Cost of the initialisation against the bare forward pass over the same batches (MiniLM-L6, 8 batches of 16 tweets).
+"""Cost of every initialisation against the bare forward pass over the same batches, by workload.
 
-    python benchmarks/init_cost.py            # prints the table, writes results/init_cost.json
+    python benchmarks/init_cost.py                                  # every workload; results/init_cost/<workload>.json
+    python benchmarks/init_cost.py --workloads minilm,dinov2 --rows self,eva,"PEFT eva"
+    python benchmarks/init_cost.py --table                          # the tables of the records that are there
 
-Everything runs in one process with the same threads, repeated and interleaved, so that ratios can be trusted on a noisy
-machine. Peak memory is measured in a process of its own for each row, above the model after its own forward pass.
+A workload runs in one process with the same model, batches and threads, rows interleaved in rounds, so that ratios (to
+the forward pass of the same round) can be trusted on a noisy machine. Peak memory is measured in a process of its own
+for each row, above the model after its own forward pass. A row that fails or is left out is reported with its reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
+import os
 import sys
-import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from peft import LoraConfig, get_peft_model
+from benchmarks.machine import RESULTS, describe
+from benchmarks.measure import measure, own_peak
+from benchmarks.rows import ROWS
+from benchmarks.tables import markdown, overview, read_records
+from benchmarks.workloads import WORKLOADS
+from transformers.utils import logging as transformers_logging
 
-import cntlora
-from cntlora.experiments.peers import peft_model
 from cntlora.plan import write_atomically
-from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask
-
-LORA: dict[str, Any] = {
-    "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "task_type": "SEQ_CLS", "target_modules": list(TARGET_MODULES)
-}  # fmt: skip
-OUT = Path(__file__).parents[1] / "results" / "init_cost.json"
-ROWS: dict[str, dict[str, Any]] = {
-    "cross": {"method": "cross"},
-    "self": {"method": "self"},
-    "shift": {"method": "shift"},
-    "cross + VAS": {"method": "cross", "adaptive_ranks": True},
-    "self + VAS": {"method": "self", "adaptive_ranks": True},
-    "shift + VAS": {"method": "shift", "adaptive_ranks": True},
-    "eva": {"method": "eva"},
-    "corda": {"method": "corda"},
-    "lora_ga": {"method": "lora_ga"},
-    "lora_one": {"method": "lora_one"},
-    "pissa": {"method": "pissa"},
-    "olora": {"method": "olora"},
-}
-PEERS = ("eva", "corda", "lora_ga", "pissa", "pissa_niter_4", "olora")
-"""PEFT's own code, as `cntlora.experiments.peers` calls it: wrapping and initialisation."""
 
 
-def fresh(task: SentimentTask) -> torch.nn.Module:
-    """MiniLM with plain LoRA, rank 8."""
-    torch.manual_seed(0)
-    return get_peft_model(task.build_model(0), LoraConfig(**LORA)).eval()
+def names_of(text: str | None, known: list[str], default: list[str], what: str) -> list[str]:
+    """Comma-separated names.
+
+    Raises:
+        SystemExit: for an unknown one; lists the right ones.
+    """
+    chosen = default if text is None else [name.strip() for name in text.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise SystemExit(f"{what}: {name!r} is not known; expected some of: {', '.join(known)}")
+    return chosen
 
 
-def forward_pass(model: torch.nn.Module, batches: Iterable[dict[str, Any]]) -> None:
-    """What cannot be avoided: every batch once through the model."""
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-
-
-def jobs(task: SentimentTask, batches: list[dict[str, Any]]) -> dict[str, Callable[[], float]]:
-    """The rows of the table, each giving its seconds; a plan leaves the model as it was, so one model serves all."""
-    model = fresh(task)
-
-    def timed(job: Callable[[], object]) -> Callable[[], float]:
-        def run() -> float:
-            start = time.perf_counter()
-            job()
-            return time.perf_counter() - start
-
-        return run
-
-    def plan(options: dict[str, Any]) -> Callable[[], object]:
-        return lambda: cntlora.compute_plan(model, batches, cntlora.InitConfig(**options), progress=False)
-
-    def peer(name: str) -> Callable[[], float]:
-        def run() -> float:
-            pristine = task.build_model(0).eval()  # PEFT's initialisations change it; making it does not count
-            return timed(lambda: peft_model(name, pristine, LORA, batches, 100))()
-
-        return run
-
-    rows = {"forward pass": timed(lambda: forward_pass(model, batches))}
-    rows |= {name: timed(plan(options)) for name, options in ROWS.items()}
-    return rows | {f"PEFT {name}": peer(name) for name in PEERS}
-
-
-def peak_above_model(name: str) -> float:
-    """MiB by which one row raises the peak of a process that has loaded the model and run one batch."""
-    command = [sys.executable, "-W", "ignore", __file__, "--peak-of", name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def _memory(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak since the last reset) of this process in MiB; Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-
-def measure(repeats: int, threads: int) -> dict[str, Any]:
-    """Seconds of every row, its ratio to the forward pass of the same round, and peak memory."""
-    torch.set_num_threads(threads)
-    task = SentimentTask()
-    batches = [batch for batch, _ in zip(task.train_batches(0), range(8), strict=False)]
-    work = jobs(task, batches)
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats + 1):
-        for name, job in work.items():
-            seconds[name].append(job())
-    seconds = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
-    floor = seconds["forward pass"]
-    table = {
-        name: {
-            "seconds": median(values),
-            "ratio": median(v / f for v, f in zip(values, floor, strict=True)),
-            "ratios": sorted(v / f for v, f in zip(values, floor, strict=True)),
-            "peak_mib": peak_above_model(name),
-        }
-        for name, values in seconds.items()
+def run(workload: str, rows: list[str], options: argparse.Namespace) -> None:
+    """Measures one workload, prints its table and writes its record."""
+    record = {
+        "workload": workload,
+        "about": WORKLOADS[workload].about,
+        "machine": describe(options.threads),
+        "repeats": options.repeats,
+        "row_budget_seconds": options.row_budget,
+        "rows": measure(workload, rows, options.repeats, options.row_budget, not options.no_memory),
     }
-    machine = {"processor": _processor(), "threads": threads, "torch": torch.__version__, "repeats": repeats}
-    return {"machine": machine, "rows": table}
+    print(markdown(record), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.out / f"{workload}.json", json.dumps(record, indent=1).encode())
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def main() -> None:
-    """Command line."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workloads", help=f"some of {', '.join(WORKLOADS)}")
+    parser.add_argument("--rows", help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds after the one that warms up")
+    parser.add_argument("--row-budget", type=float, default=60.0, help="seconds after which a row is not run again")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process for each row)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the records in --out")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak_of:
-        task = SentimentTask()
-        batches = [batch for batch, _ in zip(task.train_batches(0), range(8), strict=False)]
-        work = jobs(task, batches)
-        forward_pass(fresh(task), batches[:1])
-        before = _memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of loading the model does not count
-        work[options.peak_of]()
-        print(_memory("VmHWM") - before)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    options = parse(arguments)
+    if options.table:
+        records = read_records(options.out)
+        print("\n\n".join([overview(records), *map(markdown, records)]))
         return
-    result = measure(options.repeats, options.threads)
-    print("| | seconds | × forward pass (median, range) | peak memory above the model, MiB |\n|---|---|---|---|")
-    for name, row in result["rows"].items():
-        low, high = row["ratios"][0], row["ratios"][-1]
-        print(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) | {row['peak_mib']:.0f} |")
-    write_atomically(OUT, json.dumps(result, indent=1).encode())
+    shown = [name for name, workload in WORKLOADS.items() if not workload.hidden]
+    workloads = names_of(options.workloads, list(WORKLOADS), shown, "--workloads")
+    rows = names_of(options.rows, list(ROWS), list(ROWS), "--rows")
+    torch.set_num_threads(options.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if options.peak_of:
+        print(own_peak(workloads[0], options.peak_of))
+        return
+    for workload in workloads:
+        run(workload, rows, options)
 
 
 if __name__ == "__main__":

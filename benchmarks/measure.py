@@ -1,0 +1,136 @@
+"""Seconds and peak memory of the rows of a workload: interleaved rounds, and a process of its own for each peak."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.machine import memory_mib, reset_peak
+from benchmarks.rows import FLOOR, Bench, Job
+from benchmarks.workloads import WORKLOADS, forward_pass
+
+Record = dict[str, Any]
+Clock = Callable[[], float]
+
+
+def reason(error: Exception) -> str:
+    """One line that says why a row failed."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+
+
+def timed(job: Job, clock: Clock = time.perf_counter) -> float:
+    """Seconds of `run` alone."""
+    prepared = job.prepare()
+    gc.collect()  # what earlier rows left behind does not count
+    start = clock()
+    job.run(prepared)
+    return clock() - start
+
+
+def rounds(
+    jobs: dict[str, Job], repeats: int, budget: float, clock: Clock = time.perf_counter
+) -> tuple[list[dict[str, float]], dict[str, str]]:
+    """Every row once a round, 1 + `repeats` rounds, of which the first warms up.
+
+    Args:
+        budget: a row that has taken so many seconds is not run again.
+
+    Returns:
+        For each round, row → seconds; and the rows that failed with their reasons, which then have no seconds.
+    """
+    found: list[dict[str, float]] = []
+    failed: dict[str, str] = {}
+    spent = dict.fromkeys(jobs, 0.0)
+    for _ in range(repeats + 1):
+        seconds: dict[str, float] = {}
+        for name, job in jobs.items():
+            if name in failed or (spent[name] > budget and name != FLOOR):
+                continue
+            try:
+                seconds[name] = timed(job, clock)
+            except Exception as error:  # whatever a row raises is its result
+                failed[name] = reason(error)
+                continue
+            spent[name] += seconds[name]
+        found.append(seconds)
+    return [{n: s for n, s in row.items() if n not in failed} for row in found], failed
+
+
+def summary(name: str, found: Sequence[dict[str, float]]) -> Record:
+    """Median and range of a row's seconds, and of their ratio to the forward pass of the same round.
+
+    The first round counts only where there is no other: a row beyond its budget is cold and says so.
+    """
+    kept = [r for r in found[1:] if name in r] or [r for r in found if name in r]
+    seconds = sorted(r[name] for r in kept)
+    ratios = sorted(r[name] / r[FLOOR] for r in kept)
+    cold = kept[0] is found[0] if kept else False
+    return {
+        "seconds": median(seconds),
+        "seconds_range": [seconds[0], seconds[-1]],
+        "ratio": median(ratios),
+        "ratios": ratios,
+        "runs": len(kept),
+        "cold": cold,
+    }
+
+
+def measure(workload_name: str, rows: Sequence[str], repeats: int, budget: float, memory: bool) -> dict[str, Record]:
+    """Row → its figures, or "skipped" or "failed" with the reason."""
+    workload = WORKLOADS[workload_name]
+    bench = Bench(workload)
+    wanted = [name for name in dict.fromkeys([FLOOR, *rows]) if name not in workload.skip]
+    forward_pass(bench.adapted, bench.batches[:1])
+    found, failed = rounds({name: bench.job(name) for name in wanted}, repeats, budget)
+    table: dict[str, Record] = {}
+    for name in dict.fromkeys([FLOOR, *rows]):
+        if name in workload.skip:
+            table[name] = {"skipped": workload.skip[name]}
+        elif name in failed:
+            table[name] = {"failed": failed[name]}
+        else:
+            table[name] = summary(name, found) | (peak_of(workload_name, name) if memory else {})
+    return table
+
+
+def peak_of(workload: str, row: str) -> Record:
+    """Peak memory, or why it could not be measured: hours of timing are not thrown away for it."""
+    try:
+        return {"peak_mib": peak_above_model(workload, row)}
+    except RuntimeError as error:
+        return {"peak_failed": reason(error)}
+
+
+def peak_above_model(workload: str, row: str) -> float:
+    """MiB by which one row raises the peak of a process that has loaded the model and run one batch.
+
+    Raises:
+        RuntimeError: if that process fails, with the last line that it printed.
+    """
+    script = Path(__file__).with_name("init_cost.py")
+    command = [sys.executable, "-W", "ignore", str(script), "--peak-of", row, "--workloads", workload]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"peak memory of {row} on {workload}: the process failed: {last}")
+    return float(done.stdout.split()[-1])
+
+
+def own_peak(workload: str, row: str) -> float:
+    """The same in this process, which should have done nothing else."""
+    bench = Bench(WORKLOADS[workload])
+    job = bench.job(row)
+    prepared = job.prepare()
+    forward_pass(prepared, bench.batches[:1])
+    gc.collect()
+    before = memory_mib("VmRSS")
+    reset_peak()  # the peak of loading the model does not count
+    job.run(prepared)
+    return memory_mib("VmHWM") - before

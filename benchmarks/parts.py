@@ -1,0 +1,186 @@
+"""What an initialisation consists of: floating-point operations part by part, and the rate of each on this machine.
+
+A batch is digested once for every distinct input ("group") of d features and b tokens, n = min(d, b):
+
+- gram: X Xᵀ (d²·b) where b > d or G itself is needed, else the dual Xᵀ X (2·b²·d);
+- factorisation: cross a Cholesky inverse (n³); self an eigendecomposition (9·n³); shift the inverse of I − G (2·d³) and
+  a Cholesky factor for the rank (n³/3); eva none, but after all batches the leading directions of G (d×d) and a
+  Cholesky factor, or eigenvalues (3·d³) where there were fewer tokens than d;
+- map: what leads back to d×d where b ≤ d: cross 2·b²·d + 2·b·d², self 2·b²·d.
+
+A site of weight (k, d) then costs the product W·T (2·k·d²) for cross and self. For shift, with k ≥ d, a QR of W for its
+condition (2·k·d²) and (Wᵀ)†·S: a solution if k = d (8/3·d³), else a QR (4·k·d²) and products (4·k·d²); with k < d, in
+each batch, a product (2·k·d²) and the pseudo-inverse of (d, k) by QR (4·d·k² and products of 2·d·k²). At the end its
+leading triplets, counted as TRIPLET_PASSES products with a block of q + 4 vectors.
+
+Counts are those of textbooks, so a rate (count ÷ measured seconds) is that of our code, whatever it saves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cntlora.core.factor import spectrum
+from cntlora.core.linalg import symmetric_product
+
+TRIPLET_PASSES = 20
+"""Products with a thin block that finding leading triplets is counted as."""
+PARTS = ("forward", "gram", "product64", "product32", "cholesky", "eigh", "inverse", "qr", "triplets")
+Rates = Mapping[str, Sequence[tuple[int, float]]]
+"""Part → (size, operations a second), sizes rising."""
+Counts = dict[tuple[str, int], float]
+"""(part, size of its matrices) → operations."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One distinct input of d features, and the outputs k of the layers that read it."""
+
+    d: int
+    outputs: tuple[int, ...]
+
+
+def add(counts: Counts, part: str, size: int, operations: float) -> None:
+    """Adds operations of a part at a size."""
+    counts[part, size] = counts.get((part, size), 0.0) + operations
+
+
+def data_pass(counts: Counts, method: str, group: Group, b: int, batches: int) -> None:
+    """Adds what all batches of b tokens cost at one group, beyond the forward pass."""
+    d, n = group.d, min(group.d, b)
+    dual = b <= d
+    if not dual or method in ("shift", "eva"):
+        add(counts, "gram", d, batches * d * d * b)
+    if dual and method != "eva":
+        add(counts, "product64", n, batches * 2.0 * b * b * d)
+    if method == "cross":
+        add(counts, "cholesky", n, batches * n**3)
+        if dual:
+            add(counts, "product64", n, batches * (2.0 * b * b * d + 2.0 * b * d * d))
+    elif method == "self":
+        add(counts, "eigh", n, batches * 9.0 * n**3)
+        if dual:
+            add(counts, "product64", n, batches * 2.0 * b * b * d)
+    elif method == "shift":
+        add(counts, "inverse", d, batches * 2.0 * d**3)
+        add(counts, "cholesky", n, batches * n**3 / 3)
+        for k in (k for k in group.outputs if k < d):
+            add(counts, "qr", k, batches * 4.0 * d * k * k)
+            add(counts, "product64", k, batches * (2.0 * k * d * d + 2.0 * d * k * k))
+
+
+def factorisation(counts: Counts, method: str, group: Group, tokens: int, rank: int) -> None:
+    """Adds what one group's sites cost after the last batch, `tokens` being those of all batches."""
+    d = group.d
+    if method == "eva":
+        add(counts, "triplets", d, TRIPLET_PASSES * 2.0 * d * d * (rank + 4))
+        add(counts, "cholesky", d, d**3 / 3)
+        if tokens < d:
+            add(counts, "eigh", d, 3.0 * d**3)
+        return
+    for k in group.outputs:
+        if method != "shift":
+            add(counts, "product32", d, 2.0 * k * d * d)
+        elif k == d:
+            add(counts, "qr", d, 2.0 * d**3)
+            add(counts, "inverse", d, 8.0 / 3.0 * d**3)
+        elif k > d:
+            add(counts, "qr", d, 6.0 * k * d * d)
+            add(counts, "product64", d, 4.0 * k * d * d)
+        add(counts, "triplets", min(k, d), TRIPLET_PASSES * 2.0 * k * d * (rank + 4))
+
+
+def forward(counts: Counts, groups: Sequence[Group], tokens: int) -> None:
+    """Adds the forward pass of the layers, 2 operations a weight and token (attention itself is left out)."""
+    for group in groups:
+        add(counts, "forward", group.d, 2.0 * tokens * group.d * sum(group.outputs))
+
+
+def initialisation(method: str, groups: Sequence[Group], b: int, batches: int, rank: int) -> Counts:
+    """Operations of all parts beyond the forward pass, for `batches` of b tokens."""
+    counts: Counts = {}
+    for group in groups:
+        data_pass(counts, method, group, b, batches)
+        factorisation(counts, method, group, b * batches, rank)
+    return counts
+
+
+def seconds(counts: Counts, rates: Rates) -> dict[str, float]:
+    """Part → seconds at these rates."""
+    found: dict[str, float] = {}
+    for (part, size), operations in counts.items():
+        found[part] = found.get(part, 0.0) + operations / rate_at(rates[part], size)
+    return found
+
+
+def rate_at(points: Sequence[tuple[int, float]], size: int) -> float:
+    """Rate at a size: between measured sizes on the line in log-log, beyond them that of the nearest."""
+    sizes, rates = zip(*points, strict=True)
+    return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(rates))))
+
+
+def statistics_bytes(method: str, groups: Sequence[Group], b: int, width: int) -> float:
+    """Bytes of what is held over the batches: a d×d sum a group, and the rows or d×d moments of the batch at hand.
+
+    Args:
+        width: bytes a number of the sums, 8 for float32 models and 4 for those in half precision.
+    """
+    if method not in ("cross", "self", "shift", "eva"):
+        raise ValueError(f"method: expected cross, self, shift or eva, got {method!r}")
+    held = sum(group.d**2 * width for group in groups)
+    if method == "shift":  # sites with k < d have (k, d) sums of their own
+        held += sum(k * group.d * width for group in groups for k in group.outputs if k < group.d)
+    # rows in the dtype of the model, half as wide as its sums
+    batch = sum(min(b, group.d) * group.d * (width // 2 if b <= group.d else width) for group in groups)
+    return float(held + batch)
+
+
+# --- rates of this machine ------------------------------------------------------------------------------------
+
+
+def _matrix(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def _jobs(n: int, rank: int = 16) -> dict[str, tuple[float, Callable[[], object]]]:
+    """Part → its count at size n, and a job that does it."""
+    single, double = _matrix(n, torch.float32), _matrix(n, torch.float64)
+    positive = double @ double.mT + n * torch.eye(n, dtype=torch.float64)
+    return {
+        "forward": (2.0 * n**3, lambda: single @ single.mT),
+        "gram": (float(n**3), lambda: symmetric_product(double)),
+        "product64": (2.0 * n**3, lambda: double @ double.mT),
+        "product32": (2.0 * n**3, lambda: single @ single),
+        "cholesky": (float(n**3), lambda: torch.cholesky_inverse(torch.linalg.cholesky(positive))),
+        "eigh": (9.0 * n**3, lambda: torch.linalg.eigh(positive)),
+        "inverse": (2.0 * n**3, lambda: torch.linalg.inv(positive)),
+        "qr": (float(n**3), lambda: torch.linalg.qr(double[:, : n // 2])),
+        "triplets": (TRIPLET_PASSES * 2.0 * n * n * (rank + 4), lambda: spectrum(single, rank)),
+    }
+
+
+def measured_rates(sizes: Sequence[int], repeats: int, limit: float) -> dict[str, list[tuple[int, float]]]:
+    """Operations a second of every part on this machine; a part stops growing once a run takes more than `limit` s."""
+    found: dict[str, list[tuple[int, float]]] = {part: [] for part in PARTS}
+    slow: set[str] = set()
+    for n in sizes:
+        for part, (operations, job) in _jobs(n).items():
+            if part in slow:
+                continue
+            times = []
+            for _ in range(repeats + 1):
+                start = time.perf_counter()
+                job()
+                times.append(time.perf_counter() - start)
+                if times[-1] > limit:
+                    slow.add(part)
+                    break
+            found[part].append((n, operations / median(times[1:] or times)))
+    return found
