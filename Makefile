@@ -24,8 +24,11 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## cost of the initialisation against the bare forward pass
-	$(BIN)/python benchmarks/init_cost.py
+bench: setup  ## cost, scaling, accuracy and memory of the initialisation; an hour on 2 cores (one workload: benchmarks/init_cost.py --workloads minilm)
+	$(BIN)/python -W ignore benchmarks/init_cost.py
+	$(BIN)/python -W ignore benchmarks/scaling.py
+	$(BIN)/python -W ignore benchmarks/accuracy.py
+	$(BIN)/python -W ignore benchmarks/memory.py
 
 results: setup  ## docs/results.md and the page of the comparison again, from the records in results/
 	$(BIN)/cntlora report results/tweets_100 --into docs/results.md

@@ -39,20 +39,23 @@ def test_results_come_in_order_and_from_several_threads(two_threads: None) -> No
         assert torch.get_num_threads() == 1 and not torch.is_grad_enabled()
         return item**2
 
-    assert side_by_side(work, range(6), 10, CPU) == [0, 1, 4, 9, 16, 25]
+    assert side_by_side(work, range(6), [10] * 6, CPU) == [0, 1, 4, 9, 16, 25]
     assert len(names) == 2 and torch.get_num_threads() == 2
 
 
-def test_large_matrices_and_single_items_stay_in_this_thread(two_threads: None) -> None:
+def test_large_matrices_stay_in_this_thread_and_company_changes_nothing(two_threads: None) -> None:
     here = threading.current_thread().name
-    for items, rows in ((range(3), SIDE_BY_SIDE + 1), (range(1), 4)):
-        assert set(side_by_side(lambda _: threading.current_thread().name, items, rows, CPU)) == {here}
-    assert here not in side_by_side(lambda _: threading.current_thread().name, range(3), 4, CPU)  # control
+    names = side_by_side(lambda _: threading.current_thread().name, range(3), [4, SIDE_BY_SIDE + 1, 4], CPU)
+    assert names[1] == here and here not in (names[0], names[2])
+    matrices = [draw(i, 300, 300) for i in range(4)]
+    together = side_by_side(torch.linalg.inv, matrices, [300] * 4, CPU)
+    assert torch.equal(together[2], side_by_side(torch.linalg.inv, matrices[2:3], [300], CPU)[0])
+    assert not torch.equal(together[2], together[1])  # control
 
 
 def test_an_error_comes_out_and_the_threads_are_as_before(two_threads: None) -> None:
     with pytest.raises(ZeroDivisionError):
-        side_by_side(lambda item: 1 // item, [1, 0, 2], 4, CPU)
+        side_by_side(lambda item: 1 // item, [1, 0, 2], [4] * 3, CPU)
     assert torch.get_num_threads() == 2
 
 

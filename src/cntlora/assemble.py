@@ -110,7 +110,7 @@ class Alone:
         """Small sites side by side."""
         if not sites:
             return {}
-        rows = max(max(s.in_features, s.out_features) for s in sites)
+        rows = [max(s.in_features, s.out_features) for s in sites]
         made = side_by_side(make, sites, rows, sites[0].base.weight.device)
         return {site.name: result for site, result in zip(sites, made, strict=True)}
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ def parse_limits(value: MaxMemory) -> dict[str, float]:
         )
     limits = {"device": float("inf"), "cpu": float("inf"), "disk": 0.0}
     return limits | {key: float(_size(key, size)) for key, size in given.items()}
+
+
+USABLE = 0.8
+"""Share of the limit on the device that is planned for: allocators hold on to some of what has been given back."""
 
 
 def _size(key: str, size: object) -> int:
@@ -115,7 +119,7 @@ class Budget:
         for the moments, and sums go elsewhere first, where that is allowed: so there are fewest passes.
         """
         most = sum(self._sums(s, False) + self._moments(s) for s in sites)
-        self._elsewhere_first = most + max(map(self._working_room, sites), default=0) > self.limits["device"]
+        self._elsewhere_first = most + max(map(self._working_room, sites), default=0) > self._limit("device")
         self.held.passes += 1
         self.admitted, self.waiting = set(), set()
         self._used, self._placed = dict.fromkeys(PLACES, 0), dict.fromkeys(PLACES, 0)
@@ -157,8 +161,8 @@ class Budget:
             need = sums + on_device if self.of_gradients else sums + moments + room
             raise ValueError(
                 f"max_memory: {readable(self.limits['device'])} is too little: site {site.name} "
-                f"({site.out_features}×{site.in_features}){alone} needs {readable(need)}; give at least that, or name "
-                "cpu and disk: {'device': …, 'cpu': …, 'disk': …}"
+                f"({site.out_features}×{site.in_features}){alone} needs {readable(need / USABLE)}; give at least "
+                "that, or name cpu and disk: {'device': …, 'cpu': …, 'disk': …}"
             )
         self.admitted.add(site.name)
         self._room = room
@@ -168,12 +172,15 @@ class Budget:
 
     def _place_for(self, sums: int, on_device: int, site: Site) -> str | None:
         """The first place with room for the sums of a site, if the rest of what it needs fits on the device."""
-        if on_device > self.limits["device"]:
+        if on_device > self._limit("device"):
             return None
         elsewhere = PLACES[1:] if site.base.weight.device.type != "cpu" else PLACES[2:]
         order = (*elsewhere, "device") if self._elsewhere_first else ("device", *elsewhere)
         used = {**self._used, "device": on_device}
-        return next((p for p in order if used[p] + sums <= self.limits[p]), None)
+        return next((p for p in order if used[p] + sums <= self._limit(p)), None)
+
+    def _limit(self, place: str) -> float:
+        return self.limits[place] * (USABLE if place == "device" else 1.0)
 
     def _sums(self, site: Site, known: bool) -> int:
         if self.of_gradients:
@@ -188,7 +195,9 @@ class Budget:
         return self._item(site) * site.in_features**2
 
     def _working_room(self, site: Site) -> int:
-        """In which one input is digested (five d×d) and one site is factored (four k×d in float32, one in float64)."""
+        """In which one input is digested (five d×d, the tokens in the dtype of accumulation among them) and one site is
+        factored (four k×d in float32, one in float64).
+        """
         d, k = site.in_features, site.out_features
         side_by_side = torch.get_num_threads() if site.base.weight.device.type == "cpu" and d <= SIDE_BY_SIDE else 1
         digest = 0 if self.of_gradients else 5 * self._item(site) * d * d
@@ -218,12 +227,21 @@ class Budget:
         size = total.numel() * total.element_size()
         try:
             with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+                _reserve(file, size)
         except OSError as error:
             what = f"max_memory: no room for {readable(size)} of statistics in {path.parent}: {error.strerror}"
             raise OSError(error.errno, what) from error
         held = torch.from_file(str(path), shared=True, size=total.numel(), dtype=total.dtype).view(total.shape)
         return held.copy_(total)
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Takes the room on the disk: a file with holes would kill the process where the disk is full."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, 2**20):
+        file.write(bytes(min(2**20, size - start)))
 
 
 def as_record(held: Held | None) -> dict[str, Any]:

@@ -83,7 +83,6 @@ def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], A
     if not groups:
         return
     device = groups[0][1].device
-    rows = max(X.dim for _, X in groups)
     if device.type == "cpu":
         lock = Lock()
 
@@ -93,7 +92,7 @@ def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], A
             with lock:
                 estimator.add(group[0], digest, weight)
 
-        side_by_side(absorb, groups, rows, device)
+        side_by_side(absorb, groups, [X.dim for _, X in groups], device)
         return
     with full_precision(device):
         prepared = [estimator.prepare(*group) for group in groups]

@@ -38,11 +38,15 @@ class Moments:
         gram: "sum" for G = X Xᵀ as printed in the paper, "mean" for G / b.
         dtype: dtype of accumulation and of everything returned; None for `accumulation_dtype` of the first tokens.
         totals: whether Σ x is wanted besides.
+
+    Attributes:
+        seen_dtype: of the tokens, float32 at least: the precision that a result is worth.
     """
 
     def __init__(self, dim: int, gram: str = "sum", dtype: torch.dtype | None = None, totals: bool = False) -> None:
         self.dim, self.kind, self.totals = dim, gram, totals
         self._dtype = dtype
+        self.seen_dtype = torch.float64
         self.tokens = 0
         self._rows: list[Tensor] = []  # as they came, until there are more than d
         self._gram: Tensor | None = None
@@ -66,16 +70,23 @@ class Moments:
     def update(self, rows: Tensor) -> None:
         """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards."""
         self._dtype = self._dtype or accumulation_dtype(rows.dtype)
+        self.seen_dtype = torch.promote_types(rows.dtype, torch.float32)
         self.tokens += rows.shape[0]
         if self.totals:
             self._add_total(rows.sum(dim=0, dtype=self.dtype))
         if self._gram is not None:
-            self._gram += symmetric_product(rows.to(self.dtype))
+            self._add_gram([rows])
         elif self.tokens > self.dim:
-            self._gram = symmetric_product(torch.cat([*self._rows, rows]).to(self.dtype))
+            self._add_gram([*self._rows, rows])
             self._rows = []
         elif rows.shape[0]:
             self._rows.append(rows.clone())
+
+    def _add_gram(self, parts: list[Tensor]) -> None:
+        """X Xᵀ of all parts, converted d tokens at a time."""
+        for rows in (block for part in parts for block in part.split(max(self.dim, 256))):
+            product = symmetric_product(rows.to(self.dtype))
+            self._gram = product if self._gram is None else self._gram.add_(product)
 
     def merge(self, other: Moments) -> None:
         """Adds what `other` has seen (a module called several times in one forward pass)."""
@@ -84,7 +95,7 @@ class Moments:
                 self.update(rows)
             return
         mine = self.gram_sum()
-        self._dtype = self._dtype or other.dtype
+        self._dtype, self.seen_dtype = self._dtype or other.dtype, other.seen_dtype
         self._gram = other._gram.clone() if mine is None else mine + other._gram
         self._rows = []
         self.tokens += other.tokens

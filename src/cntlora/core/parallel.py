@@ -23,22 +23,29 @@ SIDE_BY_SIDE = 1024
 
 
 def side_by_side(
-    work: Callable[[Item], Result], items: Sequence[Item], rows: int, device: torch.device
+    work: Callable[[Item], Result], items: Sequence[Item], rows: Sequence[int], device: torch.device
 ) -> list[Result]:
-    """`work` of every item in their order, in full precision, with as many threads as torch has, each on one core.
+    """`work` of every item in their order, in full precision, small ones with as many threads as torch has.
+
+    Which items are small depends on nothing but their size, so that company does not change the bits of a result.
 
     Args:
-        rows: of the largest matrix, which decides whether threads pay. On anything but the processor they never do.
+        rows: of the largest matrix of each item, which decides whether threads pay. On a GPU they never do.
     """
     threads = torch.get_num_threads()
     with full_precision(device):
-        if device.type != "cpu" or threads < 2 or len(items) < 2 or rows > SIDE_BY_SIDE:
+        if device.type != "cpu" or threads < 2:
             return [work(item) for item in items]
-        torch.set_num_threads(1)
-        try:
-            return list(_pool(threads).map(_without_gradients(work), items))
-        finally:
-            torch.set_num_threads(threads)
+        small = [i for i, n in enumerate(rows) if n <= SIDE_BY_SIDE]
+        done: dict[int, Result] = {}
+        if small:
+            torch.set_num_threads(1)
+            try:
+                found = _pool(threads).map(_without_gradients(work), [items[i] for i in small])
+                done.update(zip(small, found, strict=True))
+            finally:
+                torch.set_num_threads(threads)
+        return [done[i] if i in done else work(item) for i, item in enumerate(items)]
 
 
 @cache

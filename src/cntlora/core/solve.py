@@ -36,7 +36,7 @@ QuickMap = Callable[[Moments], tuple[Tensor, Tensor, int]]
 
 
 class MapEstimator:
-    """Modes of the form W_tar = W·T (cross, self): sums T_j (d, d), whatever W is.
+    """Modes of the form W_tar = W·T (cross, self): sums T_j (d, d), whatever W is, in the precision of the inputs.
 
     Args:
         map: T (d, d) and the rank of G.
@@ -59,7 +59,7 @@ class MapEstimator:
 
     def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Digest:
         T, rank = prepared if prepared is not None and numbers[0] else self.map(X)
-        return Digest(shared=T, rank=rank)
+        return Digest(shared=T.to(X.seen_dtype), rank=rank)
 
     def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
         assert digest.shared is not None and digest.rank is not None
