@@ -1,6 +1,6 @@
 """How far the factors are from the exact ones, on real layers: cross, self and shift at their default settings.
 
-    python benchmarks/accuracy.py    # some layers of minilm, dinov2, smollm2; writes results/init_cost/accuracy.json
+    python benchmarks/accuracy.py    # some layers of minilm, dinov2, smollm2; writes benchmarks/records/accuracy.json
 
 The plan is that of `cntlora.compute_plan` with base="keep" and strength 1, so that scaling·B·A stands for [ΔW]_r. The
 exact ΔW is computed in float64 by benchmarks/exact.py from the inputs that plain hooks catch.

@@ -1,6 +1,6 @@
 """Cost of every initialisation against the bare forward pass over the same batches, by workload.
 
-    python benchmarks/init_cost.py                                  # every workload; results/init_cost/<workload>.json
+    python benchmarks/init_cost.py                                  # every workload; benchmarks/records/<workload>.json
     python benchmarks/init_cost.py --workloads minilm,dinov2 --rows self,eva,"PEFT eva"
     python benchmarks/init_cost.py --table                          # the tables of the records that are there
 

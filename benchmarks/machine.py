@@ -12,7 +12,7 @@ import torch
 
 import cntlora
 
-RESULTS = Path(__file__).parents[1] / "results" / "init_cost"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "records"
 """Where the benchmarks write their records."""
 
 

@@ -1,6 +1,6 @@
 """Peak memory of an initialisation under `max_memory=`: what is asked for, what is taken, and what it costs.
 
-    python benchmarks/memory.py          # prints the table, writes results/init_cost/memory.json
+    python benchmarks/memory.py          # prints the table, writes benchmarks/records/memory.json
 
 A stack of linear layers 1024 → 1024, each with an input of its own, read with more tokens than features, so that every
 statistic is a whole 1024 × 1024 matrix. Each row is a process of its own; the peak is above the model after a forward

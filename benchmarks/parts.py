@@ -3,10 +3,10 @@
 A batch is digested once for every distinct input ("group") of d features and b tokens, n = min(d, b):
 
 - gram: X Xᵀ (d²·b) where b > d or G itself is needed, else the dual Xᵀ X (2·b²·d);
-- factorisation: cross a Cholesky inverse (n³); self an eigendecomposition (9·n³); shift the inverse of I − G (2·d³) and
+- factorisation: cross a Cholesky inverse (n³); self an eigendecomposition (9·n³); shift the inverse of I − G (2·n³) and
   a Cholesky factor for the rank (n³/3); eva none, but after all batches the leading directions of G (d×d) and a
   Cholesky factor, or eigenvalues (3·d³) where there were fewer tokens than d;
-- map: what leads back to d×d where b ≤ d: cross 2·b²·d + 2·b·d², self 2·b²·d.
+- map: what leads back to d×d where b ≤ d: cross and shift 2·b²·d + 2·b·d², self 2·b²·d.
 
 A site of weight (k, d) then costs the product W·T (2·k·d²) for cross and self. For shift, with k ≥ d, a QR of W for its
 condition (2·k·d²) and (Wᵀ)†·S: a solution if k = d (8/3·d³), else a QR (4·k·d²) and products (4·k·d²); with k < d, in
@@ -56,22 +56,23 @@ def data_pass(counts: Counts, method: str, group: Group, b: int, batches: int) -
     """Adds what all batches of b tokens cost at one group, beyond the forward pass."""
     d, n = group.d, min(group.d, b)
     dual = b <= d
-    if not dual or method in ("shift", "eva"):
+    small = [k for k in group.outputs if k < d] if method == "shift" else []
+    if not dual or small or method == "eva":
         add(counts, "gram", d, batches * d * d * b)
     if dual and method != "eva":
         add(counts, "product64", n, batches * 2.0 * b * b * d)
+    if dual and method in ("cross", "shift"):
+        add(counts, "product64", n, batches * (2.0 * b * b * d + 2.0 * b * d * d))
     if method == "cross":
         add(counts, "cholesky", n, batches * n**3)
-        if dual:
-            add(counts, "product64", n, batches * (2.0 * b * b * d + 2.0 * b * d * d))
     elif method == "self":
         add(counts, "eigh", n, batches * 9.0 * n**3)
         if dual:
             add(counts, "product64", n, batches * 2.0 * b * b * d)
     elif method == "shift":
-        add(counts, "inverse", d, batches * 2.0 * d**3)
+        add(counts, "inverse", n, batches * 2.0 * n**3)
         add(counts, "cholesky", n, batches * n**3 / 3)
-        for k in (k for k in group.outputs if k < d):
+        for k in small:
             add(counts, "qr", k, batches * 4.0 * d * k * k)
             add(counts, "product64", k, batches * (2.0 * k * d * d + 2.0 * d * k * k))
 
@@ -130,14 +131,15 @@ def statistics_bytes(method: str, groups: Sequence[Group], b: int, width: int) -
     """Bytes of what is held over the batches: a d×d sum a group, and the rows or d×d moments of the batch at hand.
 
     Args:
-        width: bytes a number of the sums, 8 for float32 models and 4 for those in half precision.
+        width: bytes a number of the moments, 8 for float32 models and 4 for those in half precision. So are the sums of
+            shift and eva; those of cross and self are float32 for both.
     """
     if method not in ("cross", "self", "shift", "eva"):
         raise ValueError(f"method: expected cross, self, shift or eva, got {method!r}")
-    held = sum(group.d**2 * width for group in groups)
+    held = sum(group.d**2 * (4 if method in ("cross", "self") else width) for group in groups)
     if method == "shift":  # sites with k < d have (k, d) sums of their own
         held += sum(k * group.d * width for group in groups for k in group.outputs if k < group.d)
-    # rows in the dtype of the model, half as wide as its sums
+    # rows in the dtype of the model, half as wide as its moments
     batch = sum(min(b, group.d) * group.d * (width // 2 if b <= group.d else width) for group in groups)
     return float(held + batch)
 

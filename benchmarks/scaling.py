@@ -1,6 +1,6 @@
 """How the cost of an initialisation grows, and what that foretells for large models.
 
-    python benchmarks/scaling.py            # under 6 minutes on 2 cores; writes results/init_cost/scaling.json
+    python benchmarks/scaling.py            # under 6 minutes on 2 cores; writes benchmarks/records/scaling.json
     python benchmarks/scaling.py --quick    # seconds, small sizes, for tests
 
 Measured: seconds beyond the forward pass on a stack of linear layers, against d, tokens, batches and layers, and the
@@ -56,12 +56,13 @@ def measure(quick: bool, threads: int, folder: Path) -> dict[str, Any]:
     repeats, limit = (1, 5.0) if quick else (3, 12.0)
     rates = measured_rates((64, 128) if quick else (256, 512, 1024, 2048), repeats, 4.0)
     sweeps = [sweep(size, what, values, repeats, limit) for size, what, values in (QUICK if quick else FULL)]
-    block = block_record(folder)
-    return {
-        "machine": describe(threads),
-        "quick": quick,
-        "sweeps": sweeps,
-        "rates": rates,
+    return with_predictions({"machine": describe(threads), "quick": quick, "sweeps": sweeps, "rates": rates}, folder)
+
+
+def with_predictions(measured: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The record with what follows from its sweeps and rates."""
+    sweeps, rates, block = measured["sweeps"], measured["rates"], block_record(folder)
+    return measured | {
         "parts_against_measured": predict.against_points(rates, sweeps),
         "block_against_measured": predict.against_block(rates, block),
         "block_machine": block["machine"] if block else None,
@@ -75,17 +76,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, for tests")
     parser.add_argument("--table", action="store_true", help="only print the tables of the record in --out")
+    parser.add_argument("--predict", action="store_true", help="only predict again, from the measurements in --out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of scaling.json")
     options = parser.parse_args(arguments)
     path = options.out / "scaling.json"
+    if (options.table or options.predict) and not path.exists():
+        raise SystemExit(f"{path}: expected the record of an earlier run, found none; run it without --table first")
     if options.table:
-        if not path.exists():
-            raise SystemExit(f"{path}: expected the record of an earlier run, found none; run it without --table first")
         print(scaling_markdown(json.loads(path.read_text())))
         return
     torch.set_num_threads(options.threads)
-    record = measure(options.quick, options.threads, options.out)
+    if options.predict:
+        record = with_predictions(json.loads(path.read_text()), options.out)
+    else:
+        record = measure(options.quick, options.threads, options.out)
     print(scaling_markdown(record))
     options.out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1).encode())
