@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .collect import Seen
 from .config import InitConfig
 from .core.family import METHODS
 from .core.solve import GradientEstimator
-from .memory import MaxMemory, as_record
+from .memory import MaxMemory
 from .passes import Again, Passes
 from .plan import InitPlan
 from .reading import Loss, Reading, Request, read
@@ -95,7 +96,7 @@ def plan_from(reading: Reading, share: Share | None = None, again: Again | None 
         seconds=time.perf_counter() - reading.started,
         forward_seconds=reading.seconds,
         versions={"cntlora": VERSION, "torch": torch.__version__},
-        memory=as_record(reading.budget.held),
+        memory=asdict(reading.budget.held),
     )
 
 

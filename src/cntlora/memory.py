@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -242,8 +242,3 @@ def _reserve(file: BinaryIO, size: int) -> None:
         return
     for start in range(0, size, 2**20):
         file.write(bytes(min(2**20, size - start)))
-
-
-def as_record(held: Held | None) -> dict[str, Any]:
-    """For the plan and the report."""
-    return {} if held is None else {"passes": held.passes, "device": held.device, "cpu": held.cpu, "disk": held.disk}
