@@ -297,8 +297,9 @@ def test_the_tolerance_of_shift_mode_is_that_of_its_own_matrix() -> None:
 def test_the_resolvent_is_the_inverse_in_both_forms(b: int, gram: str) -> None:
     X = draw(0, 10, b)
     M = torch.eye(10, dtype=torch.float64) - torch.from_numpy(reference.gram(array(X), gram))
-    inverse, holds, condition = shift_resolvent(moments(X, gram), 1e-13)
+    inverse, holds, condition, small = shift_resolvent(moments(X, gram), 1e-13)
     assert bool(holds)
+    assert small.shape[0] == min(b, 10) and torch.linalg.matrix_rank(small) == min(b, 10)
     assert relative_error(inverse, torch.linalg.inv(M)) < 1e-11
     expected = torch.linalg.matrix_norm(M) * torch.linalg.matrix_norm(torch.linalg.inv(M))
     assert float(condition) == pytest.approx(float(expected), rel=1e-9)

@@ -71,13 +71,14 @@ def shift_inverse(W: Tensor, G: Tensor, rtol: float | None = None) -> Tensor:
     return pinv(W.mT - G @ W.mT, rtol)
 
 
-def shift_resolvent(X: Moments, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
+def shift_resolvent(X: Moments, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(I − G)⁻¹ (d, d), with which (Wᵀ − G Wᵀ)† = (Wᵀ)† (I − G)⁻¹ where † drops nothing.
 
     Where b ≤ d from a b×b inverse, (I − X Xᵀ)⁻¹ = I + X (I − Xᵀ X)⁻¹ Xᵀ; nothing is read back from the device.
 
     Returns:
-        The inverse, whether it holds () with this tolerance, and ‖I − G‖_F·‖(I − G)⁻¹‖_F (), above its condition.
+        The inverse, whether it holds () with this tolerance, ‖I − G‖_F·‖(I − G)⁻¹‖_F (), above its condition, and the
+        matrix that it was made from, whose rank is that of G: Xᵀ X (b, b) where b ≤ d, else G.
     """
     rows = X.rows()
     S = X.gram() if rows is None else rows @ rows.mT
@@ -90,7 +91,7 @@ def shift_resolvent(X: Moments, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
     if rows is not None:
         inverse = rows.mT @ (inverse @ rows)
         inverse.diagonal().add_(1.0)
-    return inverse, holds, condition
+    return inverse, holds, condition, S
 
 
 def shift_constant(C: float | str, k: int, generator: torch.Generator, like: Tensor) -> Tensor | float:

@@ -103,9 +103,8 @@ class ShiftEstimator:
         self.weight_facts: dict[str, tuple[tuple[int, ...], float]] = {}
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
-        resolvent, holds, condition = shift_resolvent(X, shift_rtol(X.dim, X.dim, X.dtype, self.rtol))
-        rows = X.rows()
-        full = full_rank(X.gram() if rows is None else rows @ rows.mT, self._rank_rtol(X))
+        resolvent, holds, condition, S = shift_resolvent(X, shift_rtol(X.dim, X.dim, X.dtype, self.rtol))
+        full = full_rank(S, self._rank_rtol(X))
         eps = torch.full_like(condition, torch.finfo(X.dtype).eps)
         return resolvent, torch.stack([holds.double(), condition.double(), full.double(), eps.double()])
 
