@@ -18,6 +18,7 @@ FLOOR = "forward pass"
 OURS: dict[str, dict[str, Any]] = {
     "cross": {"method": "cross"},
     "self": {"method": "self"},
+    "self, Cholesky": {"method": "self", "root": "cholesky"},
     "shift": {"method": "shift"},
     "cross + VAS": {"method": "cross", "adaptive_ranks": True},
     "self + VAS": {"method": "self", "adaptive_ranks": True},

@@ -127,6 +127,7 @@ MODES = (
     Mode("cross", {"method": "cross"}, {"method": "cross"}),
     Mode("self", {"method": "self"}, {"method": "self", "root": "paper"}),
     Mode("self symmetric", {"method": "self", "root": "symmetric"}, {"method": "self", "root": "symmetric"}),
+    Mode("self cholesky", {"method": "self", "root": "cholesky"}, {"method": "self", "root": "cholesky"}),
     Mode("shift", {"method": "shift"}, {"method": "shift"}),
     Mode("shift 0.1", {"method": "shift", "shift_constant": 0.1}, {"method": "shift", "C": 0.1}),
     Mode("shift 10", {"method": "shift", "shift_constant": 10}, {"method": "shift", "C": 10.0}),

@@ -88,6 +88,8 @@ def self_target(
 
     root "paper": W_tar = W (P D^1/2)^+ = W (D^1/2)^+ P^T, eq. 12.
     root "symmetric": W_tar = W P (D^1/2)^+ P^T, another solution of eq. 8.
+    root "cholesky": W_tar = W (R^T)^+ with R of the QR of D^1/2 P^T, its diagonal positive, so that G = R^T R and R^T
+    is the Cholesky factor of a G of full rank; another solution of eq. 8.
     rtol is on the singular values D^1/2 of P D^1/2. The default keeps the eigenvalues D above
     default_rtol(d, b) * max D, which is its square root on D^1/2.
     """
@@ -99,6 +101,13 @@ def self_target(
     inverse_half = _inverse(half, rtol)
     if root == "symmetric":
         return W @ ((P * inverse_half) @ P.T)
+    if root == "cholesky":
+        kept = inverse_half > 0
+        R = np.linalg.qr((P * half)[:, kept].T, mode="r")
+        R *= np.where(np.diag(R) < 0, -1.0, 1.0)[:, None]
+        inverse = np.zeros((d, d))
+        inverse[: len(R)] = np.linalg.pinv(R.T)
+        return W @ inverse
     if root != "paper":
         raise ValueError(f"unknown root {root!r}")
     inverse = np.zeros((d, d))  # (P D^1/2)^+ of the whole d x d matrix: its rows past min(d, b) are 0

@@ -21,7 +21,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"base": "ofset"}, ValueError, ["base", "did you mean 'offset'", "offset, paired, subtract, keep"]),
     ({"decomposition": "SVD"}, ValueError, ["decomposition", "'SVD'", "svd, qr, qr_pivoted"]),
     ({"gram": "average"}, ValueError, ["gram", "'average'", "sum, mean"]),
-    ({"root": "cholesky"}, ValueError, ["root", "'cholesky'", "paper, symmetric"]),
+    ({"root": "polar"}, ValueError, ["root", "'polar'", "paper, symmetric, cholesky"]),
     ({"initial_weight": "ones"}, ValueError, ["initial_weight", "'ones'", "pretrained, zero"]),
     # numbers: the error gives the range
     ({"p": 1.5}, ValueError, ["p:", "[0, 1]", "1.5"]),

@@ -14,6 +14,7 @@ from cntlora.core.constraints import (
     cross_map,
     cross_quick,
     self_map,
+    self_quick,
     shift_constant,
     shift_inverse,
     shift_resolvent,
@@ -23,7 +24,7 @@ from cntlora.core.constraints import (
 case = pytest.mark.parametrize("case", CASES, ids=repr)
 full_case = pytest.mark.parametrize("case", [c for c in CASES if c.full], ids=repr)
 gram = pytest.mark.parametrize("gram", ["sum", "mean"])
-root = pytest.mark.parametrize("root", ["paper", "symmetric"])
+root = pytest.mark.parametrize("root", ["paper", "symmetric", "cholesky"])
 TOL = 1e-8
 
 
@@ -221,7 +222,7 @@ def test_cross_and_symmetric_self_turn_with_the_features_and_the_printed_root_do
 def test_scaling_the_inputs_scales_the_targets(case: Case) -> None:
     X, c = case.batches[0], 3.0
     assert relative_error(cross_map(moments(c * X))[0], cross_map(moments(X))[0] / c**2) < 1e-7
-    for root in ("paper", "symmetric"):
+    for root in ("paper", "symmetric", "cholesky"):
         assert relative_error(self_map(moments(c * X), root)[0], self_map(moments(X), root)[0] / c) < 1e-7
     # control: shift has an absolute scale, I − G
     G = (X @ X.mT).clone()
@@ -241,11 +242,36 @@ def test_the_symmetric_root_is_symmetric_and_squares_to_the_pseudo_inverse(case:
     assert relative_error(paper @ paper, cross_map(m)[0]) > 0.1  # control: the printed root is no square root of G†
 
 
+@case
+@gram
+def test_the_cholesky_root_is_lower_triangular_and_quick_where_nothing_is_dropped(case: Case, gram: str) -> None:
+    for X in case.batches:
+        m = moments(X, gram)
+        slow, rank = self_map(m, "cholesky")
+        quick, holds, quick_rank = self_quick(m)
+        full = int(torch.linalg.matrix_rank(X, rtol=1e-7)) == min(X.shape)
+        assert bool(holds) == full
+        assert relative_error(slow.mT @ slow, cross_map(m)[0]) < TOL  # as of every root in this family
+        assert relative_error(self_map(m, "paper")[0], slow) > 0.03  # control: it is another one
+        if full:
+            assert relative_error(quick, slow) < TOL and rank == quick_rank
+        if full and X.shape[0] <= X.shape[1]:
+            assert relative_error(quick.tril(), quick) < TOL and bool((quick.diagonal() > 0).all())
+            assert relative_error(self_map(m, "symmetric")[0].tril(), self_map(m, "symmetric")[0]) > 0.01  # control
+
+
+def test_the_cholesky_root_does_not_hold_where_the_tolerance_drops_something() -> None:
+    X = draw(0, 8, 30) * torch.logspace(0, -3, 8, dtype=torch.float64)[:, None]
+    assert bool(self_quick(moments(X), 1e-6)[1])
+    assert not bool(self_quick(moments(X), 1e-2)[1])
+    assert not bool(self_quick(moments(X[:, :6]), 1e-1)[1])
+
+
 @pytest.mark.parametrize("tokens", [7, 8, 9, 20])
 def test_the_dual_gives_what_the_plain_form_gives(tokens: int) -> None:
     """At b = d the rows are kept, one token later only G: there is no step in the result."""
     X = draw(4, 8, tokens)
-    for map in (cross_map, self_map):
+    for map in (cross_map, self_map, lambda m: self_map(m, "cholesky")):
         forced = moments(X)
         forced._gram, forced._rows = X @ X.mT, []
         assert relative_error(map(moments(X))[0], map(forced)[0]) < 1e-6

@@ -80,7 +80,7 @@ def init(
     min_rank: Annotated[int, typer.Option(help="Least rank of a site, with --adaptive-ranks.")] = 0,
     max_rank: Annotated[int | None, typer.Option(help="Largest rank of a site, with --adaptive-ranks.")] = None,
     gram: Annotated[str, typer.Option(help="sum or mean over the tokens of a batch.")] = "sum",
-    root: Annotated[str, typer.Option(help="Square root in self mode: paper or symmetric.")] = "paper",
+    root: Annotated[str, typer.Option(help="Square root in self mode: paper, symmetric or cholesky.")] = "paper",
     rtol: Annotated[float | None, typer.Option(help="Relative cut-off of the pseudo-inverse.")] = None,
     shift_constant: Annotated[str, typer.Option(help="C of shift mode: a number, or gaussian.")] = "1",
     center: Annotated[bool, typer.Option(help="eva: subtract the mean token.")] = True,

@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "base": ("offset", "paired", "subtract", "keep"),
     "decomposition": ("svd", "qr", "qr_pivoted"),
     "gram": ("sum", "mean"),
-    "root": ("paper", "symmetric"),
+    "root": ("paper", "symmetric", "cholesky"),
     "initial_weight": ("pretrained", "zero"),
 }
 
@@ -49,7 +49,8 @@ class InitConfig:
             the paper's modes (the α = 2r of its runs), 1 for pissa and corda, and the layer's scaling s for olora,
             lora_ga and lora_one, whose sources do not divide by it.
         gram: G as the "sum" over tokens (the paper) or the "mean".
-        root: square root in self mode, "paper" (D^(−½) Pᵀ) or "symmetric" (P D^(−½) Pᵀ).
+        root: square root in self mode, "paper" (D^(−½) Pᵀ), "symmetric" (P D^(−½) Pᵀ) or "cholesky" (L⁻¹ of G = L Lᵀ,
+            the fastest).
         rtol: singular values at or under rtol·σ_max are dropped by †. None for max(d, b)·eps of float64.
         shift_constant: C in shift mode: a multiple of the identity, or "gaussian".
         center: eva: subtract the mean token, as its own code does; False for eq. 39 as printed.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linalg import cholesky_inverse, default_rtol, pinv
+from .linalg import cholesky_inverse, default_rtol, fix_diagonal, frobenius_condition, pinv, triangular_inverse
 from .moments import Moments
 
 
@@ -44,8 +44,8 @@ def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tupl
 
     Args:
         root: "paper" for D^(−½) Pᵀ as printed, its rows ordered by falling eigenvalue and signed by
-            `linalg.fix_signs`; "symmetric" for P D^(−½) Pᵀ, the member of the same solution family that depends on
-            neither order nor signs.
+            `linalg.fix_signs`. Two members of the same solution family depend on neither order nor signs: "symmetric"
+            for P D^(−½) Pᵀ, and "cholesky" for L⁻¹ with G = L Lᵀ, which needs no eigenvalues (`self_quick`).
         rtol: singular values D^½ of P D^½ at or under rtol·max are dropped. The default drops eigenvalues D under
             max(d, b)·eps instead, i.e. its square root on D^½, because D carries rounding noise of that size; for
             the same reason a smaller rtol acts as the default.
@@ -58,9 +58,37 @@ def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tupl
     half = (pairs.P / pairs.D.sqrt()).mT  # (n, d) = D^(−½) Pᵀ
     if root == "symmetric":
         return pairs.P @ half, pairs.D.numel()
-    T = half.new_zeros(X.dim, X.dim)
-    T[: half.shape[0]] = half
-    return T, pairs.D.numel()
+    if root == "cholesky":
+        Q, R = torch.linalg.qr((pairs.P * pairs.D.sqrt()).mT)  # G = Rᵀ R, so that Rᵀ is L where G has full rank
+        half = fix_diagonal(R)[:, None] * (Q.mT @ half)
+    return _padded(half, X.dim), pairs.D.numel()
+
+
+def self_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, int]:
+    """T = L⁻¹ of G = L Lᵀ (`self_map` with root "cholesky"), which holds only where † drops nothing.
+
+    It solves eq. 8 as P D^½ does: W L⁻¹ G L⁻ᵀ Wᵀ = W Wᵀ. Where b ≤ d by the dual, T = (Rᵀ)† = Qᵀ (Xᵀ X)⁻¹ Xᵀ from
+    Xᵀ = Q R. Nothing is read back from the device.
+
+    Returns:
+        T (d, d), its rows past min(d, b) zero, whether it holds (), and then the rank of G.
+    """
+    tolerance = X.rtol if rtol is None else max(rtol**2, X.rtol)
+    rows = X.rows()
+    if rows is None:
+        L, info = torch.linalg.cholesky_ex(X.gram())
+        L.diagonal().masked_fill_(info != 0, 1.0)  # a factor that was given up has zeros there
+        T = triangular_inverse(L, upper=False)
+        return T, (info == 0) & (frobenius_condition(L, T).square() * tolerance < 1.0), X.dim
+    inverse, holds = cholesky_inverse(rows @ rows.mT, tolerance)
+    Q, R = torch.linalg.qr(rows)
+    half = fix_diagonal(R)[:, None] * (Q.mT @ (inverse @ rows))
+    return _padded(half, X.dim), holds, rows.shape[0]
+
+
+def _padded(half: Tensor, d: int) -> Tensor:
+    """(n, d) with zero rows below, (d, d)."""
+    return half if half.shape[0] == d else torch.cat([half, half.new_zeros(d - half.shape[0], d)])
 
 
 def shift_inverse(W: Tensor, G: Tensor, rtol: float | None = None) -> Tensor:

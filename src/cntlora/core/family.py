@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from .constraints import cross_map, cross_quick, self_map
+from .constraints import cross_map, cross_quick, self_map, self_quick
 from .estimator import Estimator
 from .factor import Spectrum, qr_factors, svd_factors
 from .peers import (
@@ -139,7 +139,8 @@ def _cross(weight_of: WeightOf, o: Options) -> Estimator:
 
 
 def _self(weight_of: WeightOf, o: Options) -> Estimator:
-    return MapEstimator(weight_of, partial(self_map, root=o.root, rtol=o.rtol))
+    quick = partial(self_quick, rtol=o.rtol) if o.root == "cholesky" else None
+    return MapEstimator(weight_of, partial(self_map, root=o.root, rtol=o.rtol), quick)
 
 
 def _shift(weight_of: WeightOf, o: Options) -> Estimator:

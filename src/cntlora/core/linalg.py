@@ -25,6 +25,16 @@ def fix_signs(columns: Tensor) -> Tensor:
     return torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
 
 
+def fix_diagonal(R: Tensor) -> Tensor:
+    """The signs (m,) that make the diagonal of an upper trapezoidal (m, n) factor R of a QR positive.
+
+    Where an entry of the diagonal is nothing but rounding, the largest-magnitude entry of its row decides.
+    """
+    diagonal = R.diagonal()
+    usable = diagonal.abs() > 1e-8 * R.abs().amax(dim=1)
+    return torch.where(usable, torch.where(diagonal < 0, -1.0, 1.0).to(R.dtype), fix_signs(R.mT))
+
+
 def eigh_descending(S: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,), descending and not below zero, and eigenvectors (n, n) of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(S)
@@ -82,20 +92,20 @@ def tall_pinv(M: Tensor, rtol: float) -> Tensor | None:
     QR keeps the error at cond(M)·eps; the normal equations would square the condition.
     """
     Q, R = torch.linalg.qr(M)
-    inverse = _triangular_inverse(R)
+    inverse = triangular_inverse(R)
     return inverse @ Q.mT if bool(nothing_dropped(R, inverse, rtol)) else None
 
 
 def column_condition(M: Tensor) -> float:
     """‖M‖_F·‖M†‖_F of an (m, n) matrix with m ≥ n, by R of its QR alone; infinite where its columns are dependent."""
     R = torch.linalg.qr(M, mode="r").R
-    bound = float(frobenius_condition(R, _triangular_inverse(R)))
+    bound = float(frobenius_condition(R, triangular_inverse(R)))
     return bound if math.isfinite(bound) else math.inf
 
 
-def _triangular_inverse(R: Tensor) -> Tensor:
-    """R⁻¹ of an upper triangular matrix, with Inf or NaN where there is none."""
-    return torch.linalg.solve_triangular(R, torch.eye(R.shape[0], dtype=R.dtype, device=R.device), upper=True)
+def triangular_inverse(R: Tensor, upper: bool = True) -> Tensor:
+    """R⁻¹ of a triangular matrix, with Inf or NaN where there is none."""
+    return torch.linalg.solve_triangular(R, torch.eye(R.shape[0], dtype=R.dtype, device=R.device), upper=upper)
 
 
 def pinv(M: Tensor, rtol: float | None = None) -> Tensor:

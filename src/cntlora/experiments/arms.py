@@ -101,6 +101,7 @@ MODIFIERS = (
     Modifier(f"C(-?{_NUMBER})", "C10", "shift_constant", None, "-{}", only="shift"),
     Modifier("Cgaussian", "Cgaussian", "shift_constant", "gaussian", "-Norm", only="shift"),
     Modifier("symmetric", "symmetric", "root", "symmetric", " (symmetric root)", only="self"),
+    Modifier("cholesky", "cholesky", "root", "cholesky", " (Cholesky root)", only="self"),
     Modifier("mean", "mean", "gram", "mean", " (mean)"),
     Modifier(f"strength{_NUMBER}", "strength1", "strength", None, " (strength {})"),
     Modifier(f"rtol{_NUMBER}", "rtol1e-3", "rtol", None, " (rtol {})"),
