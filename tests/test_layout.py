@@ -74,8 +74,14 @@ def test_every_option_is_in_the_readme() -> None:
 
 
 def test_no_pickle_is_loaded() -> None:
+    """But for the weights of EfficientNet, which come as such a file only: checksummed, and read as tensors alone."""
+    safe = re.compile(r"torch\.load\([^()]*weights_only=True\)")
     for path in PACKAGE.rglob("*.py"):
-        assert "torch.load" not in path.read_text() and "pickle.load" not in path.read_text(), path
+        text = path.read_text()
+        if path.name == "efficientnet.py":
+            text, found = safe.subn("", text)
+            assert found == 1 and "packaged_file(" in text
+        assert "torch.load" not in text and "pickle.load" not in text, path
 
 
 def test_the_guide_to_a_new_method_shows_the_code_that_is_there() -> None:

