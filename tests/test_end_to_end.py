@@ -12,7 +12,7 @@ from torch import nn
 
 import cntlora
 from cntlora.demo import run_demo
-from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask
+from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
 from cntlora.recipes.training import evaluate_classifier, train
 
 pytestmark = pytest.mark.packages
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.packages
 
 @pytest.fixture(scope="module")
 def task() -> SentimentTask:
-    return SentimentTask(eval_size=64)
+    return SentimentTask(TweetsSettings(eval_size=64))
 
 
 def adapted(task: SentimentTask) -> nn.Module:

@@ -40,7 +40,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def in_process(experiment: Any, out: Path, *, jobs: int, listener: Any, **options: bool) -> Sweep:
+def in_process(experiment: Any, out: Path, *, jobs: int, listener: Any, save_adapters: bool, **options: bool) -> Sweep:
     """As `run_sweep`, with made-up outcomes: "self" is better, and seed 9 fails."""
     todo = plan_sweep(experiment, out, **options)
     sweep = Sweep(len(todo.pending), todo.present, jobs)
@@ -104,6 +104,31 @@ def test_smoke_leaves_nothing_behind_unless_asked(file: Path, tmp_path: Path) ->
     assert len(list((tmp_path / "tried").glob("*.json"))) == 2
 
 
+def test_smoke_makes_a_tiny_model_and_takes_it_away(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def seen(experiment: Any, out: Path, **options: Any) -> Sweep:
+        made.append(Path(experiment.task.model))
+        assert (made[-1] / "config.json").is_file() and experiment.train.steps == 2 and options["save_adapters"]
+        return in_process(experiment, out, **options)
+
+    monkeypatch.setattr(sweep_module, "run_sweep", seen)
+    assert call("run", file, "--smoke", "--save-adapters").exit_code == 0
+    assert made and not made[0].exists()
+
+
+def test_settings_data_and_model_are_put_over_the_file(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "a b.csv").write_text("text,label\na,b\n")
+    done = call("run", file, "--set", "lora.rank=2", "--set", "train.epochs=3", "--data", "a b.csv", "--model", "m/1",
+                "--out", tmp_path / "out")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "out" / "lora-lr0.001-seed0.json").read_text())["config"]
+    assert (config["lora"]["rank"], config["train"]["epochs"], config["train"]["steps"]) == (2, 3.0, None)
+    assert (config["task"]["data"], config["task"]["model"]) == ("a b.csv", "m/1") and config["task"]["data_sha256"]
+    plain = call("run", file, "--out", tmp_path / "out")
+    assert plain.exit_code == 1 and "task.model is 'm/1' there" in plain.stderr  # the control: others' records
+
+
 def test_a_failed_run_is_told_and_gives_exit_code_1(file: Path) -> None:
     done = call(
         "run",
@@ -132,6 +157,10 @@ def test_report_writes_the_page(file: Path, tmp_path: Path) -> None:
         (["compare", "trial.toml", "--seeds", "0.5"], "--seeds: expected whole numbers"),
         (["compare", "trial.toml", "--seeds", ","], "--seeds: expected whole numbers"),
         (["compare", "trial.toml", "--learning-rates=-1"], "learning_rates"),
+        (["run", "trial.toml", "--set", "lora.rnak=2"], "did you mean 'rank'"),
+        (["run", "trial.toml", "--set", "lora.rank"], "expected KEY=VALUE"),
+        (["run", "trial.toml", "--set", "lora.rank=two"], "lora.rank: expected a whole number"),
+        (["run", "trial.toml", "--data", "none.csv"], "there is no file or folder none.csv"),
         (["report", "none", "--out", "page"], "none"),
     ],
 )

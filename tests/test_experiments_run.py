@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -16,19 +17,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from cntlora.experiments import peers
+from cntlora.experiments import tasks as tasks_module
+from cntlora.experiments.adapting import adapt
 from cntlora.experiments.arms import PEFT_LABELS
 from cntlora.experiments.records import Run, write_record
-from cntlora.experiments.run import adapt, run_one
-from cntlora.experiments.settings import Experiment, from_dict
+from cntlora.experiments.run import run_one
+from cntlora.experiments.settings import from_dict
 from cntlora.experiments.sweep import run_sweep
-from cntlora.experiments.tasks import TASKS, by_length, task_kind
-from cntlora.recipes.text import Table
+from cntlora.experiments.tasks import TASKS, make_task, task_kind
 
 WORDS = ["<pad>", "<unk>", "good", "fine", "bad", "poor", "film", "book", "is", "very", "the", "not"]
 FIELDS = [
     "schema", "experiment", "task", "method", "label", "learning_rate", "seed", "status", "error", "config", "metrics",
     "main_metric", "init_seconds", "train_seconds", "peak_memory_mib", "trainable_parameters", "mean_loss", "losses",
-    "seconds", "evaluations", "start", "sites", "versions", "git", "machine",
+    "seconds", "evaluations", "samples", "start", "sites", "versions", "git", "machine",
 ]  # fmt: skip
 SITE_FIELDS = [
     "kind", "depth", "rank", "file_rank", "singular_values", "delta_norm", "weight_norm", "start_norm", "tokens",
@@ -84,9 +86,10 @@ RecordOf = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def record_of(settings: dict[str, Any]) -> RecordOf:
+def record_of(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> RecordOf:
     """The record of an arm, made once."""
-    return functools.cache(lambda name: run_one(run_of(settings, name)))
+    folder = tmp_path_factory.mktemp("runs")
+    return functools.cache(lambda name: run_one(run_of(settings, name), folder))
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -117,16 +120,16 @@ def test_all_arms_start_from_the_same_model_and_batch(record_of: RecordOf) -> No
     assert len(last) > len(ARMS) // 2  # the control: afterwards they go their own ways
 
 
-def test_keep_moves_the_start(settings: dict[str, Any]) -> None:
+def test_keep_moves_the_start(settings: dict[str, Any], tmp_path: Path) -> None:
     """The control of the test above: with the paper's letter the function is another one at once."""
-    start = run_one(run_of(settings, "self+keep"))["start"]
+    start = run_one(run_of(settings, "self+keep"), tmp_path)["start"]
     assert abs(start["loss_after"] - start["loss_before"]) > 1e-2
 
 
-def test_the_same_seed_gives_the_same_run(settings: dict[str, Any], record_of: RecordOf) -> None:
+def test_the_same_seed_gives_the_same_run(settings: dict[str, Any], record_of: RecordOf, tmp_path: Path) -> None:
     for name in ("self", "peft:pissa"):
-        assert run_one(run_of(settings, name))["losses"] == record_of(name)["losses"]
-        assert run_one(run_of(settings, name, seed=1))["losses"] != record_of(name)["losses"]
+        assert run_one(run_of(settings, name), tmp_path)["losses"] == record_of(name)["losses"]
+        assert run_one(run_of(settings, name, seed=1), tmp_path)["losses"] != record_of(name)["losses"]
 
 
 def test_trainable_parameters_are_those_that_change(settings: dict[str, Any], record_of: RecordOf) -> None:
@@ -135,9 +138,8 @@ def test_trainable_parameters_are_those_that_change(settings: dict[str, Any], re
     assert counts["self"] == counts["lora"] == counts["peft:pissa"] == counts["self+subtract"]
     assert counts["dora"] == counts["lora"] + 6 * 24 and counts["full"] > 4 * counts["lora"]
     run = run_of(settings, "self")
-    kind = task_kind("text")
-    task = kind.make(run.experiment.task)
-    adapted = adapt(run, kind, task.targets, task.build_model(0), task.train_batches(0)).model
+    task = make_task(run.experiment.task)
+    adapted = adapt(run, task, task.build_model(0), task.train_batches(0), 4).model
     before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
     for batch in task.train_batches(0):
@@ -161,8 +163,8 @@ def test_sites_tell_ranks_norms_gradients_and_distance(record_of: RecordOf) -> N
     assert record_of("full")["sites"] == record_of("peft:adalora")["sites"] == {}
 
 
-def test_a_site_that_won_no_rank_is_told(settings: dict[str, Any]) -> None:
-    sites = run_one(run_of(settings, "cross+vas", init={"rank_budget": 3, "num_batches": 3}))["sites"]
+def test_a_site_that_won_no_rank_is_told(settings: dict[str, Any], tmp_path: Path) -> None:
+    sites = run_one(run_of(settings, "cross+vas", init={"rank_budget": 3, "num_batches": 3}), tmp_path)["sites"]
     assert len(sites) == 6 and sum(site["rank"] for site in sites.values()) == 3
     empty = [site for site in sites.values() if site["rank"] == 0]
     assert empty and all(s["file_rank"] == 0 and s["start_norm"] is None and s["cosine"] is None for s in empty)
@@ -171,9 +173,8 @@ def test_a_site_that_won_no_rank_is_told(settings: dict[str, Any]) -> None:
 
 def test_adalora_allocates_and_its_losses_have_no_penalty(settings: dict[str, Any], record_of: RecordOf) -> None:
     run = run_of(settings, "peft:adalora")
-    kind = task_kind("text")
-    task = kind.make(run.experiment.task)
-    adapted = adapt(run, kind, task.targets, task.build_model(0), task.train_batches(0))
+    task = make_task(run.experiment.task)
+    adapted = adapt(run, task, task.build_model(0), task.train_batches(0), 4)
     batch = next(iter(task.train_batches(0)))
     with torch.no_grad():
         penalty = float(adapted.model(**batch).loss - adapted.scored(**batch).loss)
@@ -198,40 +199,47 @@ def test_peft_gets_rows_without_padding() -> None:
         "input_ids": torch.tensor([[5, 6, 0], [0, 7, 0]]),
         "attention_mask": torch.tensor([[1, 1, 0], [0, 1, 0]]),
         "labels": torch.tensor([0, 1]),
+        "pixels": torch.arange(4.0).reshape(2, 2),
+        "mode": "text",
     }
-    rows = [{key: value.tolist() for key, value in row.items()} for row in peers._sequences(batch)]
-    assert rows == [
-        {"input_ids": [[5, 6]], "attention_mask": [[1, 1]]},
-        {"input_ids": [[7]], "attention_mask": [[1]]},
-    ]
+    rows = [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()} for row in peers._sequences(batch)]
+    first = {"input_ids": [[5, 6]], "attention_mask": [[1, 1]], "labels": [0], "pixels": [[0.0, 1.0]], "mode": "text"}
+    second = {"input_ids": [[7]], "attention_mask": [[1]], "labels": [1], "pixels": [[2.0, 3.0]], "mode": "text"}
+    assert rows == [first, second]
+    with pytest.raises(ValueError, match="one sample at a time"):
+        list(peers._sequences({"latents": torch.ones(2, 4), "timesteps": torch.ones(3)}))
 
 
-def test_eva_always_ends(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_that_count_for_eva() -> None:
+    x, mask = torch.arange(12.0).reshape(2, 3, 2), torch.tensor([[1, 1, 0], [0, 1, 0]]).bool()
+    assert peers._counted((x,), mask, "site").tolist() == [[0, 1], [2, 3], [8, 9]]
+    assert peers._counted(x, None, "site").shape == (6, 2) == peers._counted(x, torch.ones(2, 5).bool(), "vision").shape
+
+
+def test_eva_always_ends(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs 48 tokens a batch"):
-        run_one(run_of(settings, "peft:eva", lora={"rank": 24}))
+        run_one(run_of(settings, "peft:eva", lora={"rank": 24}), tmp_path)
     monkeypatch.setattr(peers, "EVA_PASSES", 0)
     with pytest.raises(RuntimeError, match="not converged"):
-        run_one(run_of(settings, "peft:eva"))
+        run_one(run_of(settings, "peft:eva"), tmp_path)
 
 
-def test_a_run_that_diverges_says_so(settings: dict[str, Any]) -> None:
+def test_a_run_that_diverges_says_so(settings: dict[str, Any], tmp_path: Path) -> None:
     run = run_of(settings, "full", train={"steps": 12, "max_grad_norm": 1e6})
-    record = run_one(Run(run.experiment, "full", 1e30, 0))
+    record = run_one(Run(run.experiment, "full", 1e30, 0), tmp_path)
     assert record["status"] == "diverged" and record["mean_loss"] is None and "not finite" in record["error"]
     assert len(record["losses"]) == len(record["seconds"]) < 12
 
 
-def test_held_out_rows_are_sorted_but_the_same() -> None:
-    table = Table(["aaa", "b", "cc"], [0, 1, 0], ["x", "y"])
-    assert by_length(table) == Table(["b", "cc", "aaa"], [1, 0, 0], ["x", "y"])
-
-
-def test_tasks_that_lack_something_say_what() -> None:
+def test_a_task_that_is_not_known_or_lacks_a_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="did you mean 'tweets'"):
         task_kind("tweet")
-    for given, missing in (({}, "task.model"), ({"model": "m"}, "task.data")):
-        with pytest.raises(ValueError, match=missing):
-            from_dict({"task": {"name": "text", **given}})
+    monkeypatch.setitem(TASKS, "trial", ("trial", "vision"))
+    with pytest.raises(ModuleNotFoundError):  # a row without a module is our error, not the user's
+        task_kind("trial")
+    monkeypatch.setattr(tasks_module, "import_module", lambda name: importlib.import_module("no_such_library"))
+    with pytest.raises(ValueError, match=r"needs no_such_library: pip install 'cntlora\[vision\]'"):
+        task_kind("trial")
 
 
 def test_other_data_makes_other_runs(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -246,11 +254,6 @@ def test_other_data_makes_other_runs(settings: dict[str, Any], tmp_path: Path) -
     path.unlink()
     with pytest.raises(FileNotFoundError, match="there is no file"):
         run.config()
-
-
-def test_every_task_has_its_main_metric() -> None:
-    assert all(kind.main_metric in kind.metrics for kind in TASKS.values())
-    assert Experiment().task.name in TASKS
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from cntlora.experiments import processes
 from cntlora.experiments.records import Run, failed, frame, machine, path_of, remove_leftovers, write_record
 from cntlora.experiments.settings import Experiment, from_dict, replaced
 from cntlora.experiments.sweep import locked, plan_sweep, run_sweep
@@ -24,7 +25,7 @@ from cntlora.experiments.sweep import locked, plan_sweep, run_sweep
 RATES = [1e-3, 1e-2]
 
 
-def fake_run(run: Run) -> dict[str, Any]:
+def fake_run(run: Run, out: Path) -> dict[str, Any]:
     """A run in no time. `title` is the file that counts the calls; some seeds end badly."""
     with Path(run.experiment.title).open("a") as log:
         log.write(f"{run.name} {os.getpid()}\n")
@@ -40,10 +41,10 @@ def fake_run(run: Run) -> dict[str, Any]:
     return {**frame(run, machine()), "status": "finished", "mean_loss": 1.0, "losses": losses}
 
 
-def slow_run(run: Run) -> dict[str, Any]:
+def slow_run(run: Run, out: Path) -> dict[str, Any]:
     """As `fake_run`, long enough to be interrupted, with a record that takes long to write."""
     time.sleep(0.1)
-    return {**fake_run(run), "losses": [0.123456789] * 100_000}
+    return {**fake_run(run, out), "losses": [0.123456789] * 100_000}
 
 
 def experiment_of(folder: Path, **sweep: Any) -> Experiment:
@@ -156,6 +157,34 @@ def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
             run_sweep(experiment, tmp_path / "out", run=fake_run)
     assert calls(tmp_path).total() == 0
     assert run_sweep(experiment, tmp_path / "out", run=fake_run).total == 4  # the lock is free again
+
+
+def test_the_users_data_is_checked_before_any_run(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,stars\ngood,5\n")
+    task = {"name": "tweets", "data": str(tmp_path / "texts.csv")}
+    experiment = from_dict({**experiment_of(tmp_path).to_dict(), "task": task})
+    with pytest.raises(ValueError, match="label"):
+        run_sweep(experiment, tmp_path / "out", run=fake_run)
+    assert calls(tmp_path).total() == 0 and not list((tmp_path / "out").glob("*.json"))
+
+
+def kept_run(run: Run, out: Path) -> dict[str, Any]:
+    return {**fake_run(run, out), "error": f"{run.save_adapter} {out.name}"}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_run_knows_its_folder_and_whether_to_keep_the_adapter(tmp_path: Path, kept: bool) -> None:
+    experiment = experiment_of(tmp_path, methods=["self"], learning_rates=[1e-3])
+    sweep = run_sweep(experiment, tmp_path / "out", run=kept_run, save_adapters=kept)
+    assert sweep.records[0]["error"] == f"{kept} out"
+    assert not plan_sweep(experiment, tmp_path / "out").pending  # it is no setting of the record
+
+
+def test_a_limit_on_threads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    for limit, cores in (("2", 2), ("64", 6), ("", 6), ("0", 6), ("4,2", 6)):
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+        assert processes._cores() == cores
 
 
 def test_jobs_under_one_are_refused(tmp_path: Path) -> None:

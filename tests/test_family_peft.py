@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cntlora import InitConfig, compute_plan
 from cntlora.plan import InitPlan
-from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask
+from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
 from cntlora.sites import Site, find_sites
 
 pytestmark = pytest.mark.packages
@@ -29,7 +29,7 @@ Batch = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def task() -> SentimentTask:
-    return SentimentTask(eval_size=64)
+    return SentimentTask(TweetsSettings(eval_size=64))
 
 
 @pytest.fixture(scope="module")

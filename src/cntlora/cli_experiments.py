@@ -24,12 +24,22 @@ Jobs = Annotated[int, typer.Option(help="Processes side by side; each gets its s
 Smoke = Annotated[
     bool,
     typer.Option(
-        "--smoke", help="Only try the file out: 2 steps, one learning rate, one seed, into a temporary folder."
+        "--smoke",
+        help="Only try the file out, offline: 2 steps, one rate, one seed, a tiny random model, made-up data.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs and what is there already; run nothing.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Run again what has a record of other settings.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE over the file, such as lora.rank=4 or train.epochs=3; may be repeated."),
+]
+Data = Annotated[str | None, typer.Option(help="Your data, for task.data: a file, a folder or a name on the hub.")]
+Model = Annotated[str | None, typer.Option(help="The model, for task.model: a folder or a name on the hub.")]
+SaveAdapters = Annotated[
+    bool, typer.Option("--save-adapters", help="Keep the trained adapter of every run done now beside its record.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
 
 
@@ -44,6 +54,8 @@ class Options:
     retry_failed: bool
     replace: bool
     as_json: bool
+    save_adapters: bool = False
+    changes: tuple[str, ...] = ()
 
 
 def register(app: typer.Typer) -> None:
@@ -62,9 +74,15 @@ def run(
     retry_failed: RetryFailed = False,
     replace: Replace = False,
     as_json: AsJson = False,
+    changes: Set = None,
+    data: Data = None,
+    model: Model = None,
+    save_adapters: SaveAdapters = False,
 ) -> None:
     """Run all methods, learning rates and seeds of an experiment file; goes on where it stopped."""
-    _command(experiment, {}, Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json), table=False)
+    given = _changes(changes, data, model)
+    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given)
+    _command(experiment, {}, options, table=False)
 
 
 def compare(
@@ -83,10 +101,16 @@ def compare(
     retry_failed: RetryFailed = False,
     replace: Replace = False,
     as_json: AsJson = False,
+    changes: Set = None,
+    data: Data = None,
+    model: Model = None,
+    save_adapters: SaveAdapters = False,
 ) -> None:
     """Run an experiment, with other methods, learning rates or seeds if given, and print each method at its best."""
     grid = {"methods": (methods, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
-    _command(experiment, grid, Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json), table=True)
+    given = _changes(changes, data, model)
+    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given)
+    _command(experiment, grid, options, table=True)
 
 
 def report(
@@ -96,13 +120,20 @@ def report(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
     criterion: Annotated[
-        str, typer.Option(help="What the best learning rate is chosen by: mean_loss or a held-out metric.")
+        str,
+        typer.Option(
+            help="What the best learning rate has the best of: mean_loss, main (the main metric) or a held-out metric."
+        ),
     ] = "mean_loss",
     loss: Annotated[
         float | None, typer.Option(help="Training loss to count steps to.  [default: where plain LoRA ends]")
     ] = None,
     into: Annotated[
         Path | None, typer.Option(help="Also put the tables between the marks of each study in this Markdown file.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="A setting that differs between experiments, such as lora.rank: tables over its values."),
     ] = None,
 ) -> None:
     """Write tables, plots and one self-contained page from the records of runs."""
@@ -111,25 +142,21 @@ def report(
 
         if out is None and into is None:
             raise ValueError("nothing to write: give --out for a page, or --into for the tables in a document")
-        for path in write_report(results, out, title, criterion, loss=loss) if out else ():
+        for path in write_report(results, out, title, criterion, loss=loss, by=by) if out else ():
             typer.echo(path)
         if into is not None:
-            write_into(into, results, criterion, loss=loss)
+            write_into(into, results, criterion, loss=loss, by=by)
             typer.echo(into)
 
 
 def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options, *, table: bool) -> None:
     """Reads the file, runs the sweep, says what came out; exit code 1 if a run failed."""
     with one_line_errors():
-        from .experiments.settings import load_experiment, replaced, smoke
-        from .experiments.tasks import task_kind
+        from .experiments.settings import load_experiment, replaced
 
         given = {name: _listed(name, text, kind) for name, (text, kind) in grid.items()}
-        experiment = replaced(load_experiment(path), **given)
-        task_kind(experiment.task.name)
-        if options.smoke:
-            experiment = smoke(experiment)
-        with _folder(experiment, options) as out:
+        experiment = replaced(load_experiment(path, options.changes), **given)
+        with _tried(experiment, options) as experiment, _folder(experiment, options) as out:
             if options.dry_run:
                 _list(experiment, out, options)
                 return
@@ -137,6 +164,24 @@ def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: O
             _tell(sweep, out, options, table=table)
         if sweep.count("failed"):
             raise typer.Exit(1)
+
+
+def _changes(changes: list[str] | None, data: str | None, model: str | None) -> tuple[str, ...]:
+    """All that is put over the file, as KEY=VALUE."""
+    named = {"task.data": data, "task.model": model}
+    return (*(changes or ()), *(f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None))
+
+
+@contextmanager
+def _tried(experiment: Experiment, options: Options) -> Iterator[Experiment]:
+    """The experiment, or with --smoke its tiny form, whose model and data lie in a temporary folder."""
+    from .experiments.settings import smoke
+
+    if not options.smoke:
+        yield experiment
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield smoke(experiment, Path(folder))
 
 
 def _listed(name: str, text: str | None, kind: type) -> list[Any] | None:
@@ -200,6 +245,7 @@ def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
             jobs=options.jobs,
             retry_failed=options.retry_failed,
             replace=options.replace,
+            save_adapters=options.save_adapters,
             listener=heard,
         )
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from .config import InitConfig
 from .initialize import initialize
 from .plan import write_atomically
 from .recipes.samples import minilm_folder
+from .recipes.scoring import classifier_metrics
 from .recipes.sentiment import TARGET_MODULES, SentimentTask
-from .recipes.training import Curve, evaluate_classifier, train
+from .recipes.training import Curve, train
 from .saving import save_adapter
 
 LEARNING_RATES = {"plain LoRA": 3e-3, "cntlora": 3e-3}
@@ -78,7 +78,7 @@ def run_demo(out: Path, *, steps: int = 100, seed: int = 0, say: Say = print) ->
             "train_seconds": curve.seconds,
             "mean_loss": curve.mean_loss,
             "losses": curve.losses,
-            "evaluations": [asdict(e) for e in curve.evaluations],
+            "evaluations": [{"step": e.step, **e.metrics} for e in curve.evaluations],
         }
     out.mkdir(parents=True, exist_ok=True)
     draw_curves(record, out / "curves.png")
@@ -112,12 +112,13 @@ def _run(
             steps=steps,
             learning_rate=LEARNING_RATES[name],
             warmup=min(10, steps),
-            evaluate=lambda m: evaluate_classifier(m, held_out),
+            evaluate=lambda m: classifier_metrics(m, held_out),
             eval_at=at,
             progress=lambda step, loss: bar.update(line, completed=step),
         )
     for e in curve.evaluations:
-        say(f"  step {e.step:4d}   eval loss {e.loss:.3f}   accuracy {e.accuracy:.3f}   macro F1 {e.macro_f1:.3f}")
+        loss, accuracy, macro_f1 = (e.metrics[name] for name in ("loss", "accuracy", "macro_f1"))
+        say(f"  step {e.step:4d}   eval loss {loss:.3f}   accuracy {accuracy:.3f}   macro F1 {macro_f1:.3f}")
     say(f"  mean training loss {curve.mean_loss:.4f} over {len(curve.losses)} steps, {curve.seconds:.0f} s\n")
     return model, init_seconds, curve
 

@@ -1,11 +1,12 @@
 """PEFT's own initialisations (the arms peft:…), called as its documentation says; pinned to the behaviour of PEFT 0.21.
 
 Each function takes the pretrained model and returns it with initialised LoRA layers. What PEFT's code cannot do with
-ordinary batches of a classifier is worked around here and nowhere else; every work-around says why.
+ordinary batches (classifiers, images, latents) is worked around here and nowhere else; every work-around says why.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,12 +33,14 @@ def peft_model(name: str, model: nn.Module, options: Mapping[str, Any], batches:
         name: a key of `PEERS`, or a value of `LoraConfig.init_lora_weights` that needs no data: pissa, olora, …
         model: the pretrained one; several of PEFT's initialisations change its weights.
         options: of `LoraConfig`, without init_lora_weights.
-        batches: mappings with input_ids, attention_mask and labels, as many as the initialisation may see.
+        batches: mappings whose tensors share the first dimension, as many as the initialisation may see; where there
+            is an attention_mask (batch, tokens), padding does not count.
         steps: updates of the training that follows (AdaLoRA plans with it).
 
     Raises:
         RuntimeError: if EVA does not converge.
-        ValueError: if a batch holds too few tokens for EVA, or PEFT refuses the options.
+        ValueError: if a batch holds too few tokens for EVA, a batch cannot be split into samples for CorDA, or PEFT
+            refuses the options.
     """
     if name in PEERS:
         return PEERS[name](model, options, batches, steps)
@@ -50,8 +53,11 @@ def _wrap(model: nn.Module, config: Any, **options: bool) -> nn.Module:
 
 def _eva(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: int) -> nn.Module:
     config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(), **options)
-    needed, fewest = round(config.r * config.eva_config.rho), min(int(b["attention_mask"].sum()) for b in batches)
-    if fewest < needed:  # EVA skips such a batch; if all are like that, it goes round and round without an end
+    masks = [mask for batch in batches if (mask := _mask(batch)) is not None]
+    needed, fewest = round(config.r * config.eva_config.rho), min((int(mask.sum()) for mask in masks), default=None)
+    if (
+        fewest is not None and fewest < needed
+    ):  # EVA skips such a batch; if all are like that, it goes round and round without an end
         raise ValueError(f"peft:eva needs {needed} tokens a batch (r·rho), one has {fewest}; use larger batches")
     adapted = _wrap(model, config, low_cpu_mem_usage=True)  # as its documentation has it: A is written later
     passes = 0
@@ -63,10 +69,26 @@ def _eva(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: 
             raise RuntimeError(f"peft:eva has not converged after {passes - 1} forward passes")
         return model(**batch)
 
-    # with use_label_mask, its default, labels of shape (batch,) are compared with the mask (batch, tokens) and crash
-    unlabelled = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
-    eva_weights(adapted, unlabelled, forward_fn=bounded, show_progress_bar=False)  # type: ignore[arg-type]
+    # its own functions want input_ids and labels of shape (batch, tokens), and one mask for all layers
+    eva_weights(
+        adapted, list(batches), forward_fn=bounded, prepare_model_inputs_fn=lambda batch, _: _mask(batch),
+        prepare_layer_inputs_fn=_counted, show_progress_bar=False,
+    )  # type: ignore[arg-type]  # fmt: skip
     return adapted
+
+
+def _mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """The (batch, tokens) mask of what is no padding."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _counted(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
+    """(vectors, features) of a layer's input that count: all, or those under a mask of its shape."""
+    x: Tensor = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask]
+    return x.reshape(-1, x.shape[-1])  # of images or of a vision tower, where no token is padding
 
 
 def _corda(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: int) -> nn.Module:
@@ -84,11 +106,22 @@ def _corda(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps
     return _wrap(model, config)
 
 
-def _sequences(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Each row by itself, without padding and labels."""
-    masks = batch["attention_mask"].bool()
-    for i, mask in enumerate(masks):
-        yield {key: value[i][mask][None] for key, value in batch.items() if value.shape == masks.shape}
+def _sequences(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each sample by itself, its sequences without padding."""
+    mask, tensors = _mask(batch), {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    rows = {len(value) for value in tensors.values() if value.dim()}
+    if len(rows) != 1 or any(value.dim() == 0 for value in tensors.values()):
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        raise ValueError(
+            f"peft:corda wants one sample at a time, and these do not share a first dimension: {shapes}; use batches "
+            "whose tensors do, or leave peft:corda out"
+        )
+    for i in range(rows.pop()):
+        sample = {key: value[i : i + 1] if key in tensors else value for key, value in batch.items()}
+        if mask is not None:
+            cut = {key: sample[key][:, mask[i]] for key, value in tensors.items() if value.shape == mask.shape}
+            sample |= cut
+        yield sample
 
 
 def _lora_ga(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: int) -> nn.Module:
@@ -107,7 +140,8 @@ def _lora_ga(model: nn.Module, options: Mapping[str, Any], batches: Batches, ste
 
 def _adalora(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: int) -> nn.Module:
     rank = int(options["r"])
-    kept = {key: options[key] for key in ("lora_alpha", "lora_dropout", "target_modules", "task_type")}
+    names = ("lora_alpha", "lora_dropout", "target_modules", "task_type", "bias", "modules_to_save")
+    kept = {key: options[key] for key in names}
     # half as many directions more at the start as at the end: PEFT's defaults are 12 and 8
     return _wrap(model, AdaLoraConfig(target_r=rank, init_r=rank + (rank + 1) // 2, total_step=steps, **kept))
 
@@ -135,6 +169,7 @@ class AdaLoraTraining:
         forward = self.inner.forward
         step = 0
 
+        @functools.wraps(forward)  # generation looks at the signature
         def recorded(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             if self.inner.training:

@@ -18,7 +18,8 @@ import torch
 
 from .records import Run, failed, machine, path_of, read_record, remove_leftovers, write_record
 
-RunFunction = Callable[[Run], dict[str, Any]]
+RunFunction = Callable[[Run, Path], dict[str, Any]]
+"""Makes the record of a run; the folder is that of the records."""
 
 
 @dataclass
@@ -88,12 +89,14 @@ def _context(function: RunFunction | None) -> Any:
     return context
 
 
-_PRELOADED = ("cntlora.experiments.run", "cntlora.recipes.loading", "cntlora.recipes.sentiment")
+_PRELOADED = ("cntlora.experiments.run", "cntlora.recipes.trainer", "cntlora.recipes.loading")
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: no more than OMP_NUM_THREADS, where it is set, as everywhere else in torch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(limit)) if limit.isdecimal() and int(limit) else cores
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -130,7 +133,7 @@ def _child(run: Run, path: Path, threads: int, function: RunFunction | None) -> 
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, which a user of the command cannot mend
     torch.set_num_threads(threads)
     try:
-        record = (function or _run_one())(run)
+        record = (function or _run_one())(run, path.parent)
     except Exception as error:
         record = failed(run, machine(), f"{type(error).__name__}: {error}", traceback.format_exc())
     write_record(path, record)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,20 +19,28 @@ from ..plan import write_atomically
 from ..version import RECORD_SCHEMA as SCHEMA
 from ..version import VERSION
 from .arms import Arm, parse_arm
-from .settings import Experiment, LoraSettings, TaskSettings, TrainSettings
-from .tasks import task_kind
+from .digests import data_digests
+from .sections import LoraSettings, TrainSettings
+from .settings import Experiment
+from .tasks import make_task
 
 _TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}")  # as `write_atomically` names what is not whole yet
 
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of a sweep: plain values, so that it can be sent to another process."""
+    """One cell of a sweep: plain values, so that it can be sent to another process.
+
+    Attributes:
+        experiment, method, learning_rate, seed: what is run.
+        save_adapter: whether the trained adapter is kept beside the record; no part of the configuration.
+    """
 
     experiment: Experiment
     method: str
     learning_rate: float
     seed: int
+    save_adapter: bool = False
 
     @property
     def arm(self) -> Arm:
@@ -54,7 +61,7 @@ class Run:
         init = self.init_config()
         e = self.experiment
         config = {
-            "task": {**asdict(e.task), "data_sha256": None if e.task.data is None else _digest(e.task.data)},
+            "task": {**asdict(e.task), **data_digests(e.task)},
             "lora": None if self.arm.full else {**asdict(e.lora), **self.arm.lora, "init": self.arm.peft},
             "init": None if init is None else init.to_dict(),
             "num_batches": e.num_batches if self.arm.peft else None,  # of cntlora's arms it is in "init"
@@ -62,23 +69,6 @@ class Run:
         }
         plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
         return plain
-
-
-def _digest(data: str) -> str:
-    """Of the user's data: records of other data are not of this experiment.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-    """
-    path = Path(data)
-    if not path.is_file():
-        raise FileNotFoundError(f"task.data: there is no file {data}, seen from the working directory")
-    return _digest_of(path.resolve(), path.stat().st_mtime_ns)
-
-
-@cache
-def _digest_of(path: Path, modified: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def runs_of(experiment: Experiment) -> list[Run]:
@@ -121,7 +111,7 @@ def check_record(path: Path, record: Mapping[str, Any], run: Run) -> None:
         ValueError: names the file and the first setting that differs.
     """
     config = run.config()
-    defaults = _defaults(config)
+    defaults = _defaults(config, run)
     for key, old, new in _differences("", record.get("config") or {}, config):
         # an option that came into the code after the record was written had no effect on it, if it is at its default
         if old is _MISSING and key in defaults and defaults[key] == new:
@@ -136,11 +126,12 @@ def check_record(path: Path, record: Mapping[str, Any], run: Run) -> None:
 _MISSING = object()
 
 
-def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+def _defaults(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Dotted key → default of every option."""
     init = InitConfig(method=config["init"]["method"]).to_dict() if config["init"] else {}
-    task = {**asdict(TaskSettings()), "data_sha256": None}
-    sections = {"task": task, "lora": asdict(LoraSettings()), "train": asdict(TrainSettings())}
+    task = {f.name: f.default for f in fields(run.experiment.task) if f.default is not MISSING}
+    digests = dict.fromkeys(data_digests(run.experiment.task))
+    sections = {"task": {**task, **digests}, "lora": asdict(LoraSettings()), "train": asdict(TrainSettings())}
     plain = json.loads(json.dumps({**sections, "init": init}))
     return {f"{section}.{key}": value for section, values in plain.items() for key, value in values.items()}
 
@@ -184,7 +175,7 @@ def remove_leftovers(folder: Path) -> int:
 
 def frame(run: Run, machine: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a record that is known before the run, with nothing measured: as a failed run has it."""
-    kind = task_kind(run.experiment.task.name)
+    task = make_task(run.experiment.task)
     return {
         "schema": SCHEMA,
         "experiment": run.experiment.name,
@@ -196,12 +187,13 @@ def frame(run: Run, machine: Mapping[str, Any]) -> dict[str, Any]:
         "status": "failed",
         "error": None,
         "config": run.config(),
-        "metrics": dict(kind.metrics),
-        "main_metric": kind.main_metric,
+        "metrics": dict(task.metrics),
+        "main_metric": task.main_metric,
         **dict.fromkeys(("init_seconds", "train_seconds", "peak_memory_mib", "trainable_parameters", "mean_loss")),
         "losses": [],
         "seconds": [],
         "evaluations": [],
+        "samples": [],
         "start": None,
         "sites": {},
         "versions": versions(),

@@ -1,191 +1,215 @@
-"""One run: a model, an arm, its initialisation, training and scores, as one record."""
+"""One run: a model, an arm, its initialisation, training, scores and samples, as one record."""
 
 from __future__ import annotations
 
-import itertools
+import json
 import math
 import resource
+import shutil
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from ..adapters import apply_plan
 from ..batches import to_device
-from ..compute import compute_plan
-from ..plan import InitPlan
-from ..recipes.training import Curve, modes, train
-from .peers import AdaLoraTraining, peft_model
+from ..plan import write_atomically
+from ..recipes.scoring import modes
+from ..recipes.task import Task
+from ..recipes.training import Curve, train
+from .adapting import Adapted, adapt
 from .records import Run, frame, machine
+from .sections import TrainSettings
 from .sites import SiteWatch, trainable_parameters
-from .tasks import TaskKind, task_kind
+from .tasks import make_task
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """A model ready to train.
-
-    Attributes:
-        model: what trains.
-        scored: what is evaluated: the model, or what lies below a penalty in its loss.
-        plan: of cntlora, if it took part.
-        seconds: from the pretrained model to here.
-        adalora: what AdaLoRA needs in training, if it is the arm.
-    """
-
-    model: nn.Module
-    scored: nn.Module
-    plan: InitPlan | None
-    seconds: float
-    adalora: AdaLoraTraining | None = None
-
-
-def run_one(run: Run) -> dict[str, Any]:
+def run_one(run: Run, out: Path) -> dict[str, Any]:
     """Trains one arm and gives its record.
 
     Every arm of a seed has the same head, the same draw of A, the same batches in the same order and the same dropout.
 
+    Args:
+        run: what to train.
+        out: folder of the records: samples, checkpoint and adapter of the run lie in its subfolder `run.name`.
+
     Raises:
         ValueError, RuntimeError: if the arm cannot be initialised or trained.
     """
-    kind = task_kind(run.experiment.task.name)
-    task = kind.make(run.experiment.task)
+    task = make_task(run.experiment.task)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, batches = task.build_model(run.seed).to(device), task.train_batches(run.seed)
-    first = to_device(next(iter(batches)), device)
+    model = task.build_model(run.seed).to(device)
+    first = to_device(next(iter(task.train_batches(run.seed))), device)
+    batches = task.train_batches(run.seed)  # anew: what depends on the pass over the data begins with the first
+    moments = resolve(run.experiment.train, batches)
     before = _loss(model, first)
-    adapted = adapt(run, kind, task.targets, model, batches)
+    adapted = adapt(run, task, model, task.init_batches(run.seed), moments["steps"])
     start = {"loss_before": before, "loss_after": _loss(adapted.scored, first)}
     watch = SiteWatch.at_start(adapted.model, adapted.plan, first, run.arm)
     trained = trainable_parameters(adapted.model, adapted.plan)
-    recorder = Recorder(adapted, kind, list(task.eval_batches()))
-    curve = _train(run, recorder, batches)
-    return {
+    place = RunFolder(out, run)
+    place.prepare()
+    curve = _train(run, task, adapted, batches, moments, place)
+    record = {
         **frame(run, machine()),
         "init_seconds": adapted.seconds,
         "peak_memory_mib": peak_memory_mib(),
         "trainable_parameters": trained,
         "start": start,
         "sites": watch.at_end(adapted.model),
-        **recorder.outcome(curve),
+        **outcome(curve, adapted, run.experiment.train.gradient_accumulation),
     }
+    if run.save_adapter and not run.arm.full and not curve.diverged:
+        _save(task, adapted, place.path / "adapter")
+    place.finish()
+    return record
 
 
-def adapt(
-    run: Run, kind: TaskKind, targets: Sequence[str], model: nn.Module, batches: Iterable[Mapping[str, Any]]
-) -> Adapted:
-    """The arm's adapter on the pretrained model, initialised and timed."""
-    arm, e = run.arm, run.experiment
-    if arm.full:
-        return Adapted(model, model, None, 0.0)
-    options, config = _lora_options(run, kind, targets), run.init_config()
-    device = next(model.parameters()).device
-    some = [to_device(batch, device) for batch in itertools.islice(batches, e.num_batches)]
-    torch.manual_seed(run.seed)  # A, and what PEFT's initialisations draw
-    start, plan = time.perf_counter(), None
-    if arm.peft:
-        adapted = peft_model(arm.peft, model, options, some, e.train.steps)
+@dataclass(frozen=True)
+class RunFolder:
+    """The subfolder of a run: `step-NNNN/` with samples, `adapter/`, and `checkpoint/` until it has finished."""
+
+    out: Path
+    run: Run
+
+    @property
+    def path(self) -> Path:
+        """The subfolder."""
+        return self.out / self.run.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the Trainer's checkpoints lie."""
+        return self.path / "checkpoint"
+
+    def prepare(self) -> None:
+        """Keeps the checkpoint of an interrupted run of the same settings, and removes all else that is there."""
+        config, marker = json.dumps(self.run.config(), sort_keys=True), self.checkpoints / "config.json"
+        try:
+            same = marker.read_text() == config
+        except OSError:
+            same = False
+        if not same:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self.run.experiment.train.save_every:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(marker, config.encode())
+
+    def sample(self, task: Task, model: nn.Module, step: int) -> list[dict[str, Any]]:
+        """The task's samples; their files are named relative to the records' folder."""
+        folder = self.path / f"step-{step:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with modes(model, training=False), torch.no_grad(), _same_random_state():
+            made = task.sample(model, step, folder)
+        _remove_if_empty(folder)
+        inside = folder.relative_to(self.out).as_posix()
+        return [{**one, "file": one["file"] and f"{inside}/{one['file']}"} for one in made]
+
+    def finish(self) -> None:
+        """Removes the checkpoint."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        _remove_if_empty(self.path)
+
+
+def resolve(settings: TrainSettings, batches: Iterable[Any]) -> dict[str, Any]:
+    """Steps, warm-up and the moments of evaluations and samples in updates, which epochs are turned into."""
+
+    def updates(epochs: float) -> int:
+        return round(epochs * len(batches) / settings.gradient_accumulation)  # type: ignore[arg-type]
+
+    if settings.epochs is None:
+        steps = int(settings.steps or 0)
+        moments = {"eval_at": settings.eval_at, "sample_at": settings.sample_at}
     else:
-        adapted = get_peft_model(model, LoraConfig(**options))  # type: ignore[assignment,arg-type]
-    if config is not None:
-        plan = compute_plan(adapted, some, config, progress=False)
-        apply_plan(adapted, plan)
-    seconds = time.perf_counter() - start
-    if arm.peft == "adalora":
-        adalora = AdaLoraTraining(adapted)
-        return Adapted(adapted, adalora.inner, plan, seconds, adalora)
-    return Adapted(adapted, adapted, plan, seconds)
+        steps = max(1, updates(settings.epochs))
+        moments = {
+            name: tuple(min(steps, updates(e)) for e in getattr(settings, name)) for name in ("eval_at", "sample_at")
+        }
+    warmup = int(settings.warmup or 0) if settings.warmup_epochs is None else updates(settings.warmup_epochs)
+    return {"steps": steps, "warmup": min(warmup, steps), **moments}
 
 
-def _lora_options(run: Run, kind: TaskKind, targets: Sequence[str]) -> dict[str, Any]:
-    """What `peft.LoraConfig` gets."""
-    lora = run.experiment.lora
-    return {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": list(lora.targets or targets) or None,
-        "task_type": kind.peft_type,
-        **run.arm.lora,
-    }
-
-
-def _train(run: Run, recorder: Recorder, batches: Iterable[Mapping[str, Any]]) -> Curve:
+def _train(
+    run: Run, task: Task, adapted: Adapted, batches: Iterable[Any], moments: Mapping[str, Any], place: RunFolder
+) -> Curve:
     """The training, the same for every arm."""
     settings = run.experiment.train
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        with _same_random_state():
+            return task.evaluate(adapted.scored, task.eval_batches())
+
     torch.manual_seed(run.seed)  # dropout
-    with recorder.around():
+    with adapted.adalora.running() if adapted.adalora else nullcontext():
         return train(
-            recorder.adapted.model,
+            adapted.model,
             batches,
-            steps=settings.steps,
+            evaluate=evaluate,
+            eval_at=moments["eval_at"],
+            sample=lambda model, step: place.sample(task, adapted.scored, step),
+            sample_at=moments["sample_at"],
+            folder=place.checkpoints,
+            steps=moments["steps"],
+            warmup=moments["warmup"],
             learning_rate=run.learning_rate,
+            schedule=settings.schedule,
             weight_decay=settings.weight_decay,
-            warmup=settings.warmup,
             max_grad_norm=settings.max_grad_norm,
-            evaluate=recorder.evaluate,
-            eval_at=settings.eval_at,
-            progress=recorder.progress,
+            precision=settings.precision,
+            gradient_accumulation=settings.gradient_accumulation,
+            layer_decay=(settings.layer_decay or None) if run.arm.full else None,
+            # AdaLoRA keeps its importance scores outside of the weights, so it begins anew
+            save_every=0 if adapted.adalora else settings.save_every,
         )
 
 
-@dataclass
-class Recorder:
-    """Collects times, losses and scores while a model trains."""
+def outcome(curve: Curve, adapted: Adapted, accumulation: int) -> dict[str, Any]:
+    """The measured part of the record."""
+    losses = curve.losses
+    if adapted.adalora:  # its own, without the penalty: one a batch
+        parts = adapted.adalora.losses
+        means = [math.fsum(parts[i : i + accumulation]) / accumulation for i in range(0, len(parts), accumulation)]
+        losses = means[: len(curve.losses)]
+    finished = not curve.diverged
+    return {
+        "status": "finished" if finished else "diverged",
+        "error": None if finished else f"the loss was not finite at step {len(losses) + 1}",
+        "train_seconds": curve.seconds,
+        "mean_loss": math.fsum(losses) / len(losses) if finished else None,
+        "losses": losses,
+        "seconds": curve.times,
+        "evaluations": [{"step": e.step, "seconds": e.seconds, **e.metrics} for e in curve.evaluations],
+        "samples": curve.samples,
+    }
 
-    adapted: Adapted
-    kind: TaskKind
-    held_out: list[Any]
-    seconds: list[float] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    evaluating: float = 0.0  # seconds that do not count as training
-    began: float = 0.0
 
-    def around(self) -> AbstractContextManager[None]:
-        """To be entered around the training."""
-        self.began = time.perf_counter()
-        return self.adapted.adalora.running() if self.adapted.adalora else nullcontext()
-
-    def progress(self, step: int, loss: float) -> None:
-        """After every update."""
-        self.seconds.append(time.perf_counter() - self.began - self.evaluating)
-
-    def evaluate(self, model: nn.Module) -> tuple[float, float, float]:
-        """Scores the model by the task's metrics, whatever they are; the loop's own record of them is not used."""
-        start = time.perf_counter()
-        metrics = self.kind.evaluate(self.adapted.scored, self.held_out)
-        spent = self.seconds[-1] if self.seconds else 0.0
-        self.evaluations.append({"step": len(self.seconds), "seconds": spent, **metrics})
-        self.evaluating += time.perf_counter() - start
-        return metrics["loss"], math.nan, math.nan
-
-    def outcome(self, curve: Curve) -> dict[str, Any]:
-        """The measured part of the record."""
-        losses = curve.losses
-        if self.adapted.adalora:
-            losses = self.adapted.adalora.losses[: len(curve.losses)]
-        finished = not curve.diverged
-        return {
-            "status": "finished" if finished else "diverged",
-            "error": None if finished else f"the loss was not finite at step {len(losses) + 1}",
-            "train_seconds": self.seconds[-1] if self.seconds else 0.0,
-            "mean_loss": math.fsum(losses) / len(losses) if finished else None,
-            "losses": losses,
-            "seconds": self.seconds,
-            "evaluations": self.evaluations,
-        }
+def _save(task: Task, adapted: Adapted, folder: Path) -> None:
+    """The trained adapter as the task writes it; AdaLoRA's in PEFT's own format, which alone can hold it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapted.adalora:
+        adapted.adalora.model.save_pretrained(folder)
+    else:
+        task.save(adapted.model, folder)
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> float:
     """Loss of one batch without dropout."""
     with modes(model, training=False), torch.no_grad():
         return float(model(**batch).loss)
+
+
+def _same_random_state() -> Any:
+    """Torch's generators are the same after the block: a look at the model changes no training."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def peak_memory_mib() -> float:

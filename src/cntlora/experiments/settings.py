@@ -3,146 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import InitConfig
+from ..config import InitConfig, unknown_name
 from ..core.family import METHOD_OPTIONS, METHODS
 from .arms import Arm, parse_arm
-from .typed import at_least, build, within
+from .sections import LoraSettings, Override, SweepSettings, TrainSettings
+from .tasks import task_kind
+from .typed import build
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found]
 
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """`[task]`: what is learned, from which data.
-
-    Attributes:
-        name: a row of `cntlora.experiments.tasks.TASKS`: "tweets" (MiniLM and labelled tweets) or "text" (yours).
-        model: for "text": hub name or folder of the pretrained model.
-        data: for "text": .csv, .tsv or .jsonl file, relative to the working directory.
-        text, label: for "text": its columns of texts and of classes.
-        batch_size: texts a batch.
-        max_length: tokens a text, special ones included; longer texts are cut.
-        eval_size: held-out texts, stratified by class.
-        split_seed: of the split into training and held-out texts, the same for every run.
-    """
-
-    name: str = "tweets"
-    model: str | None = None
-    data: str | None = None
-    text: str = "text"
-    label: str = "label"
-    batch_size: int = 16
-    max_length: int = 48
-    eval_size: int = 1000
-    split_seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least("task", self, batch_size=1, max_length=1, eval_size=1, split_seed=0)
-        needed = {"model": "hub name or folder", "data": ".csv, .tsv or .jsonl file with texts and labels"}
-        missing = [key for key in needed if getattr(self, key) is None] if self.name == "text" else []
-        if missing:
-            raise ValueError(f"task.{missing[0]}: task 'text' needs it, a {needed[missing[0]]}")
+DEFAULT_TASK = "tweets"
+_SECTIONS = ("task", "lora", "init", "train", "sweep")
+_EITHER = {"steps": "epochs", "epochs": "steps", "warmup": "warmup_epochs", "warmup_epochs": "warmup"}
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """`[lora]`: the adapter of every arm, as in `peft.LoraConfig`.
-
-    Attributes:
-        rank: directions that train at each site.
-        alpha: LoRA's alpha; the scaling is alpha/rank.
-        dropout: of the adapter's input.
-        targets: names of the layers to adapt; empty for the task's own choice.
-    """
-
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        at_least("lora", self, rank=1)
-        within("lora.alpha", self.alpha, 0.0, math.inf, "such as 2·rank", open_low=True)
-        within("lora.dropout", self.dropout, 0.0, 1.0, "0 for none")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """`[train]`: the training of every arm, AdamW with linear warm-up and decay.
-
-    Attributes:
-        steps: updates.
-        eval_at: updates after which the held-out texts are scored; the last one always is one of them.
-        warmup: updates of linear warm-up.
-        weight_decay: AdamW's.
-        max_grad_norm: the norm of all gradients together is clipped to it.
-    """
-
-    steps: int = 100
-    eval_at: tuple[int, ...] = ()
-    warmup: int = 10
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        at_least("train", self, steps=1, warmup=0)
-        within("train.weight_decay", self.weight_decay, 0.0, math.inf, "0 for none")
-        within("train.max_grad_norm", self.max_grad_norm, 0.0, math.inf, "1 is usual", open_low=True)
-        if self.warmup > self.steps:
-            raise ValueError(f"train.warmup: expected at most train.steps={self.steps}, got {self.warmup}")
-        outside = [step for step in self.eval_at if not 0 <= step <= self.steps]
-        if outside:
-            raise ValueError(f"train.eval_at: expected updates from 0 to train.steps={self.steps}, got {outside}")
-
-
-@dataclass(frozen=True)
-class Override:
-    """`[sweep.overrides.METHOD]`: another grid for one method; None keeps the sweep's.
-
-    Attributes:
-        learning_rates, seeds: instead of the sweep's.
-    """
-
-    learning_rates: tuple[float, ...] | None = None
-    seeds: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """`[sweep]`: the runs, every method with every learning rate and every seed.
-
-    Attributes:
-        methods: names of arms, see `cntlora.experiments.arms.parse_arm`.
-        learning_rates: the largest of a run, reached after the warm-up.
-        seeds: of the new head, of the factor A, of the order of the data and of dropout.
-        overrides: by method, another grid for it.
-    """
-
-    methods: tuple[str, ...] = ("lora", "self")
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    overrides: Mapping[str, Override] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        arms = [parse_arm(name) for name in self.methods]
-        for i, arm in enumerate(arms):
-            same = next((other for other in arms[:i] if other.meaning == arm.meaning), None)
-            if same:
-                raise ValueError(f"sweep.methods: {same.name!r} and {arm.name!r} are the same arm; keep one of them")
-        _check_grid("sweep", self)
-        for name, override in self.overrides.items():
-            parse_arm(name)
-            _check_grid(f"sweep.overrides.{name}", override)
+def _default_task() -> Any:
+    return task_kind(DEFAULT_TASK).settings()
 
 
 @dataclass(frozen=True)
@@ -152,17 +37,20 @@ class Experiment:
     Attributes:
         name: of the experiment and its results folder; the file's name where it has none.
         title: one line for reports.
-        task, lora, train, sweep: see there.
+        task: what is learned, from which data: the settings of the recipe that `task.name` names.
+        lora, train, sweep: see there.
         init: options of `cntlora.InitConfig` for all arms of cntlora; what an arm's name says comes on top.
+        smoke: sections as above with values that hold for `--smoke` only.
     """
 
     name: str = "experiment"
     title: str = ""
-    task: TaskSettings = field(default_factory=TaskSettings)
+    task: Any = field(default_factory=_default_task)
     lora: LoraSettings = field(default_factory=LoraSettings)
     init: Mapping[str, Any] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
+    smoke: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
@@ -172,6 +60,10 @@ class Experiment:
                 raise ValueError(f"init.{name}: is said by the names in sweep.methods; leave it out")
         for name in self.sweep.methods:
             self.init_config(parse_arm(name), 0)
+        for section in self.smoke:
+            if section not in _SECTIONS:
+                raise ValueError(unknown_name("section of [smoke]", section, _SECTIONS))
+            _section(self, section, self.smoke[section], "smoke")
 
     def init_config(self, arm: Arm, seed: int) -> InitConfig | None:
         """The configuration of an arm of cntlora in the run of a seed, None for other arms.
@@ -199,8 +91,13 @@ class Experiment:
         return dataclasses.asdict(self)
 
 
-def load_experiment(path: str | Path) -> Experiment:
-    """Reads an experiment file: TOML with the sections task, lora, init, train and sweep.
+def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment:
+    """Reads an experiment file: TOML with the sections task, lora, init, train, sweep and smoke.
+
+    Args:
+        path: of the file.
+        changes: "KEY=VALUE" each, such as "lora.rank=4": put over what the file says. The value is TOML; what is no
+            TOML value is taken as text.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -212,11 +109,32 @@ def load_experiment(path: str | Path) -> Experiment:
         raise FileNotFoundError(f"{path}: there is no such experiment file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
+        for change in changes:
+            _change(values, change)
         return from_dict({"name": path.stem, **values})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    """Puts one KEY=VALUE over the values of a file; what excludes it there goes."""
+    key, found, text = change.partition("=")
+    *sections, last = key.strip().split(".")
+    if not found or not last:
+        raise ValueError(f"--set: expected KEY=VALUE such as lora.rank=4, got {change!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {key.strip()}: {section} is no section")
+    values[last] = value
+    if sections == ["train"] and last in _EITHER:
+        values.pop(_EITHER[last], None)
 
 
 def from_dict(values: Mapping[str, Any]) -> Experiment:
@@ -225,24 +143,14 @@ def from_dict(values: Mapping[str, Any]) -> Experiment:
     Raises:
         ValueError, TypeError: as `load_experiment`, without the file's name.
     """
-    return build(Experiment, values, "")
-
-
-def _check_grid(where: str, grid: SweepSettings | Override) -> None:
-    """Learning rates and seeds: some, each once, in their range."""
-    for name in ("methods", "learning_rates", "seeds"):
-        values = getattr(grid, name, None)
-        if values is None:
-            continue
-        if not values:
-            raise ValueError(f"{where}.{name}: expected at least one, got none")
-        if len(set(values)) < len(values):
-            raise ValueError(f"{where}.{name}: {next(v for v in values if values.count(v) > 1)!r} comes twice")
-    for rate in grid.learning_rates or ():
-        within(f"{where}.learning_rates", rate, 0.0, math.inf, "such as 1e-3", open_low=True)
-    for seed in grid.seeds or ():
-        if seed < 0:
-            raise ValueError(f"{where}.seeds: expected at least 0, got {seed}")
+    task = values.get("task", {})
+    if not isinstance(task, Mapping):
+        raise TypeError(f"task: expected a section [task], got {type(task).__name__} {task!r}")
+    name = task.get("name", DEFAULT_TASK)
+    if not isinstance(name, str):
+        raise TypeError(f"task.name: expected text, got {type(name).__name__} {name!r}")
+    settings: Any = build(task_kind(name).settings, {"name": name, **task}, "task")
+    return build(Experiment, {key: value for key, value in values.items() if key != "task"}, "", task=settings)
 
 
 def replaced(experiment: Experiment, **sweep: Any) -> Experiment:
@@ -258,17 +166,41 @@ def replaced(experiment: Experiment, **sweep: Any) -> Experiment:
     return dataclasses.replace(experiment, sweep=dataclasses.replace(experiment.sweep, overrides=overrides, **given))
 
 
-def smoke(experiment: Experiment) -> Experiment:
-    """The same with 2 updates, the first learning rate and seed, 32 held-out texts: whether it works at all."""
-    sweep = experiment.sweep
+def _section(experiment: Experiment, name: str, values: Any, where: str) -> Any:
+    """A section with some of its values replaced."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{where}.{name}: expected a section [{where}.{name}], got {values!r}")
+    section = getattr(experiment, name)
+    if isinstance(section, Mapping):
+        return {**section, **values}
+    kept = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    new = build(type(section), values, f"{where}.{name}", **{key: kept[key] for key in kept if key not in values})
+    return new
+
+
+def smoke(experiment: Experiment, folder: Path) -> Experiment:
+    """The same with 2 updates, the first learning rate and seed, on a tiny random model and made-up data.
+
+    Args:
+        experiment: as in the file; its section `smoke` is put over the others.
+        folder: an empty one, for model and data.
+    """
+    changed = {name: _section(experiment, name, values, "smoke") for name, values in experiment.smoke.items()}
+    experiment = dataclasses.replace(experiment, smoke={}, **changed)
+    sweep, rank = experiment.sweep, min(experiment.lora.rank, 4)
     grid: dict[str, Any] = {"learning_rates": sweep.learning_rates[:1], "seeds": sweep.seeds[:1]}
     overrides = {
         name: Override(o.learning_rates and o.learning_rates[:1], o.seeds and o.seeds[:1])
         for name, o in sweep.overrides.items()
     }
+    times: dict[str, Any] = {"steps": 2, "epochs": None, "warmup": 1, "warmup_epochs": None, "save_every": 0}
+    sampled = (2,) if experiment.train.sample_at else ()
+    init = {key: value for key, value in experiment.init.items() if key not in ("rank_budget", "min_rank", "max_rank")}
     return dataclasses.replace(
         experiment,
-        task=dataclasses.replace(experiment.task, eval_size=min(32, experiment.task.eval_size)),
-        train=dataclasses.replace(experiment.train, steps=2, warmup=1, eval_at=(2,)),
+        task=task_kind(experiment.task.name).tiny(experiment.task, folder),
+        lora=dataclasses.replace(experiment.lora, rank=rank, alpha=experiment.lora.alpha * rank / experiment.lora.rank),
+        init={**init, "num_batches": min(4, experiment.num_batches)},
+        train=dataclasses.replace(experiment.train, eval_at=(2,), sample_at=sampled, **times),
         sweep=dataclasses.replace(sweep, overrides=overrides, **grid),
     )

@@ -6,6 +6,7 @@ the sweep goes on. Records appear whole or not at all, so a sweep may be killed 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 from .processes import Pool, RunFunction
 from .records import Run, check_record, path_of, read_record, remove_leftovers, runs_of
 from .settings import Experiment
+from .tasks import make_task
 
 Listener = Callable[["Sweep", dict[str, Any]], None]
 
@@ -73,7 +75,13 @@ class Sweep:
         return {"runs": self.total, **counts, "present": len(self.present), "seconds": self.elapsed}
 
 
-def plan_sweep(experiment: Experiment, out: Path, *, retry_failed: bool = False, replace: bool = False) -> Todo:
+def plan_sweep(
+    experiment: Experiment,
+    out: Path,
+    *,
+    retry_failed: bool = False,
+    replace: bool = False,
+) -> Todo:
     """What a sweep would run, and what has a record.
 
     Args:
@@ -115,6 +123,7 @@ def run_sweep(
     jobs: int = 1,
     retry_failed: bool = False,
     replace: bool = False,
+    save_adapters: bool = False,
     listener: Listener | None = None,
     run: RunFunction | None = None,
 ) -> Sweep:
@@ -125,14 +134,16 @@ def run_sweep(
         out: folder of the records, made if missing; locked while the sweep runs.
         jobs: processes side by side, each with cores // jobs threads.
         retry_failed, replace: see `plan_sweep`.
+        save_adapters: keep the trained adapter of every run that is done now beside its record.
         listener: called after every run with the state of the sweep and the record.
-        run: makes the record of a run, in its own process; a function that can be imported. Default: `run.run_one`.
+        run: makes the record of a run, in its own process, from the run and the folder of the records; a function that
+            can be imported. Default: `run.run_one`.
 
     Returns:
         The state at the end.
 
     Raises:
-        ValueError: see `plan_sweep`; or `jobs` under 1.
+        ValueError: see `plan_sweep`; `jobs` under 1; or what the task's `check` finds in the user's data.
         RuntimeError: if another sweep runs in this folder.
         KeyboardInterrupt: after the processes have been ended; finished records stay.
     """
@@ -143,13 +154,15 @@ def run_sweep(
         todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace)
         sweep = Sweep(len(todo.pending), todo.present, jobs)
         if todo.pending:
+            make_task(experiment.task).check()  # before any training, and once instead of in every run
 
             def ended(record: dict[str, Any]) -> None:
                 sweep.records.append(record)
                 if listener:
                     listener(sweep, record)
 
-            Pool(out, jobs, run, ended).work(list(todo.pending))
+            pending = [dataclasses.replace(one, save_adapter=save_adapters) for one in todo.pending]
+            Pool(out, jobs, run, ended).work(pending)
         return sweep
 
 

@@ -1,4 +1,4 @@
-"""A small training loop and its record, the same for every method that is compared.
+"""Training of every recipe: transformers' `Trainer` under one function, the same for every method that is compared.
 
 Everything random in it (dropout, the order of the data) comes from the caller: call `torch.manual_seed(seed)`
 right before `train`, and give batches whose order is fixed. Then the same seed gives the same curve.
@@ -7,31 +7,51 @@ right before `train`, and give batches whose order is fixed. Then the same seed 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from sklearn.metrics import accuracy_score, f1_score
-from torch import Tensor, nn
+from torch import nn
 
-from ..batches import to_device
+from .scoring import evaluate_classifier, modes
+from .values import one_of
 
-Evaluate = Callable[[nn.Module], tuple[float, float, float]]
-"""Gives loss (nats), accuracy and macro F1 (both in [0, 1]) of a model, as `evaluate_classifier` does."""
+__all__ = [
+    "Curve",
+    "Evaluate",
+    "Evaluation",
+    "Sample",
+    "TrainOptions",
+    "cycled",
+    "evaluate_classifier",
+    "modes",
+    "train",
+]
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+"""Gives the held-out metrics of a model by name."""
+Sample = Callable[[nn.Module, int], list[dict[str, Any]]]
+"""Gives what a model makes after a number of updates, as `Task.sample` does."""
+
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""Our names → transformers' `SchedulerType`; all begin with a linear warm-up."""
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores after `step` updates: loss in nats, accuracy and macro F1 in [0, 1]."""
+    """Held-out metrics after `step` updates.
+
+    Attributes:
+        step: number of updates.
+        metrics: by name, in their own units.
+        seconds: of training up to here, evaluations not counted.
+    """
 
     step: int
-    loss: float
-    accuracy: float
-    macro_f1: float
+    metrics: Mapping[str, float]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,16 +59,23 @@ class Curve:
     """What happened in a training run.
 
     Attributes:
-        losses: the training loss of every step done, before its update; finite.
+        losses: the training loss of every update done, before it; finite.
         evaluations: in the order of their steps.
-        seconds: wall-clock time of the training steps, data included, evaluations not.
+        times: seconds from the start to the end of every update, data included, evaluations and samples not.
+        samples: what `sample` gave, each with its "step".
         diverged: whether the run stopped early at a loss that is not finite (and is not among `losses`).
     """
 
     losses: list[float]
     evaluations: list[Evaluation]
-    seconds: float
+    times: list[float]
+    samples: list[dict[str, Any]]
     diverged: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the training steps."""
+        return self.times[-1] if self.times else 0.0
 
     @property
     def mean_loss(self) -> float:
@@ -61,30 +88,50 @@ class Curve:
         return self.evaluations[-1] if self.evaluations else None
 
 
-def linear_schedule(step: int, *, warmup: int, steps: int) -> float:
-    """Factor on the learning rate at update `step` = 0, 1, …: step/warmup, then linear down to 0 at `steps`.
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train; see `train` for each."""
 
-    As transformers' `get_linear_schedule_with_warmup`: with a warm-up the very first update has factor 0.
-    """
-    if step < warmup:
-        return step / warmup
-    return max(0.0, (steps - step) / max(1, steps - warmup))
+    steps: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    warmup: int = 10
+    schedule: str = "linear"
+    max_grad_norm: float = 1.0
+    precision: str = "float32"
+    gradient_accumulation: int = 1
+    layer_decay: float | None = None
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in {"steps": 1, "gradient_accumulation": 1, "save_every": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate: expected a finite number above 0, got {self.learning_rate}")
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup: expected 0 to steps={self.steps}, got {self.warmup}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected above 0 (math.inf for no clipping), got {self.max_grad_norm}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected above 0 and at most 1, got {self.layer_decay}")
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("precision", self.precision, PRECISIONS)
 
 
 def train(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    steps: int,
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    warmup: int = 10,
-    max_grad_norm: float = 1.0,
     evaluate: Evaluate | None = None,
     eval_at: Iterable[int] = (),
+    sample: Sample | None = None,
+    sample_at: Iterable[int] = (),
     progress: Callable[[int, float], None] | None = None,
+    folder: Path | None = None,
+    **options: Any,
 ) -> Curve:
-    """Trains the parameters that require gradients with AdamW, linear warm-up and linear decay.
+    """Trains the parameters that require gradients with AdamW, in transformers' `Trainer`.
 
     Deterministic if the caller seeds the global generator (`torch.manual_seed`) just before, for dropout, and
     the order of `batches` is fixed. The model is left in the modes it came in, without gradients.
@@ -92,176 +139,87 @@ def train(
     Args:
         model: called as model(**batch), or model(batch) if the batch is no mapping; gives an output with a
             `loss`, or the loss itself.
-        batches: read again from its start when it ends; one-shot iterators must hold `steps` batches.
-        steps: number of updates, at least 1.
-        learning_rate: the largest one, reached after the warm-up.
-        weight_decay: AdamW's, on all trained parameters.
-        warmup: updates of linear warm-up, at most `steps`.
-        max_grad_norm: the norm of all gradients together is clipped to it; math.inf for no clipping.
-        evaluate: scores the model, e.g. `lambda model: evaluate_classifier(model, held_out)`.
+        batches: read again from its start when it ends; one-shot iterators must hold all batches that are needed.
+        evaluate: scores the model, e.g. `lambda model: classifier_metrics(model, held_out)`.
         eval_at: numbers of updates after which to evaluate, 0 to `steps`; `steps` always is one of them.
+        sample: makes pictures or texts of the model.
+        sample_at: numbers of updates after which it does, 0 to `steps`.
         progress: called after every update with the number of updates and the loss.
+        folder: for checkpoints; training goes on from the last one in it. None for no files at all.
+        options: fields of `TrainOptions`:
+            steps: number of updates, at least 1.
+            learning_rate: the largest one, reached after the warm-up.
+            weight_decay: AdamW's, on all trained parameters.
+            warmup: updates of linear warm-up, at most `steps`; the very first update of one has factor 0.
+            schedule: after the warm-up: "linear" or "cosine" down to 0 at `steps`, or "constant".
+            max_grad_norm: the norm of all gradients together is clipped to it; math.inf for no clipping.
+            precision: of the forward pass: "float32", or "bfloat16" by autocast (weights stay as they are).
+            gradient_accumulation: batches an update; its loss is their mean.
+            layer_decay: the learning rate of a layer is this factor times that of the layer above it, for
+                full fine-tuning, see `cntlora.recipes.layer_decay`; None for one rate.
+            save_every: updates between checkpoints in `folder`; 0 for none.
 
     Raises:
         ValueError: for no trainable parameter, no batches or too few, or an argument out of range.
         TypeError: if the model's output has no loss.
     """
-    at = _evaluation_steps(steps, evaluate, eval_at)
-    _check(steps, learning_rate, warmup, max_grad_norm)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+    settings = TrainOptions(**options)
+    evaluations = _steps("eval_at", settings.steps, eval_at, evaluate) | ({settings.steps} if evaluate else set())
+    samples = _steps("sample_at", settings.steps, sample_at, sample)
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: no parameter requires a gradient; add an adapter, or set requires_grad")
-    schedule = partial(linear_schedule, warmup=warmup, steps=steps)
-    run = _Run(model, parameters, learning_rate, weight_decay, schedule)
-    source = cycled(batches, steps)
-    if evaluate and 0 in at:
-        run.evaluations.append(Evaluation(0, *evaluate(model)))
-    for step in range(1, steps + 1):
-        loss = run.step(source, max_grad_norm)
-        if not math.isfinite(loss):
-            return run.curve(diverged=True)
-        if progress:
-            progress(step, loss)
-        if evaluate and step in at:
-            run.evaluations.append(Evaluation(step, *evaluate(model)))
-    return run.curve(diverged=False)
+    from .trainer import Recorder, run_trainer  # transformers' Trainer takes seconds to import
+
+    recorder = Recorder(evaluate, evaluations, sample, samples, progress, settings.gradient_accumulation)
+    diverged = run_trainer(model, batches, settings, recorder, folder)
+    return Curve(recorder.losses, recorder.evaluations, recorder.times, recorder.samples, diverged)
 
 
-def _check(steps: int, learning_rate: float, warmup: int, max_grad_norm: float) -> None:
-    if not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ValueError(f"learning_rate: expected a finite number above 0, got {learning_rate}")
-    if not 0 <= warmup <= steps:
-        raise ValueError(f"warmup: expected 0 to steps={steps}, got {warmup}")
-    if not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm: expected above 0 (math.inf for no clipping), got {max_grad_norm}")
-
-
-def _evaluation_steps(steps: int, evaluate: Evaluate | None, eval_at: Iterable[int]) -> set[int]:
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
-    at = set(eval_at)
-    outside = sorted(step for step in at if not 0 <= step <= steps)
+def _steps(name: str, steps: int, at: Iterable[int], function: Any) -> set[int]:
+    """The numbers of updates of evaluations or samples."""
+    wanted = set(at)
+    outside = sorted(step for step in wanted if not 0 <= step <= steps)
     if outside:
-        raise ValueError(f"eval_at: expected steps from 0 to {steps}, got {outside}")
-    if at and evaluate is None:
-        raise ValueError(f"eval_at={sorted(at)} needs evaluate, a function of the model")
-    return at | {steps} if evaluate else at
+        raise ValueError(f"{name}: expected steps from 0 to {steps}, got {outside}")
+    if wanted and function is None:
+        what = "evaluate" if name == "eval_at" else "sample"
+        raise ValueError(f"{name}={sorted(wanted)} needs {what}, a function of the model")
+    return wanted
 
 
-@dataclass
-class _Run:
-    """The state of a run: the optimizer and what was recorded."""
+def cycled(batches: Iterable[Any], count: int, first: int = 0) -> Iterator[Any]:
+    """Batches number `first` to `count` − 1, from the start again whenever `batches` ends.
 
-    model: nn.Module
-    parameters: list[nn.Parameter]
-    learning_rate: float
-    weight_decay: float
-    schedule: Callable[[int], float]
-    losses: list[float] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        rate, decay = self.learning_rate, self.weight_decay
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
-
-    def step(self, source: Iterator[Any], max_grad_norm: float) -> float:
-        """One update, unless the loss is not finite; the loss."""
-        start = time.perf_counter()
-        with modes(self.model, training=True):
-            loss = _loss_of(_call(self.model, to_device(next(source), self.parameters[0].device)))
-            value = loss.item()
-            if math.isfinite(value):
-                self._update(loss, max_grad_norm)
-                self.losses.append(value)
-        self.seconds += time.perf_counter() - start
-        return value
-
-    def _update(self, loss: Tensor, max_grad_norm: float) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-
-    def curve(self, *, diverged: bool) -> Curve:
-        return Curve(self.losses, self.evaluations, self.seconds, diverged)
-
-
-def cycled(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """`count` batches, from the start again whenever `batches` ends.
+    What depends on the pass (augmentation, noise) follows it: by `set_epoch(pass)` where `batches` has it, as PyTorch's
+    samplers do, else by counting how often it is read, for which the passes before `first` are read too.
 
     Raises:
         ValueError: if there is none, or a one-shot iterator ends too early.
     """
-    given = 0
+    set_epoch = getattr(batches, "set_epoch", None)
+    given = passes = 0
+    if set_epoch:
+        passes = first // len(batches)  # type: ignore[arg-type]
+        given = passes * len(batches)  # type: ignore[arg-type]
     while given < count:
         before = given
+        if set_epoch:
+            set_epoch(passes)
         for batch in batches:
-            yield batch
+            if given >= first:
+                yield batch
             given += 1
             if given == count:
                 return
-        if given == before == 0:
-            raise ValueError("batches: expected at least one batch, got none")
+        passes += 1
         if given == before:
-            raise ValueError(
-                f"batches: ended after {given} of {count} steps and cannot be read again; give a list or a "
-                "DataLoader instead of an iterator, or fewer steps"
-            )
+            raise ValueError(_ended(given, count))
 
 
-@contextmanager
-def modes(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode inside the block; after it every module is in its own mode again."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
-def evaluate_classifier(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[float, float, float]:
-    """Mean loss (nats), accuracy and macro F1 (both in [0, 1]) of a classifier, each row counted once.
-
-    Evaluates without dropout and without gradients, and leaves every module in the mode it had.
-
-    Args:
-        model: its output has `loss`, the mean over the rows, and `logits` (rows, classes).
-        batches: mappings with `labels` (rows,).
-
-    Raises:
-        ValueError: if there is no batch, or one without labels.
-    """
-    device = next(model.parameters()).device
-    total, truth, guess = 0.0, [], []
-    with modes(model, training=False), torch.no_grad():
-        for batch in batches:
-            if not isinstance(batch, Mapping) or "labels" not in batch:
-                raise ValueError("batches: expected mappings with labels to evaluate a classifier")
-            output = model(**to_device(batch, device))
-            rows = len(batch["labels"])
-            total += float(_loss_of(output)) * rows
-            truth += batch["labels"].tolist()
-            guess += output.logits.argmax(dim=-1).tolist()
-    if not truth:
-        raise ValueError("batches: expected at least one batch, got none")
-    macro_f1 = f1_score(truth, guess, average="macro", zero_division=0.0)
-    return total / len(truth), float(accuracy_score(truth, guess)), float(macro_f1)
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
-
-
-def _loss_of(output: Any) -> Tensor:
-    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TypeError(
-            f"the model gave {type(output).__name__} without a scalar loss; are there labels in the batches?"
-        )
-    return loss
+def _ended(given: int, count: int) -> str:
+    if not given:
+        return "batches: expected at least one batch, got none"
+    return (
+        f"batches: ended after {given} of {count} steps and cannot be read again; give a list or a "
+        "DataLoader instead of an iterator, or fewer steps"
+    )
