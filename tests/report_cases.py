@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 RATES = (0.0003, 0.001, 0.003, 0.01)
 SEEDS = (0, 1, 2)
@@ -101,6 +102,31 @@ def write(records: list[dict[str, Any]], folder: Path) -> Path:
         name = f"{r['method'].replace(':', '-')}-lr{r['learning_rate']:g}-seed{r['seed']}.json"
         (folder / name).write_text(json.dumps(r))
     return folder
+
+
+PROMPTS = ("a <*> toy in the snow", "a <*> toy with a city & the sea", "a <*> toy $1 or $2")
+SAMPLED = (0, 10, 20, 40)
+
+
+def with_samples(records: list[dict[str, Any]], folder: Path, kind: str = "image") -> list[dict[str, Any]]:
+    """The finished records with pictures of every prompt at four steps, or with captions of such pictures."""
+    made = []
+    for r in records:
+        name = f"{r['method']}-lr{r['learning_rate']:g}-seed{r['seed']}"
+        samples = [_sample(folder, name, kind, place, step) for step in SAMPLED for place in range(len(PROMPTS))]
+        made.append(r | {"samples": samples} if r["status"] == "finished" else r)
+    return made
+
+
+def _sample(folder: Path, run: str, kind: str, place: int, step: int) -> dict[str, Any]:
+    file = f"{run}/step-{step:04d}/{place}.png"
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    x, y = np.meshgrid(np.linspace(-1, 1, 96), np.linspace(-1, 1, 96))
+    inside = x**2 + y**2 < 0.2 + 0.6 * (step / 40 if kind == "image" else 1)
+    pixels = np.where(inside[..., None], [220, 60 + 60 * place, 40], [90, 140, 200]).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / file)
+    text = None if kind == "image" else ("a picture of a toy" if step < 20 else f"<*> sits in the snow, {run} {step}")
+    return {"step": step, "kind": kind, "name": PROMPTS[place], "file": file, "text": text}
 
 
 def _frame(method: str, rate: float, seed: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ pytest.importorskip("plotly", reason="the page needs the extra `report`")
 
 from tests import report_cases as cases
 
-from cntlora.report import write_report
+from cntlora.report import load_records, write_report
 from cntlora.report.page import build_page
 from cntlora.report.words import provenance
 
@@ -165,6 +165,17 @@ addEventListener("load", async () => {
   const column = (table, j) => [...table.tBodies[0].rows].map((r) => r.cells[j].dataset.value ?? null);
   const found = { drawn: drawn(), boxes: boxes.length };
   found.before = { shown: shown(), rows: rows() };
+  const sheets = [...document.querySelectorAll("[data-sample]")];
+  const picked = () => sheets.filter((sheet) => sheet.offsetHeight > 0).map((sheet) => sheet.dataset.sample);
+  const pick = document.querySelector("[data-pick]");
+  found.picked = [picked()];
+  if (pick) {
+    pick.value = "2";
+    pick.dispatchEvent(new Event("change"));
+    found.picked.push(picked());
+  }
+  const drawnWhole = (image) => image.offsetHeight > 0 && image.complete && image.naturalWidth === 96;
+  found.pictures = [...document.images].filter(drawnWhole).length;
   document.querySelector('[data-toggle="eva"]').click();
   await wait(300);
   found.without = { shown: shown(), rows: rows() };
@@ -220,7 +231,9 @@ def browse(text: str, folder: Path, extra: str = "") -> tuple[dict[str, Any], li
 class TestBrowser:
     @pytest.fixture(scope="class")
     def seen(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[str]]:
-        return browse(build_page(cases.few()), tmp_path_factory.mktemp("page"))
+        folder = tmp_path_factory.mktemp("page")
+        records = load_records(cases.write(cases.with_samples(cases.few(), folder), folder))
+        return browse(build_page(records), folder)
 
     def test_opens_whole_without_a_message_or_a_request(self, seen: tuple[dict[str, Any], list[str]]) -> None:
         found, messages = seen
@@ -240,6 +253,11 @@ class TestBrowser:
         curves = [name for name in before["shown"] if "-curves-" in name]
         assert curves and all(before["shown"][name] == 4 and without["shown"][name] == 3 for name in curves)
         assert "eva" in before["rows"] and set(without["rows"]) == {"lora", "self", "self+vas"}
+
+    def test_a_sample_is_chosen_by_name_and_its_pictures_are_drawn(
+        self, seen: tuple[dict[str, Any], list[str]]
+    ) -> None:
+        assert seen[0]["picked"] == [["0"], ["2"]] and seen[0]["pictures"] == 4 * 4
 
     def test_presets_choose_groups(self, seen: tuple[dict[str, Any], list[str]]) -> None:
         found, _ = seen

@@ -14,7 +14,8 @@ from tests import report_cases as cases
 
 from cntlora.report.figures import save_figures
 from cntlora.report.methods import styles
-from cntlora.report.plots import Plot, adaptive, all_plots, rank_cells
+from cntlora.report.plots import Plot, all_plots
+from cntlora.report.ranks import adaptive, places_of, rank_maps
 from cntlora.report.records import Study, studies
 
 
@@ -80,7 +81,49 @@ def test_rank_maps_are_of_methods_with_uneven_ranks_only(study: Study, plots: di
     assert set(maps) == {"cross+vas", "self+vas", "shift+vas"}
     assert adaptive(study.best["self+vas"]) and not adaptive(study.best["self"])
     trace = maps["self+vas"].figure.data[0]
-    assert trace.z[2][1] == pytest.approx(rank_cells(study.best["self+vas"])["key", 2], rel=1e-4)
+    ranks = [run["sites"]["encoder.layer.2.key"]["rank"] for run in study.best["self+vas"].finished]
+    assert trace.y[2] == "2" and trace.x[1] == "key"
+    assert trace.z[2][1] == pytest.approx(sum(ranks) / len(ranks), rel=1e-4)
+
+
+def test_parts_of_a_model_have_maps_of_their_own() -> None:
+    names = {
+        f"{part}.{layer}.{kind}": {"kind": kind, "rank": rank}
+        for part, layer, rank in [
+            ("unet.down_blocks", "0.attentions.1.transformer_blocks.0.attn1", 9),
+            ("unet.down_blocks", "0.attentions.1.transformer_blocks.0.attn2", 3),
+            ("unet.mid_block", "attentions.0.transformer_blocks.0.attn1", 5),
+            ("text_encoder.layers", "0.self_attn", 4),
+            ("text_encoder.layers", "1.self_attn", 7),
+        ]
+        for kind in ("query", "key")
+    }
+    found = studies([cases.record("self+vas", 0.001, 0, sites=names)])[0]
+    unet, text = rank_maps(found.best["self+vas"])
+    assert (unet.part, text.part) == ("unet", "text_encoder")
+    assert unet.layers[:2] == ("down_blocks.0.1.0.attn1", "down_blocks.0.1.0.attn2") and len(unet.layers) == 3
+    assert [unet.cells[layer, "key"] for layer in unet.layers] == [9, 3, 5]
+    assert text.cells == {(layer, kind): rank for layer, rank in (("0", 4), ("1", 7)) for kind in ("query", "key")}
+    plots = [plot for plot in all_plots(found) if plot.section == "ranks"]
+    assert len({plot.slug for plot in plots}) == 2 and plots[1].title == "Ranks of CNTLoRA-S + VAS, text encoder"
+
+
+def test_gate_and_up_share_a_place_and_a_plain_model_is_one_part() -> None:
+    names = ["m.0.attn.q", "m.0.mlp.gate", "m.0.mlp.up", "m.1.attn.q", "m.1.mlp.up"]
+    places = places_of({name: "query" if name.endswith("q") else "up" for name in names})
+    assert [places[name] for name in names] == [("", "0"), ("", "0"), ("", "0"), ("", "1"), ("", "1")]
+
+
+def test_an_experiment_in_epochs_is_drawn_against_epochs() -> None:
+    runs = [cases.record(m, 0.001, 0, config={"train": {"epochs": 5}}) for m in ("lora", "self")]
+    plots = {plot.title: plot for plot in all_plots(studies(runs)[0])}
+    assert not any("against steps" in title for title in plots)
+    assert list(lines(plots["Macro F1 against epochs"])["lora"].x) == [0, 0.625, 1.25, 2.5, 3.75, 5]
+    assert lines(plots["Training loss against epochs"])["self"].x[-1] == 5
+    mixed = {plot.title for plot in all_plots(studies([runs[0], cases.record("self", 0.001, 0, losses=[1.0])])[0])}
+    assert "Macro F1 against epochs" in mixed  # the only run that counts epochs says how many steps one is
+    unequal = [runs[0], runs[1] | {"config": {"train": {"epochs": 4}}}]
+    assert "Macro F1 against steps" in {plot.title for plot in all_plots(studies(unequal)[0])}
 
 
 def test_learning_rates_at_which_a_seed_broke_are_left_out(plots: dict[str, Plot]) -> None:
@@ -106,7 +149,7 @@ def test_files_are_the_same_for_the_same_records(tmp_path: Path, suffix: str) ->
         {path.name: path.read_bytes() for path in save_figures(studies(runs)[0], tmp_path / name, suffix)}
         for name, runs in (("a", cases.few()), ("b", cases.few()[::-1]), ("c", cases.few()[1:]))
     )
-    assert one == other and len(one) == 5
+    assert one == other and len(one) == 6
     assert one != changed
     if suffix == "svg":
         assert all(ET.fromstring(data).tag.endswith("svg") for data in one.values())

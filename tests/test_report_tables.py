@@ -16,7 +16,16 @@ from cntlora.report.curves import loss_curve, metric_curve, smooth, steps_to_rea
 from cntlora.report.formats import BEST, SECOND, Cell, Column, Row, Table
 from cntlora.report.methods import GROUNDS, LEGIBLE, PEERS, contrast, ordered, styles
 from cntlora.report.records import Estimate, Study
-from cntlora.report.tables import all_tables, drift_table, failures_table, main_table, sensitivity_table, start_table
+from cntlora.report.tables import (
+    all_tables,
+    drift_table,
+    failures_table,
+    main_table,
+    metric_name,
+    number_spec,
+    sensitivity_table,
+    start_table,
+)
 
 
 def table_of(values: list[float | None], direction: str | None = "min", **column: object) -> Table:
@@ -135,8 +144,21 @@ class TestBestLearningRate:
         assert studies(runs, "accuracy")[0].best["lora"].learning_rate == 0.003
         assert studies(runs, "loss")[0].best["lora"].learning_rate == 0.001
 
+    def test_main_is_the_main_metric_of_each_study_in_its_direction(self) -> None:
+        def with_final(task: str, way: str, rate: float, value: float) -> dict[str, object]:
+            changes = {"task": task, "metrics": {task: way}, "main_metric": task}
+            evaluations = [{"step": 200, "seconds": 1.0, task: value}]
+            return cases.record("lora", rate, 0, evaluations=evaluations) | changes
+
+        runs = [with_final("dino", "max", 0.001, 60.0), with_final("dino", "max", 0.003, 62.0)]
+        runs += [with_final("perplexity", "min", 0.001, 8.0), with_final("perplexity", "min", 0.003, 9.0)]
+        rates = {study.criterion: study.best["lora"].learning_rate for study in studies(runs, "main")}
+        assert rates == {"dino": 0.003, "perplexity": 0.001}
+        with pytest.raises(ValueError, match="no 'dino'"):
+            studies(runs, "dino")
+
     def test_an_unknown_criterion_is_refused_with_the_known_ones(self) -> None:
-        with pytest.raises(ValueError, match="f2.*mean_loss, loss, accuracy, macro_f1"):
+        with pytest.raises(ValueError, match="f2.*mean_loss, main, loss, accuracy, macro_f1"):
             studies(cases.few(), "f2")
 
 
@@ -205,6 +227,22 @@ class TestNumbers:
         group = studies([run(0, 0.2, 0.4, None), run(1, 0.7)])[0].best["self"]
         assert group.over_sites("cosine", kind="key").mean == pytest.approx((0.3 + 0.7) / 2)
         assert group.over_sites("cosine").mean != pytest.approx((0.3 + 0.7) / 2)
+
+    def test_small_numbers_get_more_decimals(self) -> None:
+        assert [number_spec([Estimate.of([v])]) for v in (62.7, 0.1, 0.09, 0.0123, 0.004, 1e-12)] == [
+            *(".3f", ".3f", ".4f", ".4f", ".5f", ".8f")
+        ]
+        assert number_spec([Estimate.of([]), Estimate.of([0.0])]) == ".3f"
+        small = [cases.record(m, 0.001, 0, mean_loss=loss) for m, loss in (("lora", 0.0312), ("self", 0.0309))]
+        table = main_table(studies(small)[0])
+        assert marked(table, column_of(table, "mean training loss")) == {BEST: [1], SECOND: [0]}
+        assert table.body(1, column_of(table, "against LoRA"))[0] == "−0.0003"
+
+    def test_metrics_in_words(self) -> None:
+        names = ("loss", "macro_f1", "clip_i", "image_similarity", "mean_loss")
+        assert [*map(metric_name, names)] == [
+            *("held-out loss", "macro F1", "CLIP-I", "image similarity", "mean training loss")
+        ]
 
 
 class TestMarks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .records import MEAN_LOSS, Estimate, Group, Record, Study, finite
+from .records import Estimate, Group, Record, Study, finite
 
 WINDOWS = 20  # the smoothing window is a run's length divided by this
 
@@ -65,9 +65,24 @@ def metric_curve(group: Group, metric: str, clock: bool = False) -> Curve:
 def rates_curve(study: Study, group: Group, key: str) -> Curve:
     """Mean training loss ("mean_loss") or a held-out metric of the group's method at every whole learning rate."""
     found = [g for g in study.groups if g.method == group.method and g.whole]
-    values = [(g.learning_rate, g.estimate(key) if key == MEAN_LOSS else g.final(key)) for g in found]
+    values = [(g.learning_rate, g.value(key)) for g in found]
     known = [(x, e.mean, e.spread) for x, e in values if e.mean is not None]
     return Curve(tuple(k[0] for k in known), tuple(k[1] for k in known), tuple(k[2] for k in known))
+
+
+def epochs_a_step(study: Study) -> float | None:
+    """Epochs that one step is, where the experiment counts its training in epochs; None where it counts steps."""
+    found = set()
+    for run in study.runs:
+        epochs = finite(((run.get("config") or {}).get("train") or {}).get("epochs"))
+        if epochs and run["status"] == "finished" and run.get("losses"):
+            found.add(epochs / len(run["losses"]))
+    return found.pop() if len(found) == 1 else None
+
+
+def stretched(curve: Curve, factor: float | None) -> Curve:
+    """The same curve with its places multiplied; None leaves them."""
+    return curve if factor is None else Curve(tuple(x * factor for x in curve.x), curve.mean, curve.spread)
 
 
 def steps_to_reach(group: Group, loss: float) -> int | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..plan import write_atomically
-from .curves import Curve, loss_curve, metric_curve, rates_curve
+from .curves import Curve, loss_curve, metric_curve, rates_curve, stretched
 from .methods import BANDS, Style, styles
+from .plots import abscissa
+from .ranks import RankMap, adaptive, rank_maps
 from .records import MEAN_LOSS, Group, Study
 from .tables import metric_name, slug
 
 FORMATS = ("svg", "png", "pdf")
+MAPS = 6  # rank maps beside each other in a figure
 _DASHES: dict[str, Any] = {
     "solid": "-",
     "dash": "--",
@@ -31,7 +35,8 @@ _MARKERS = {
 def save_figures(
     study: Study, folder: Path, suffix: str = "svg", methods: Mapping[str, Style] | None = None
 ) -> list[Path]:
-    """Writes the main figures: training loss, the main metric against steps and seconds, learning rates, init time.
+    """Writes the main figures: training loss, the main metric against steps and seconds, learning rates, init time, and
+    the ranks where they are adaptive.
 
     Bands of ± one standard deviation are drawn for at most 8 methods. The same records give the same bytes.
 
@@ -54,11 +59,16 @@ def save_figures(
 
 
 def _figures(study: Study, drawn: Mapping[str, Style]) -> dict[str, Any]:
-    figures = {"training-loss": _lines(study, drawn, loss_curve, "step", "training loss (smoothed)", markers=False)}
-    metric = study.main_metric
+    by, axis, factor = abscissa(study, clock=False)
+    losses = _lines(
+        study, drawn, lambda g: stretched(loss_curve(g), factor), axis, "training loss (smoothed)", markers=False
+    )
+    figures, metric = {"training-loss": losses}, study.main_metric
     if metric:
         name = metric_name(metric)
-        figures[f"{slug(name)}-steps"] = _lines(study, drawn, lambda g: metric_curve(g, metric), "step", name)
+        figures[f"{slug(name)}-{by}"] = _lines(
+            study, drawn, lambda g: stretched(metric_curve(g, metric), factor), axis, name
+        )
         clock = "seconds, initialisation included"
         figures[f"{slug(name)}-seconds"] = _lines(
             study, drawn, lambda g: metric_curve(g, metric, clock=True), clock, name
@@ -67,7 +77,9 @@ def _figures(study: Study, drawn: Mapping[str, Style]) -> dict[str, Any]:
     rates.axes[0].set_xscale("log")
     rates.axes[0].set_xticks(study.learning_rates, [f"{rate:g}" for rate in study.learning_rates])
     rates.axes[0].minorticks_off()
-    return figures | {"learning-rates": rates, "init-time": _init(study, drawn)}
+    figures |= {"learning-rates": rates, "init-time": _init(study, drawn)}
+    maps = [(study.labels[m], found) for m in drawn if adaptive(study.best[m]) for found in rank_maps(study.best[m])]
+    return figures | ({"ranks": _ranks(maps[:MAPS])} if maps else {})
 
 
 def _lines(
@@ -92,6 +104,27 @@ def _lines(
         axes.plot(curve.x, curve.mean, linewidth=1.4, label=_plain(study.labels[method]), **look)
     _finish(axes, x, y)
     figure.legend(loc="outside right upper", frameon=False, fontsize=7, handlelength=3.2)
+    return figure
+
+
+def _ranks(maps: Sequence[tuple[str, RankMap]]) -> Any:
+    """Maps of ranks side by side, one scale for all (figures 10 and 15 of the paper)."""
+    from matplotlib.figure import Figure
+
+    top = max(value for _, found in maps for value in found.cells.values())
+    rows = max(len(found.layers) for _, found in maps)
+    figure = Figure(figsize=(3.4 * len(maps), 1.2 + 0.24 * max(6, rows)), layout="constrained")
+    for axes, (label, found) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+        kinds = list(dict.fromkeys(kind for _, kind in found.cells))
+        grid = [[found.cells.get((layer, kind), math.nan) for kind in kinds] for layer in found.layers]
+        axes.imshow(grid, cmap="Blues", vmin=0, vmax=1.6 * (top or 1), aspect="auto")  # light: numbers stay legible
+        for (layer, kind), value in found.cells.items():
+            place = (kinds.index(kind), found.layers.index(layer))
+            axes.text(*place, f"{value:.3g}", ha="center", va="center", fontsize=6)
+        axes.set_xticks(range(len(kinds)), kinds, fontsize=7)
+        axes.set_yticks(range(len(found.layers)), list(map(_plain, found.layers)), fontsize=6)
+        axes.set_title(_plain(f"{label}{', ' if found.part else ''}{found.part.replace('_', ' ')}"), fontsize=8)
+        axes.spines[:].set_visible(False)
     return figure
 
 

@@ -94,6 +94,15 @@
     }));
   });
 
+  // Samples: one at a time, chosen by its name.
+  document.querySelectorAll("[data-pick]").forEach((select) => {
+    const sheets = [...select.closest(".gallery").querySelectorAll("[data-sample]")];
+    const pick = () => sheets.forEach((sheet) => { sheet.hidden = sheet.dataset.sample !== select.value; });
+    select.addEventListener("change", pick);
+    select.parentElement.hidden = false;
+    pick();
+  });
+
   // The sources of the tables.
   const copy = async (text) => {
     try {

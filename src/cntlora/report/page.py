@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from .by import tables_by
 from .formats import Table
+from .gallery import gallery_part
 from .methods import BANDS, GROUPS, Style, group_of, order_key, styles
 from .plots import COST, CURVES, RANKS, RATES, SPECTRA, Plot, all_plots
 from .records import MEAN_LOSS, Record, Study, studies
@@ -33,6 +35,7 @@ _PATHS = {  # plotly's markers in a box of 10 × 10, for the legend
     "star": "M5 .2 6.3 3.6l3.6.2-2.8 2.3.9 3.5-3-2-3 2 .9-3.5L.1 3.8l3.6-.2z",
 }
 _DASHES = {"dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "11 4", "longdashdot": "11 3 2 3"}
+SAMPLES = "samples"
 _PARTS = (  # name, title, tables by the start of their slug, section of plots, words
     ("results", "Results", ("best",), None, ""),
     (
@@ -43,6 +46,13 @@ _PARTS = (  # name, title, tables by the start of their slug, section of plots, 
         f"Each method at its best learning rate. Lines are means over seeds; with at most {BANDS} methods shown, bands "
         "are ± one sample standard deviation. The training loss is a trailing mean over a twentieth of the run. "
         "Wall-clock time includes the initialisation.",
+    ),
+    (
+        SAMPLES,
+        "Samples by step",
+        (),
+        None,
+        "What the models make at the same prompts after so many steps; step 0 is the start of the training.",
     ),
     (
         "rates",
@@ -72,7 +82,11 @@ _PARTS = (  # name, title, tables by the start of their slug, section of plots, 
 
 
 def build_page(
-    records: Iterable[Record], title: str | None = None, criterion: str = MEAN_LOSS, loss: float | None = None
+    records: Iterable[Record],
+    title: str | None = None,
+    criterion: str = MEAN_LOSS,
+    loss: float | None = None,
+    by: str | None = None,
 ) -> str:
     """The report as one HTML page that asks for nothing else: the same records give the same bytes.
 
@@ -80,9 +94,10 @@ def build_page(
         records: as `load_records` gives them.
         criterion: how the best learning rate is chosen, see `studies`.
         loss: the training loss that steps are counted to, see `main_table`.
+        by: a setting that the experiments differ by, for tables over it, see `tables_by`.
 
     Raises:
-        ValueError: no records, or no metric of the name `criterion`.
+        ValueError: no records, no metric of the name `criterion`, or see `tables_by`.
     """
     found = studies(records, criterion)
     if not found:
@@ -91,9 +106,11 @@ def build_page(
     from plotly.offline import get_plotlyjs
 
     drawn = styles(method for study in found for method in study.best)
+    over = tables_by(found, by) if by else []
     tables = {study.name: all_tables(study, loss) for study in found}
     plots = {study.name: all_plots(study, drawn) for study in found}
-    sources = {t.slug: {"latex": t.to_latex(), "markdown": t.to_markdown()} for ts in tables.values() for t in ts}
+    every = [*over, *(table for same in tables.values() for table in same)]
+    sources = {table.slug: {"latex": table.to_latex(), "markdown": table.to_markdown()} for table in every}
     content = {"plots": {p.slug: _figure(p) for ps in plots.values() for p in ps}, "tables": sources, "bands": BANDS}
     colours = {method: style.colour for method, style in drawn.items()}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -107,6 +124,8 @@ def build_page(
             content=json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
             presets=_PRESETS,
             groups=_groups(found, drawn),
+            by=by,
+            over=[_sheet(table, colours) for table in over],
             studies=[_study(study, tables[study.name], plots[study.name], colours) for study in found],
             provenance=provenance(run for study in found for run in study.runs),
         )
@@ -144,9 +163,10 @@ def _groups(found: Sequence[Study], drawn: Mapping[str, Style]) -> list[dict[str
 
 
 def _top(study: Study) -> list[str]:
-    """Plain LoRA, and the methods with the lowest mean training loss at their best learning rate."""
-    values = {m: g.estimate(MEAN_LOSS).mean for m, g in study.best.items() if g.whole}
-    known = {method: value for method, value in values.items() if value is not None}
+    """Plain LoRA, and the methods that the study's criterion has first, each at its best learning rate."""
+    values = {m: g.value(study.criterion).mean for m, g in study.best.items() if g.whole}
+    sign = -1.0 if study.way(study.criterion) == "max" else 1.0
+    known = {method: sign * value for method, value in values.items() if value is not None}
     return ["lora", *sorted(known.keys() - {"lora"}, key=lambda method: (known[method], method))[:TOP]]
 
 
@@ -157,8 +177,10 @@ def _study(study: Study, tables: Sequence[Table], plots: Sequence[Plot], colours
         starts = tuple(f"{name}-{beginning}" for beginning in beginnings)
         sheets = [_sheet(table, colours) for table in tables if starts and table.slug.startswith(starts)]
         drawn = [_drawn(plot) for plot in plots if plot.section == section]
-        if sheets or drawn:
-            parts.append({"name": part, "title": title, "text": text, "tables": sheets, "plots": drawn})
+        gallery = gallery_part(study, colours) if part == SAMPLES else None
+        if sheets or drawn or gallery:
+            shown = {"tables": sheets, "plots": drawn, "gallery": gallery}
+            parts.append({"name": part, "title": title, "text": text, **shown})
     return {"name": study.name, "slug": name, "summary": summary(study), "parts": parts} | {
         "rules": rules(study),
         "glance": glance(study, tables[0]),

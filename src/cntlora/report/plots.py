@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from .curves import Curve, loss_curve, metric_curve, rates_curve, thin
+from .curves import Curve, epochs_a_step, loss_curve, metric_curve, rates_curve, stretched, thin
 from .methods import Style, styles
-from .records import MEAN_LOSS, Estimate, Group, Study, finite, kind_of, kinds, sites_of
+from .ranks import RankMap, adaptive, rank_maps
+from .records import MEAN_LOSS, Estimate, Group, Study, finite, kinds, sites_of
 from .tables import metric_name, slug
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ RANKS, CURVES, SPECTRA, RATES, COST = "ranks", "curves", "spectra", "rates", "co
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 _INK, _GRID = "#808790", "rgba(128,135,144,0.22)"  # to be read on white and on near-black
 _BAND = 0.13
-_ABSCISSA = {False: ("steps", "step"), True: ("wall-clock time", "seconds, initialisation included")}
 _DIGITS = 5
 
 
@@ -46,29 +45,29 @@ def all_plots(study: Study, drawn: Mapping[str, Style] | None = None) -> list[Pl
     plots += [metric_plot(study, drawn, metric, clock) for metric in metrics for clock in (False, True)]
     plots += [rates_plot(study, drawn, key) for key in (MEAN_LOSS, study.main_metric) if key]
     plots += [init_plot(study, drawn)]
-    plots += [rank_plot(study, group) for group in study.best.values() if adaptive(group)]
+    plots += [rank_plot(study, g, ranks) for g in study.best.values() if adaptive(g) for ranks in rank_maps(g)]
     plots += [spectrum_plot(study, drawn, kind) for kind in kinds(study.best.values())]
     return [plot for plot in plots if plot.figure.data]
 
 
 def loss_plot(study: Study, drawn: Mapping[str, Style], clock: bool = False) -> Plot:
-    """Smoothed training loss at each method's best learning rate, against the step or seconds (see `metric_plot`)."""
-    traces = _curves(study, drawn, lambda group: thin(loss_curve(group, clock)))
-    by, axis = _ABSCISSA[clock]
+    """Smoothed training loss at each method's best learning rate, against what `metric_plot` says."""
+    by, axis, factor = abscissa(study, clock)
+    traces = _curves(study, drawn, lambda group: stretched(thin(loss_curve(group, clock)), factor))
     return _plot(study, CURVES, f"Training loss against {by}", traces, axis, "training loss, smoothed")
 
 
 def metric_plot(study: Study, drawn: Mapping[str, Style], metric: str, clock: bool = False) -> Plot:
-    """A held-out metric against the step or, with `clock`, against seconds that include the initialisation's."""
-    traces = _curves(study, drawn, lambda group: metric_curve(group, metric, clock), markers=True)
+    """A held-out metric against steps or epochs or, with `clock`, against seconds that include the initialisation's."""
+    by, axis, factor = abscissa(study, clock)
+    traces = _curves(study, drawn, lambda group: stretched(metric_curve(group, metric, clock), factor), markers=True)
     name = metric_name(metric)
-    by, axis = _ABSCISSA[clock]
     return _plot(study, CURVES, f"{name[0].upper()}{name[1:]} against {by}", traces, axis, name)
 
 
 def rates_plot(study: Study, drawn: Mapping[str, Style], key: str) -> Plot:
     """Mean training loss ("mean_loss") or a held-out metric at every learning rate at which no seed broke."""
-    name = "mean training loss" if key == MEAN_LOSS else metric_name(key)
+    name = metric_name(key)
     traces = _curves(study, drawn, lambda group: rates_curve(study, group, key), markers=True)
     plot = _plot(study, RATES, f"{name[0].upper()}{name[1:]} against learning rate", traces, "learning rate", name)
     ticks = [float(f"{rate:g}") for rate in study.learning_rates]
@@ -106,22 +105,22 @@ def init_plot(study: Study, drawn: Mapping[str, Style]) -> Plot:
     return plot
 
 
-def rank_plot(study: Study, group: Group) -> Plot:
-    """Ranks over depth × kind of projection, mean over the seeds (figures 10 and 15 of the paper)."""
+def rank_plot(study: Study, group: Group, ranks: RankMap) -> Plot:
+    """Ranks over layer × kind of projection of one part of the model, mean over the seeds (figures 10 and 15)."""
     from plotly import graph_objects as go
 
-    columns = kinds([group])
-    cells = rank_cells(group)
-    depths = sorted({depth for _, depth in cells})
-    grid = [[_short(cells[kind, depth]) if (kind, depth) in cells else None for kind in columns] for depth in depths]
-    top = max((max(rank_cells(g).values(), default=0.0) for g in study.best.values()), default=0.0)
+    columns = [kind for kind in kinds([group]) if any(own == kind for _, own in ranks.cells)]
+    every = [value for g in study.best.values() for found in rank_maps(g) for value in found.cells.values()]
     trace = go.Heatmap(
-        z=grid,
+        z=[
+            [_short(ranks.cells[layer, kind]) if (layer, kind) in ranks.cells else None for kind in columns]
+            for layer in ranks.layers
+        ],
         x=columns,
-        y=[str(depth) for depth in depths],
+        y=list(map(_plain, ranks.layers)),
         colorscale=[[0, "#f4f7fa"], [1, "#5aa0d8"]],  # light throughout: the numbers stay legible
         zmin=0,
-        zmax=top,
+        zmax=max(every, default=0.0),
         xgap=2,
         ygap=2,
         texttemplate="%{z:.3~g}",
@@ -129,9 +128,9 @@ def rank_plot(study: Study, group: Group) -> Plot:
         hovertemplate="depth %{y}, %{x}: rank %{z}<extra></extra>",
         colorbar={"thickness": 10, "outlinewidth": 0},
     )
-    label = study.labels[group.method]
-    plot = _plot(study, RANKS, f"Ranks of {label}", [trace], "projection", "depth", group.method)
-    plot.figure.update_layout(height=max(260, 110 + 24 * len(depths)), hovermode="closest")
+    title = f"Ranks of {study.labels[group.method]}{', ' if ranks.part else ''}{ranks.part.replace('_', ' ')}"
+    plot = _plot(study, RANKS, title, [trace], "projection", "depth", group.method, ranks.part)
+    plot.figure.update_layout(height=max(260, 110 + 24 * len(ranks.layers)), hovermode="closest")
     plot.figure.update_xaxes(type="category", showgrid=False)
     plot.figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     return plot
@@ -153,20 +152,12 @@ def spectrum_plot(study: Study, drawn: Mapping[str, Style], kind: str) -> Plot:
     return plot
 
 
-def adaptive(group: Group) -> bool:
-    """Whether the ranks differ between the sites of any run."""
-    return any(len({site.get("rank") for site in sites_of(run)} - {None}) > 1 for run in group.finished)
-
-
-def rank_cells(group: Group) -> dict[tuple[str, int], float]:
-    """(kind, depth) → mean rank over the sites there and the seeds."""
-    found: dict[tuple[str, int], list[float]] = {}
-    for run in group.finished:
-        for site in sites_of(run):
-            rank = finite(site.get("rank"))
-            if rank is not None and site.get("depth") is not None:
-                found.setdefault((kind_of(site), int(site["depth"])), []).append(rank)
-    return {place: mean(ranks) for place, ranks in found.items()}
+def abscissa(study: Study, clock: bool) -> tuple[str, str, float | None]:
+    """What curves are drawn against, in the title and at the axis, and the factor from steps to it (None: 1)."""
+    if clock:
+        return "wall-clock time", "seconds, initialisation included", None
+    factor = epochs_a_step(study)
+    return ("steps", "step", None) if factor is None else ("epochs", "epoch", factor)
 
 
 def _curves(
@@ -211,7 +202,14 @@ def _line(label: str, method: str, style: Style, curve: Curve, markers: bool) ->
 
 
 def _plot(
-    study: Study, section: str, title: str, traces: Sequence[Any], x: str, y: str, method: str | None = None
+    study: Study,
+    section: str,
+    title: str,
+    traces: Sequence[Any],
+    x: str,
+    y: str,
+    method: str | None = None,
+    part: str = "",
 ) -> Plot:
     from plotly import graph_objects as go
 
@@ -230,7 +228,7 @@ def _plot(
         "xaxis": axis | {"title": {"text": _plain(x), "standoff": 8}},
         "yaxis": axis | {"title": {"text": _plain(y), "standoff": 8}},
     }
-    name = f"{slug(study.name)}-{section}-{slug(method or title)}"
+    name = f"{slug(study.name)}-{section}-{slug(method or title)}{f'-{slug(part)}' if part else ''}"
     return Plot(name, section, title, go.Figure(data=list(traces), layout=layout), method)
 
 

@@ -15,6 +15,7 @@ from .methods import order_key, ordered
 
 Record = Mapping[str, Any]
 MEAN_LOSS = "mean_loss"
+MAIN = "main"  # as a criterion: each study's own main metric
 _NEEDED = {"experiment": str, "method": str, "learning_rate": int | float, "seed": int, "status": str}
 
 
@@ -65,6 +66,10 @@ class Group:
         """Of a held-out metric at the last evaluation, over the finished runs."""
         return Estimate.of(final_metric(run, metric) for run in self.finished)
 
+    def value(self, key: str) -> Estimate:
+        """Of the mean training loss ("mean_loss") or of a held-out metric at the last evaluation."""
+        return self.estimate(key) if key == MEAN_LOSS else self.final(key)
+
     def over_sites(self, key: str, over: str | None = None, kind: str | None = None) -> Estimate:
         """Of the mean over sites (of one `kind`) of a site's `key`, or of `key` divided by the site's `over`."""
         return Estimate.of(_site_mean(run, key, over, kind) for run in self.finished)
@@ -107,9 +112,16 @@ class Study:
         """All seeds that any method was run with, rising."""
         return tuple(sorted({run["seed"] for run in self.runs}))
 
+    def way(self, key: str) -> str:
+        """Whether less ("min") or more ("max") of the mean training loss or of a held-out metric is better."""
+        return "min" if key == MEAN_LOSS else self.metrics.get(key, "min")
+
 
 def load_records(folder: Path) -> list[Record]:
     """All run records under `folder` (every **/*.json with `schema` 1 and a `method`), sorted by what they are of.
+
+    Returns:
+        The records, each with the folder of its file as `folder`: what its samples' files are relative to.
 
     Raises:
         ValueError: `folder` is none, holds no record, a JSON file is broken, a record lacks what identifies it,
@@ -126,7 +138,7 @@ def load_records(folder: Path) -> list[Record]:
         key = record_key(record)
         if key in found:
             raise ValueError(f"{path} and {found[key][0]} are records of the same run; remove one of them")
-        found[key] = (path, record)
+        found[key] = (path, {**record, "folder": str(path.parent)})
     if not found:
         raise ValueError(f"no run record in {folder}; expected *.json files with schema {SCHEMA} and a method")
     return [found[key][1] for key in sorted(found)]
@@ -143,9 +155,9 @@ def studies(records: Iterable[Record], criterion: str = MEAN_LOSS) -> list[Study
     """The records by experiment and task, each with its best learning rates.
 
     Args:
-        criterion: "mean_loss" (training loss, mean over all steps) or a held-out metric at the last evaluation. A
-            learning rate's value is the mean over seeds; the best one wins, the smaller learning rate in a tie; a
-            learning rate at which any seed diverged or failed never beats a whole one.
+        criterion: "mean_loss" (training loss, mean over all steps), a held-out metric at the last evaluation, or
+            "main": each study's own main metric. A learning rate's value is the mean over seeds; the best one wins,
+            the smaller learning rate in a tie; one at which any seed diverged or failed never beats a whole one.
 
     Raises:
         ValueError: a study has no metric of the name `criterion`.
@@ -210,11 +222,11 @@ def _study(name: str, runs: Sequence[Record], criterion: str) -> Study:
         by_group.setdefault((str(run["method"]), float(run["learning_rate"])), []).append(run)
     groups = tuple(Group(method, rate, tuple(same)) for (method, rate), same in by_group.items())
     metrics = {name: way for run in runs for name, way in (run.get("metrics") or {}).items()}
-    if criterion != MEAN_LOSS and criterion not in metrics:
-        raise ValueError(
-            f"{name} has no {criterion!r} to choose by; expected one of {', '.join([MEAN_LOSS, *metrics])}"
-        )
     main = next((run["main_metric"] for run in runs if run.get("main_metric") in metrics), next(iter(metrics), None))
+    criterion = main or MEAN_LOSS if criterion == MAIN else criterion
+    if criterion != MEAN_LOSS and criterion not in metrics:
+        known = ", ".join([MEAN_LOSS, MAIN, *metrics])
+        raise ValueError(f"{name} has no {criterion!r} to choose by; expected one of {known}")
     best = {
         method: min((g for g in groups if g.method == method), key=lambda g: _badness(g, criterion, metrics))
         for method in ordered(group.method for group in groups)
@@ -224,7 +236,7 @@ def _study(name: str, runs: Sequence[Record], criterion: str) -> Study:
 
 def _badness(group: Group, criterion: str, metrics: Mapping[str, str]) -> tuple[bool, float, float]:
     """Sorts learning rates: whole before broken, then the better mean, then the smaller learning rate."""
-    value = (group.estimate(MEAN_LOSS) if criterion == MEAN_LOSS else group.final(criterion)).mean
+    value = group.value(criterion).mean
     sign = -1.0 if metrics.get(criterion) == "max" and criterion != MEAN_LOSS else 1.0
     return not group.whole, math.inf if value is None else sign * value, group.learning_rate
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 from .curves import reference_loss, steps_to_reach
 from .formats import Cell, Column, Direction, Row, Table
@@ -10,6 +11,11 @@ from .methods import group_of
 from .records import MEAN_LOSS, Estimate, Group, Record, Study, finite, kinds
 
 BROKEN, CHOSEN = "†", "‡"
+_NAMES = {
+    **{MEAN_LOSS: "mean training loss", "loss": "held-out loss", "clip_i": "CLIP-I", "clip_t": "CLIP-T"},
+    **{"sentsim": "SentSim", "sent_sim": "SentSim"},
+}
+_WORDS = {"f1": "F1", "dino": "DINO", "clip": "CLIP"}
 _SEEDS = "Mean ± sample standard deviation over seeds."
 _BROKEN_NOTE = f" {BROKEN} a seed diverged or failed: mean over the others, not ranked."
 
@@ -37,10 +43,12 @@ def main_table(study: Study, loss: float | None = None) -> Table:
             learning rate, ends with. Without such runs there is no column for it.
     """
     loss = reference_loss(study) if loss is None else loss
-    columns = [Column("Method"), Column("lr", spec="g"), Column("seeds", spec="d"), Column("mean training loss", "min")]
-    columns += [Column("against LoRA", "min", "+.3f")] if "lora" in study.best else []
-    columns += [Column(metric_name(metric), _way(way)) for metric, way in study.metrics.items()]
-    columns += [Column(f"steps to {loss:.3f}", "min", "d")] if loss is not None else []
+    spec = number_spec(group.estimate(MEAN_LOSS) for group in study.best.values())
+    columns = [Column("Method"), Column("lr", spec="g"), Column("seeds", spec="d")]
+    columns += [Column("mean training loss", "min", spec)]
+    columns += [Column("against LoRA", "min", f"+{spec}")] if "lora" in study.best else []
+    columns += [metric_column(study, metric) for metric in study.metrics]
+    columns += [Column(f"steps to {loss:{spec}}", "min", "d")] if loss is not None else []
     columns += [Column("init s", spec=".1f"), Column("train s", spec=".1f"), Column("peak MiB", spec=",d")]
     columns += [Column("trainable", spec=",d")]
     rows = [_row(study, group, _main_cells(study, group, loss)) for group in study.best.values()]
@@ -50,21 +58,21 @@ def main_table(study: Study, loss: float | None = None) -> Table:
             " Against LoRA: difference of the mean training loss of runs with the same seed, head, data and order."
         )
     if loss is not None:
-        caption += f" Steps until the smoothed training loss, averaged over seeds, is at or below {loss:.3f}."
+        caption += f" Steps until the smoothed training loss, averaged over seeds, is at or below {loss:{spec}}."
     return _table(study, "best", "Methods at their best learning rate", columns, rows, caption + _broken(study))
 
 
 def sensitivity_table(study: Study, metric: str) -> Table:
     """One value at every learning rate: the mean training loss ("mean_loss") or a held-out metric."""
-    way: Direction = "min" if metric == MEAN_LOSS else _way(study.metrics[metric])
-    columns = [Column("Method"), *(Column(f"{rate:g}", way, arrow=False) for rate in study.learning_rates)]
+    way, spec = _way(study.way(metric)), number_spec(group.value(metric) for group in study.groups)
+    columns = [Column("Method"), *(Column(f"{rate:g}", way, spec, arrow=False) for rate in study.learning_rates)]
     by_place = {(group.method, group.learning_rate): group for group in study.groups}
     rows = []
     for method, best in study.best.items():
         found = [by_place.get((method, rate)) for rate in study.learning_rates]
         cells = [Cell() if group is None else _sensitivity_cell(group, metric, group is best) for group in found]
         rows.append(_row(study, best, cells))
-    name = "mean training loss" if metric == MEAN_LOSS else metric_name(metric)
+    name = metric_name(metric)
     title = f"{name[0].upper()}{name[1:]} at every learning rate"
     caption = f"{'Lower' if way == 'min' else 'Higher'} is better. {_SEEDS} {CHOSEN} the method's best learning rate "
     caption += f"({criterion_words(study)}). In brackets how many seeds finished where some did not; not ranked."
@@ -129,16 +137,27 @@ def failures_table(study: Study) -> Table:
 
 
 def metric_name(metric: str) -> str:
-    """A held-out metric in words: "loss" becomes "held-out loss", "macro_f1" "macro F1"."""
-    words = "held-out loss" if metric == "loss" else metric.replace("_", " ")
-    return words[:-2] + "F1" if words.endswith(("f1", "F1")) else words
+    """A metric in words: "mean_loss" becomes "mean training loss", "loss" "held-out loss", "macro_f1" "macro F1"."""
+    return _NAMES.get(metric) or " ".join(_WORDS.get(word, word) for word in metric.split("_"))
+
+
+def metric_column(study: Study, metric: str, head: str | None = None) -> Column:
+    """The column of the mean training loss or of a held-out metric at the best learning rates."""
+    spec = number_spec(group.value(metric) for group in study.best.values())
+    return Column(metric_name(metric) if head is None else head, _way(study.way(metric)), spec)
+
+
+def number_spec(values: Iterable[Estimate]) -> str:
+    """The format of a column of numbers: three decimals, and one more for every zero that the largest begins with."""
+    largest = max((abs(value.mean) for value in values if value.mean), default=1.0)
+    return f".{3 + min(5, max(0, math.ceil(-math.log10(largest)) - 1))}f"
 
 
 def criterion_words(study: Study) -> str:
     """How the best learning rate was chosen, in words."""
     if study.criterion == MEAN_LOSS:
         return "lowest mean training loss over seeds"
-    way = "highest" if study.metrics[study.criterion] == "max" else "lowest"
+    way = "highest" if study.way(study.criterion) == "max" else "lowest"
     return f"{way} {metric_name(study.criterion)} at the last evaluation over seeds"
 
 
@@ -164,7 +183,7 @@ def _sensitivity_cell(group: Group, metric: str, best: bool) -> Cell:
     if not group.finished:
         states = sorted({str(run["status"]) for run in group.runs})
         return Cell("/".join(states), note=note)
-    value = group.estimate(MEAN_LOSS) if metric == MEAN_LOSS else group.final(metric)
+    value = group.value(metric)
     broken = "" if group.whole else f" ({len(group.finished)}/{len(group.runs)})"
     return Cell.of(value, broken + note, group.whole)
 
