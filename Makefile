@@ -33,7 +33,7 @@ bench: setup  ## cost, scaling, accuracy and memory of the initialisation; an ho
 results: setup  ## docs/results.md and the page of the comparison again, from the records in results/
 	$(BIN)/cntlora report results/tweets_100 --into docs/results.md
 	$(BIN)/cntlora report results/tweets_tolerance --into docs/results.md
-	for study in vision_emoji vision_fashion_mnist vision_textiles; do \
+	for study in vision_emoji vision_fashion_mnist vision_textiles pairs; do \
 		$(BIN)/cntlora report results/$$study --into docs/results.md || exit 1; done
 	$(BIN)/cntlora report results/tweets --into docs/results.md --out results/tweets --title "Tweets, MiniLM-L6: every initialisation, 40 steps"
 

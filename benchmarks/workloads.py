@@ -97,13 +97,13 @@ DINOV2_TARGETS = (*BERT_TARGETS, "q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _minilm() -> nn.Module:
-    from cntlora.recipes.sentiment import SentimentTask
+    from cntlora.recipes.text.sentiment import SentimentTask
 
     return SentimentTask().build_model(0).eval()
 
 
 def _tweet_batches() -> list[Batch]:
-    from cntlora.recipes.sentiment import SentimentTask
+    from cntlora.recipes.text.sentiment import SentimentTask
 
     return [batch for batch, _ in zip(SentimentTask().train_batches(0), range(8), strict=False)]
 
@@ -112,7 +112,7 @@ def _dinov2() -> nn.Module:
     from transformers import Dinov2ForImageClassification
 
     from cntlora.recipes.loading import quiet
-    from cntlora.recipes.samples import dinov2_folder
+    from cntlora.recipes.samples.models import dinov2_folder
 
     with quiet():
         return seeded(lambda: Dinov2ForImageClassification.from_pretrained(dinov2_folder(), num_labels=10))
@@ -136,14 +136,14 @@ def _digit_batches() -> list[Batch]:
 
 
 def _smollm2() -> nn.Module:
-    from cntlora.recipes.samples import smollm2
+    from cntlora.recipes.samples.models import smollm2
 
     return smollm2()[0]
 
 
 def _running_text_batches(count: int = 8, rows: int = 2, tokens: int = 128) -> list[Batch]:
     """Tweets one after another, cut into rows of as many tokens each."""
-    from cntlora.recipes.samples import smollm2, tweets
+    from cntlora.recipes.samples.models import smollm2, tweets
 
     tokenizer = smollm2()[1]
     needed = count * rows * tokens

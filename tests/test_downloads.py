@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from cntlora.recipes import registries
-from cntlora.recipes.downloads import cache_dir, content_sha256, packaged_file
+from cntlora.recipes.samples import registries
+from cntlora.recipes.samples.downloads import cache_dir, content_sha256, packaged_file
 
 MEMBERS = {"toy/model/config.json": b"{}", "toy/model/sub/weights.bin": b"\x00\x01", "toy/model2/no": b"x"}
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import cntlora
 from cntlora.demo import run_demo
-from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
+from cntlora.recipes.text.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
 from cntlora.recipes.training import evaluate_classifier, train
 
 pytestmark = pytest.mark.packages

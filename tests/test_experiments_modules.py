@@ -284,7 +284,7 @@ def test_options_that_came_later_leave_old_records_valid() -> None:
 
 @pytest.mark.slow
 def test_after_sigkill_the_command_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
-    from cntlora.recipes.sentiment import TweetsSettings, tiny
+    from cntlora.recipes.text.sentiment import TweetsSettings, tiny
 
     made = tiny(TweetsSettings(), tmp_path)
     path = tmp_path / "trial.toml"

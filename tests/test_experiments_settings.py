@@ -13,7 +13,7 @@ from cntlora.experiments.records import Run, runs_of
 from cntlora.experiments.run import resolve
 from cntlora.experiments.sections import LoraSettings, Override, SweepSettings, TrainSettings
 from cntlora.experiments.settings import Experiment, from_dict, load_experiment, replaced, smoke
-from cntlora.recipes.sentiment import TweetsSettings
+from cntlora.recipes.text.sentiment import TweetsSettings
 
 SECTIONS = [Experiment, TweetsSettings, LoraSettings, TrainSettings, SweepSettings, Override]
 

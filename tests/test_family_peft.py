@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cntlora import InitConfig, compute_plan
 from cntlora.plan import InitPlan
-from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
+from cntlora.recipes.text.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
 from cntlora.sites import Site, find_sites
 
 pytestmark = pytest.mark.packages

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cntlora.recipes import downloads, efficientnet, image_text, pictures
-from cntlora.recipes.pictures import Pictures, laid_out
+from cntlora.recipes.samples import downloads, efficientnet, image_text, pictures
+from cntlora.recipes.samples.pictures import Pictures, laid_out
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

@@ -16,15 +16,15 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import Dinov2Config
 
-from cntlora.recipes.caption_batches import full_prompt, prompts_of, with_captions
-from cntlora.recipes.caption_data import split_rows
-from cntlora.recipes.caption_scores import Sentences, generate, recall
-from cntlora.recipes.captioning import RECIPES, CaptioningSettings, CaptioningTask, caption_targets
-from cntlora.recipes.scenes import COLOURS, Scene, views
-from cntlora.recipes.small_vlm import Alignment, train_projector
-from cntlora.recipes.text import IGNORED
-from cntlora.recipes.tiny_vlm import tiny_vlm, write_captions
-from cntlora.recipes.vlm_parts import _shorter
+from cntlora.recipes.captioning.batches import full_prompt, prompts_of, with_captions
+from cntlora.recipes.captioning.data import split_rows
+from cntlora.recipes.captioning.parts import _shorter
+from cntlora.recipes.captioning.scenes import COLOURS, Scene, views
+from cntlora.recipes.captioning.scores import Sentences, generate, recall
+from cntlora.recipes.captioning.small_model import Alignment, train_projector
+from cntlora.recipes.captioning.task import RECIPES, CaptioningSettings, CaptioningTask, caption_targets
+from cntlora.recipes.captioning.tiny import tiny_vlm, write_captions
+from cntlora.recipes.text.tables import IGNORED
 
 KINDS = {"small-vlm": "aya_vision", "llava": "llava", "glm": "llava"}
 
@@ -408,7 +408,7 @@ def test_a_tower_with_fewer_layers_is_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.packages
 def test_no_held_out_stamp_or_concept_is_among_the_base_scenes() -> None:
-    from cntlora.recipes.scenes import base_scenes, concept_scenes, held_out_stamps
+    from cntlora.recipes.captioning.scenes import base_scenes, concept_scenes, held_out_stamps
 
     base = {scene.file for scene in base_scenes()}
     train, held_out = concept_scenes()

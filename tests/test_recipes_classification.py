@@ -13,8 +13,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from cntlora.recipes.classification import RECIPES, PairsSettings, SequenceTask, TextSettings
-from cntlora.recipes.text_scores import SCORES, evaluate_sequences
+from cntlora.recipes.text.classification import RECIPES, PairsSettings, SequenceTask, TextSettings
+from cntlora.recipes.text.scores import SCORES, evaluate_sequences
 
 Make = Callable[..., Any]
 

@@ -15,16 +15,16 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from cntlora import InitConfig, initialize
-from cntlora.recipes import small_pictures as sp
-from cntlora.recipes import tiny_diffusion as tiny
-from cntlora.recipes.denoisers import TARGETS, Denoiser, build_denoiser, encode_pictures, load_pipeline
-from cntlora.recipes.diffusion import DreamboothTask
-from cntlora.recipes.diffusion_metrics import measures, similarity, text_fidelity
-from cntlora.recipes.diffusion_settings import DreamboothSettings
-from cntlora.recipes.dreambooth_data import as_pixels, class_files, generate, open_photo, photo_files
-from cntlora.recipes.dreambooth_prompts import PROMPTS, filled
-from cntlora.recipes.pixel_pipeline import patch_side, to_pixels, to_positions
-from cntlora.recipes.small_diffusion import Training, rate
+from cntlora.recipes.diffusion import small_pictures as sp
+from cntlora.recipes.diffusion import tiny
+from cntlora.recipes.diffusion.data import as_pixels, class_files, generate, open_photo, photo_files
+from cntlora.recipes.diffusion.denoisers import TARGETS, Denoiser, build_denoiser, encode_pictures, load_pipeline
+from cntlora.recipes.diffusion.metrics import measures, similarity, text_fidelity
+from cntlora.recipes.diffusion.pixel_pipeline import patch_side, to_pixels, to_positions
+from cntlora.recipes.diffusion.prompts import PROMPTS, filled
+from cntlora.recipes.diffusion.settings import DreamboothSettings
+from cntlora.recipes.diffusion.small_model import Training, rate
+from cntlora.recipes.diffusion.task import DreamboothTask
 
 MODELS = {"sd": "stable-diffusion-v1-5", "sdxl": "stable-diffusion-xl", "pixel": "sample:small-diffusion"}
 PROMPT = "a sks dog"

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from cntlora.recipes.glue import GLUE, RECIPES, GlueSettings, load_tables
+from cntlora.recipes.text.glue import GLUE, RECIPES, GlueSettings, load_tables
 
 RECIPE = RECIPES["glue"]
 MAIN = {

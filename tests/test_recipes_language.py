@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from cntlora.recipes.language import RECIPES, LanguageSettings, LanguageTask, load_rows, token_loss
 from cntlora.recipes.loading import load_tokenizer
-from cntlora.recipes.text import IGNORED
-from cntlora.recipes.tiny_text import tiny_language_model
+from cntlora.recipes.text.language import RECIPES, LanguageSettings, LanguageTask, load_rows, token_loss
+from cntlora.recipes.text.tables import IGNORED
+from cntlora.recipes.text.tiny import tiny_language_model
 
 RECIPE = RECIPES["language-model"]
 

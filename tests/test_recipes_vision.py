@@ -20,12 +20,12 @@ from torch import nn
 from transformers import AutoModel
 
 import cntlora
-from cntlora.recipes.image_models import ImageClassifier, build_classifier, new_modules, tiny_backbone
-from cntlora.recipes.images import LabelledImages, open_picture, read_images
-from cntlora.recipes.pixels import IMAGENET_MEAN, IMAGENET_STD, ImageBatches, Pixels
-from cntlora.recipes.vision import LINEAR_LAYERS, RECIPES, load_classifier
-from cntlora.recipes.vision_settings import VisionSettings, VtabSettings
-from cntlora.recipes.vtab import CLASSES, TABLE_5
+from cntlora.recipes.vision.images import LabelledImages, open_picture, read_images
+from cntlora.recipes.vision.models import ImageClassifier, build_classifier, new_modules, tiny_backbone
+from cntlora.recipes.vision.pixels import IMAGENET_MEAN, IMAGENET_STD, ImageBatches, Pixels
+from cntlora.recipes.vision.settings import VisionSettings, VtabSettings
+from cntlora.recipes.vision.task import LINEAR_LAYERS, RECIPES, load_classifier
+from cntlora.recipes.vision.vtab import CLASSES, TABLE_5
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (20, 16)) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cntlora.recipes import downloads
+from cntlora.recipes.samples import downloads
 
 onnx = pytest.importorskip("onnx")
 
@@ -39,7 +39,7 @@ def write_graph(path: Path, *, positions: bool = True, query: bool = True) -> di
 
 
 def test_unnamed_weights_and_positions_find_their_names(tmp_path: Path) -> None:
-    from cntlora.recipes.samples import dinov2_weights
+    from cntlora.recipes.samples.models import dinov2_weights
 
     arrays = write_graph(tmp_path / "model.onnx")
     found = dinov2_weights(tmp_path / "model.onnx")
@@ -53,7 +53,7 @@ def test_unnamed_weights_and_positions_find_their_names(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_form_is_refused(tmp_path: Path) -> None:
-    from cntlora.recipes.samples import dinov2_weights
+    from cntlora.recipes.samples.models import dinov2_weights
 
     write_graph(tmp_path / "a.onnx", positions=False)
     with pytest.raises(RuntimeError, match="a.onnx: expected position embeddings in two parts"):
@@ -123,7 +123,7 @@ def test_dinov2_gives_what_its_file_gives() -> None:
     """Downloads 90 MB at the first run."""
     from transformers import Dinov2Model
 
-    from cntlora.recipes.samples import dinov2_folder
+    from cntlora.recipes.samples.models import dinov2_folder
 
     folder = dinov2_folder()
     model, loading = Dinov2Model.from_pretrained(folder, output_loading_info=True)
@@ -145,7 +145,7 @@ def test_smollm2_goes_on_sensibly_and_takes_lora() -> None:
     """Downloads 93 MB at the first run."""
     from peft import LoraConfig, get_peft_model
 
-    from cntlora.recipes.samples import smollm2
+    from cntlora.recipes.samples.models import smollm2
 
     model, tokenizer = smollm2()
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cntlora.recipes import texts
-from cntlora.recipes.texts import paired, passages, read_tab
+from cntlora.recipes.samples import texts
+from cntlora.recipes.samples.texts import paired, passages, read_tab
 
 GROUPS = {f"g{g}": [f"{g} {i}" for i in range(count)] for g, count in enumerate((40, 30, 8, 21))}
 

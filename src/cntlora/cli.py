@@ -157,7 +157,7 @@ def _initialise(
     from .config import InitConfig
     from .core.family import METHODS
     from .recipes.loading import add_lora, batches_of, load_model
-    from .recipes.text import Table, read_table, shuffled
+    from .recipes.text.tables import Table, read_table, shuffled
     from .saving import save_adapter
 
     config = InitConfig(**options)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from .config import InitConfig
 from .initialize import initialize
 from .plan import write_atomically
-from .recipes.samples import minilm_folder
+from .recipes.samples.models import minilm_folder
 from .recipes.scoring import classifier_metrics
-from .recipes.sentiment import TARGET_MODULES, SentimentTask
+from .recipes.text.sentiment import TARGET_MODULES, SentimentTask
 from .recipes.training import Curve, train
 from .saving import save_adapter
 

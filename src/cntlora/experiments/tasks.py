@@ -11,15 +11,15 @@ from ..config import unknown_name
 from ..recipes.task import Recipe, Task
 
 TASKS: dict[str, tuple[str, str]] = {
-    "tweets": ("sentiment", "text"),
-    "text": ("classification", "text"),
-    "pairs": ("classification", "text"),
-    "glue": ("glue", "text"),
-    "language-model": ("language", "text"),
-    "vision": ("vision", "vision"),
-    "vtab": ("vision", "vision"),
-    "dreambooth": ("diffusion", "diffusion"),
-    "captioning": ("captioning", "vlm"),
+    "tweets": ("text.sentiment", "text"),
+    "text": ("text.classification", "text"),
+    "pairs": ("text.classification", "text"),
+    "glue": ("text.glue", "text"),
+    "language-model": ("text.language", "text"),
+    "vision": ("vision.task", "vision"),
+    "vtab": ("vision.task", "vision"),
+    "dreambooth": ("diffusion.task", "diffusion"),
+    "captioning": ("captioning.task", "vlm"),
 }
 """Name → module of `cntlora.recipes`, and the extra that brings what it imports."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import unknown_name
-from .text import EncodedBatches, Table, encode_batches
+from .text.tables import EncodedBatches, Table, encode_batches
 
 TASKS = ("auto", "causal-lm", "classification", "encoder")
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "encoder": "FEATURE_EXTRACTION"}
@@ -69,7 +69,7 @@ def resolve_model(name: str) -> str:
         return name
     if name not in _SAMPLES:
         raise ValueError(unknown_name("model", name, _SAMPLES))
-    from . import samples
+    from .samples import models as samples
 
     return str(getattr(samples, _SAMPLES[name])())
 

@@ -1,0 +1,1 @@
+"""DreamBooth, and the small text-to-image model that it is tried on."""

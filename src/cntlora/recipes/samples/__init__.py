@@ -1,0 +1,1 @@
+"""Real models and data that ship inside packages, fetched once and cached."""

@@ -1,0 +1,1 @@
+"""Text: tables of the user's rows, classification, pairs, GLUE, language models."""

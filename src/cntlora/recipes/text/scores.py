@@ -1,0 +1,85 @@
+"""Scores of predictions on held-out rows, by name: the metrics of GLUE, of classification and of regression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn import metrics
+from torch import Tensor, nn
+
+from ...batches import device_of, to_device
+from ..scoring import modes
+
+Score = Callable[[Any, Any], float]
+"""Truth and guess, one a row: class indices, or numbers for regression."""
+
+
+def _macro_f1(truth: Any, guess: Any) -> float:
+    return float(metrics.f1_score(truth, guess, average="macro", zero_division=0.0))
+
+
+def _f1(truth: Any, guess: Any) -> float:
+    return float(metrics.f1_score(truth, guess, pos_label=1, zero_division=0.0))
+
+
+def _correlation(kind: Callable[[Any, Any], Any]) -> Score:
+    """A correlation; 0 where it is undefined, because truth or guesses are all alike."""
+
+    def score(truth: Any, guess: Any) -> float:
+        if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(guess) == 0:
+            return 0.0
+        return float(kind(truth, guess).statistic)
+
+    return score
+
+
+SCORES: dict[str, Score] = {
+    "accuracy": lambda truth, guess: float(metrics.accuracy_score(truth, guess)),
+    "f1": _f1,  # of class 1, as GLUE has it for MRPC and QQP
+    "macro_f1": _macro_f1,
+    "matthews": lambda truth, guess: float(metrics.matthews_corrcoef(truth, guess)),
+    "pearson": _correlation(stats.pearsonr),
+    "spearman": _correlation(stats.spearmanr),
+}
+"""All of them are better when larger; "loss", which `evaluate_sequences` always gives, when smaller."""
+
+
+def directions(names: Sequence[str]) -> dict[str, str]:
+    """The loss, better when smaller ("min"), and the scores, better when larger ("max")."""
+    return {"loss": "min", **dict.fromkeys(names, "max")}
+
+
+def evaluate_sequences(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], scores: Sequence[str], *, regression: bool = False
+) -> dict[str, float]:
+    """Loss (mean over the rows: nats, or the squared error for regression) and scores of a sequence classifier.
+
+    Evaluates without dropout and gradients, each row counted once; every module is left in the mode it had.
+
+    Args:
+        model: its output has `loss`, the mean over the rows, and `logits` (rows, classes), (rows, 1) for regression.
+        batches: mappings with `labels` (rows,).
+        scores: keys of `SCORES`.
+        regression: the guess is the logit itself, not the largest one's class.
+
+    Raises:
+        ValueError: if there is no batch, or one without labels.
+    """
+    device = device_of(model)
+    total, truth, guess = 0.0, [], []
+    with modes(model, training=False), torch.no_grad():
+        for batch in batches:
+            if "labels" not in batch:
+                raise ValueError("batches: expected mappings with labels to evaluate a classifier")
+            output = model(**to_device(batch, device))
+            logits: Tensor = output.logits.float()
+            total += float(output.loss) * len(batch["labels"])
+            truth += batch["labels"].tolist()
+            guess += (logits.flatten() if regression else logits.argmax(dim=-1)).tolist()
+    if not truth:
+        raise ValueError("batches: expected at least one batch, got none")
+    return {"loss": total / len(truth), **{name: SCORES[name](truth, guess) for name in scores}}

@@ -1,0 +1,263 @@
+"""Labelled pictures read from folders, tables and published data sets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from sklearn.model_selection import train_test_split
+
+from ...notices import warn_caller
+from ..text.tables import read_table
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+TABLES = (".csv", ".tsv", ".jsonl")
+CHECKED = 2000  # pictures that are decoded before training
+_HELD_OUT = ("test", "validation", "val")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+def open_picture(path: str | PathLike[str], size: int | None = None) -> Image.Image:
+    """A picture file as RGB, upright as its EXIF entry says, transparent parts white.
+
+    Args:
+        path: the file.
+        size: the size that is wanted in the end, if known: a much larger JPEG is decoded at a half, a quarter or an
+            eighth of its size then, which is faster.
+
+    Raises:
+        ValueError: if it cannot be read as a picture; names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            if size is not None:
+                image.draft("RGB", (2 * size, 2 * size))
+            return opaque(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        missing = "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise ValueError(f"{path}: expected a picture, but {missing}; replace or remove it") from error
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """RGB, with white behind what is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
+
+
+def _open_file(source: Any, size: int) -> Image.Image:
+    return open_picture(source, size)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Pictures and their classes; a picture is opened when it is needed.
+
+    Attributes:
+        sources: n files, or whatever `load` opens.
+        labels: n class indices.
+        names: of the classes.
+        where: the folder, file or data set, for messages.
+        load: (source, size that is wanted in the end) → RGB picture of any size.
+    """
+
+    sources: Sequence[Any]
+    labels: Sequence[int]
+    names: tuple[str, ...]
+    where: str
+    load: Callable[[Any, int], Image.Image] = _open_file
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2:
+            found = f"only {self.names[0]!r}" if self.names else "none"
+            raise ValueError(f"{self.where}: expected at least two classes, got {found}; add pictures of another class")
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def take(self, rows: Sequence[int]) -> LabelledImages:
+        """The given rows, in the given order."""
+        sources, labels = [self.sources[i] for i in rows], [self.labels[i] for i in rows]
+        return LabelledImages(sources, labels, self.names, self.where, self.load)
+
+    def split(self, eval_size: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+        """Training and held-out pictures in random order, with the same shares of the classes.
+
+        Args:
+            eval_size: held-out pictures: a number from 1, or a share below 1.
+            seed: the same seed gives the same split; no global generator is used.
+
+        Raises:
+            ValueError: if a class has one picture only, or the pictures do not suffice.
+        """
+        counts = np.bincount(np.asarray(self.labels), minlength=len(self.names))
+        few = [f"{self.names[i]!r} has {count}" for i, count in enumerate(counts) if count < 2]
+        if few:
+            raise ValueError(
+                f"{self.where}: expected at least two pictures of each class, one to train on and one to hold out, but "
+                f"class {few[0]}" + (f" (and {len(few) - 1} more classes)" if len(few) > 1 else "")
+            )
+        size = eval_size if eval_size < 1 else int(eval_size)
+        try:
+            train, held_out = train_test_split(
+                range(len(self)), test_size=size, random_state=seed, stratify=list(self.labels)
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{self.where}: eval_size={eval_size:g} of {len(self)} pictures of {len(self.names)} classes cannot be "
+                f"held out: {error}"
+            ) from error
+        return self.take(train), self.take(held_out)
+
+    def limited(self, size: int | None, seed: int) -> LabelledImages:
+        """At most `size` of the pictures, of each class in proportion and at least one; all of them for None."""
+        if size is None or size >= len(self):
+            return self
+        if size < len(self.names):
+            raise ValueError(f"{self.where}: train_size={size} is less than one for each of {len(self.names)} classes")
+        order = np.random.default_rng(seed).permutation(len(self))
+        labels = np.asarray(self.labels)[order]
+        place = np.empty(len(self))  # of a picture within its class, from 0 to 1
+        for label in range(len(self.names)):
+            rows = np.flatnonzero(labels == label)
+            place[rows] = np.arange(len(rows)) / max(1, len(rows))
+        return self.take(order[np.argsort(place, kind="stable")[:size]].tolist())
+
+    def check(self, limit: int = CHECKED) -> None:
+        """Decodes the pictures, or `limit` of them evenly spread where there are more.
+
+        Raises:
+            ValueError: at the first one that cannot be read; names it.
+        """
+        rows = range(len(self)) if len(self) <= limit else np.linspace(0, len(self) - 1, limit, dtype=int).tolist()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for _ in pool.map(lambda row: self.load(self.sources[row], 64).size, rows):
+                pass
+
+
+def read_images(
+    data: str, *, image: str = "image", label: str = "label", split: str = "train", eval_split: str | None = None
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """Labelled pictures, and the held-out ones if the data set has them apart.
+
+    Args:
+        data: a folder with a subfolder of pictures for each class, or with `train` and `test` (or `validation`) that
+            hold such subfolders; a .csv, .tsv or .jsonl file with picture files (relative to the file) and classes; or
+            the name of a published data set, `owner/name` or `owner/name:configuration`, that `datasets` loads.
+        image, label: columns of a table or data set.
+        split, eval_split: of a published data set.
+
+    Raises:
+        ValueError: if there is no such data, a class or column is missing, or there is no picture; names the place.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return _folders(path)
+    if path.suffix.lower() in TABLES and path.is_file():
+        return _table(path, image, label), None
+    if path.exists():
+        raise ValueError(f"{data}: expected a folder, or a file that ends in {', '.join(TABLES)}")
+    if path.suffix.lower() not in TABLES and _HUB_NAME.fullmatch(data):
+        return _published(data, image, label, split, eval_split)
+    raise ValueError(
+        f"{data}: there is no such folder or file; expected a folder with a subfolder for each class, a table "
+        f"({', '.join(TABLES)}), or a published data set, owner/name"
+    )
+
+
+def _folders(root: Path) -> tuple[LabelledImages, LabelledImages | None]:
+    """Pictures of class folders, or of a `train` and a held-out folder of them."""
+    held_out = [name for name in _HELD_OUT if (root / name).is_dir()]
+    if not ((root / "train").is_dir() and held_out):
+        return class_folders(root), None
+    train = class_folders(root / "train")
+    other = class_folders(root / held_out[0])
+    if set(other.names) - set(train.names):
+        strange = sorted(set(other.names) - set(train.names))[0]
+        raise ValueError(f"{other.where}: class {strange!r} is not among the classes of {train.where}")
+    labels = [train.names.index(other.names[i]) for i in other.labels]
+    return train, LabelledImages(other.sources, labels, train.names, other.where)
+
+
+def class_folders(root: Path) -> LabelledImages:
+    """The pictures under each subfolder, however deep; its name is the class. Other files are left out, with a warning.
+
+    Hidden files and folders are ignored.
+
+    Raises:
+        ValueError: if there is no subfolder, or one without pictures.
+    """
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise ValueError(f"{root}: expected a subfolder of pictures for each class, got none")
+    sources: list[Path] = []
+    labels: list[int] = []
+    others: list[Path] = []
+    for index, name in enumerate(names):
+        files = sorted(p for p in (root / name).rglob("*") if p.is_file() and not _hidden(p, root))
+        pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
+        others += [p for p in files if p.suffix.lower() not in SUFFIXES]
+        if not pictures:
+            raise ValueError(f"{root / name}: no picture is in it ({', '.join(SUFFIXES)}); add some or remove it")
+        sources += pictures
+        labels += [index] * len(pictures)
+    if others:
+        warn_caller(f"{root}: {len(others)} files are no pictures by their name and left out, such as {others[0]}")
+    return LabelledImages(sources, labels, tuple(names), str(root))
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _table(path: Path, image: str, label: str) -> LabelledImages:
+    table = read_table(path, text=image, label=label)
+    files = [path.parent / Path(name).expanduser() for name in table.texts]
+    for row, file in enumerate(files, start=1):
+        if not file.is_file():
+            raise ValueError(f"{path}: row {row}: there is no file {file}; names are relative to the table's folder")
+    return LabelledImages(files, table.labels, tuple(table.names), str(path))
+
+
+def _published(
+    data: str, image: str, label: str, split: str, eval_split: str | None
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """Splits of a data set that `datasets` loads."""
+    import datasets  # type: ignore[import-untyped]
+
+    name, _, configuration = data.partition(":")
+    try:
+        parts = [datasets.load_dataset(name, configuration or None, split=s) for s in (split, eval_split) if s]
+    except Exception as error:  # whatever it raises: there are many kinds, of the hub, the network and the format
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{data}: there is no such folder, and no data set of that name loads ({first})") from error
+    for part in parts:
+        for column in (image, label):
+            if column not in part.column_names:
+                existing = ", ".join(part.column_names)
+                raise ValueError(f"{data}: there is no column {column!r}; its columns are: {existing}")
+    values = [list(part[label]) for part in parts]
+    names = getattr(parts[0].features[label], "names", None)
+    if names is None:
+        found = sorted(set(values[0]))
+        names, values = [str(value) for value in found], [[found.index(v) for v in part] for part in values]
+    train, *held_out = [
+        LabelledImages(range(len(part)), labels, tuple(names), data, partial(_open_row, part, image))
+        for part, labels in zip(parts, values, strict=True)
+    ]
+    return train, held_out[0] if held_out else None
+
+
+def _open_row(part: Any, column: str, row: int, size: int) -> Image.Image:
+    """The picture of a row of a published data set; `size` is not needed, the picture comes decoded."""
+    return opaque(part[row][column])
