@@ -35,6 +35,7 @@ results: setup  ## docs/results.md and the page of the comparison again, from th
 	$(BIN)/cntlora report results/tweets_tolerance --into docs/results.md
 	for study in vision_emoji vision_fashion_mnist vision_textiles pairs; do \
 		$(BIN)/cntlora report results/$$study --into docs/results.md || exit 1; done
+	$(BIN)/cntlora report results/dreambooth --into docs/results.md --out results/dreambooth --title "DreamBooth on a small model: a rainbow lorikeet"
 	$(BIN)/cntlora report results/tweets --into docs/results.md --out results/tweets --title "Tweets, MiniLM-L6: every initialisation, 40 steps"
 
 clean:
