@@ -12,8 +12,9 @@ from torch import nn
 
 import cntlora
 from cntlora.demo import run_demo
+from cntlora.recipes.scoring import evaluate_classifier
 from cntlora.recipes.text.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
-from cntlora.recipes.training import evaluate_classifier, train
+from cntlora.recipes.training import train
 
 pytestmark = pytest.mark.packages
 

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's code that called us, however deep inside they come up."""
+"""What is said to the user: warnings that point at the line of their code, and errors quoted in one line."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def warn_caller(message: str) -> None:
     while outer is not None and outer.f_globals.get("__name__", "").partition(".")[0] == "cntlora":
         outer, level = outer.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, its kind if it says nothing: to be quoted in a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

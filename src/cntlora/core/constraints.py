@@ -53,8 +53,7 @@ def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tupl
     Returns:
         T (d, d) and the numerical rank of G.
     """
-    tolerance = X.rtol if rtol is None else max(rtol**2, X.rtol)
-    pairs = X.eigenpairs(tolerance)
+    pairs = X.eigenpairs(_root_rtol(X, rtol))
     half = (pairs.P / pairs.D.sqrt()).mT  # (n, d) = D^(−½) Pᵀ
     if root == "symmetric":
         return pairs.P @ half, pairs.D.numel()
@@ -73,7 +72,7 @@ def self_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, i
     Returns:
         T (d, d), its rows past min(d, b) zero, whether it holds (), and then the rank of G.
     """
-    tolerance = X.rtol if rtol is None else max(rtol**2, X.rtol)
+    tolerance = _root_rtol(X, rtol)
     rows = X.rows()
     if rows is None:
         L, info = torch.linalg.cholesky_ex(X.gram())
@@ -84,6 +83,11 @@ def self_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, i
     Q, R = torch.linalg.qr(rows)
     half = fix_diagonal(R)[:, None] * (Q.mT @ (inverse @ rows))
     return _padded(half, X.dim), holds, rows.shape[0]
+
+
+def _root_rtol(X: Moments, rtol: float | None) -> float:
+    """The tolerance on D that stands for `rtol` on D^½, no smaller than the rounding noise that D carries."""
+    return X.rtol if rtol is None else max(rtol**2, X.rtol)
 
 
 def _padded(half: Tensor, d: int) -> Tensor:

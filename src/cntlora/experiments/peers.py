@@ -55,9 +55,8 @@ def _eva(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: 
     config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(), **options)
     masks = [mask for batch in batches if (mask := _mask(batch)) is not None]
     needed, fewest = round(config.r * config.eva_config.rho), min((int(mask.sum()) for mask in masks), default=None)
-    if (
-        fewest is not None and fewest < needed
-    ):  # EVA skips such a batch; if all are like that, it goes round and round without an end
+    # EVA skips such a batch; if all are like that, it goes round and round without an end
+    if fewest is not None and fewest < needed:
         raise ValueError(f"peft:eva needs {needed} tokens a batch (r·rho), one has {fewest}; use larger batches")
     adapted = _wrap(model, config, low_cpu_mem_usage=True)  # as its documentation has it: A is written later
     passes = 0

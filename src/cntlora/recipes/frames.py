@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from ..notices import first_line
+
 
 def read_frame(source: str | PathLike[str], *, quoted: bool = True) -> pd.DataFrame:
     """All rows of a file or of a data set of the hub, every value of a .csv or .tsv as text.
@@ -112,9 +114,9 @@ def _from_hub(source: str) -> pd.DataFrame:
     try:
         return pd.DataFrame(load_dataset(name, configuration or None, split=split or "train").to_pandas())
     except Exception as error:  # of many libraries: no network, no such data set, configuration or split
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"data {source!r}: there is no such file, and as a data set of the hub it cannot be loaded ({first}); "
+            f"data {source!r}: there is no such file, and as a data set of the hub it cannot be loaded "
+            f"({first_line(error)}); "
             "expected a file, or owner/name[:configuration][#split]"
         ) from error
 
@@ -165,7 +167,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: not a parquet file ({first_line(error)})") from error
 
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import unknown_name
+from ..notices import first_line
 from .text.tables import EncodedBatches, Table, encode_batches
 
 TASKS = ("auto", "causal-lm", "classification", "encoder")
@@ -86,8 +87,9 @@ def load_tokenizer(name: str) -> tuple[Any, Any]:
     try:
         config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {name!r}: cannot be loaded ({first}); expected a folder or a hub name") from error
+        raise ValueError(
+            f"model {name!r}: cannot be loaded ({first_line(error)}); expected a folder or a hub name"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return config, tokenizer
@@ -130,8 +132,7 @@ def _pretrained(kind: Any, name: str, seed: int, options: dict[str, Any]) -> Any
         try:
             return kind.from_pretrained(source, **options)
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"model {name!r}: cannot be loaded as {kind.__name__} ({first})") from error
+            raise ValueError(f"model {name!r}: cannot be loaded as {kind.__name__} ({first_line(error)})") from error
 
 
 def load_model(name: str, task: str, table: Table, seed: int) -> tuple[nn.Module, Any, str]:

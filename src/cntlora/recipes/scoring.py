@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import to_device
+from ..batches import device_of, to_device
 
 CLASSIFIER_METRICS = {"loss": "min", "accuracy": "max", "macro_f1": "max"}
 """What `classifier_metrics` gives, and whether the best is the smallest or the largest."""
@@ -41,21 +41,37 @@ def evaluate_classifier(model: nn.Module, batches: Iterable[Mapping[str, Any]]) 
     """
     from sklearn.metrics import accuracy_score, f1_score  # here, because settings are read without it
 
-    device = next(model.parameters()).device
+    loss, truth, guess = predictions(model, batches)
+    macro_f1 = f1_score(truth, guess, average="macro", zero_division=0.0)
+    return loss, float(accuracy_score(truth, guess)), float(macro_f1)
+
+
+def predictions(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, regression: bool = False
+) -> tuple[float, list[Any], list[Any]]:
+    """Mean loss over the rows, truth and guess of every row, without dropout and gradients.
+
+    Args:
+        model: its output has `loss`, the mean over the rows, and `logits` (rows, classes), (rows, 1) for regression.
+        batches: mappings with `labels` (rows,).
+        regression: the guess is the logit itself, not the largest one's class.
+
+    Raises:
+        ValueError: if there is no batch, or one without labels.
+    """
+    device = device_of(model)
     total, truth, guess = 0.0, [], []
     with modes(model, training=False), torch.no_grad():
         for batch in batches:
             if not isinstance(batch, Mapping) or "labels" not in batch:
                 raise ValueError("batches: expected mappings with labels to evaluate a classifier")
             output = model(**to_device(batch, device))
-            rows = len(batch["labels"])
-            total += float(loss_of(output)) * rows
+            total += float(loss_of(output)) * len(batch["labels"])
             truth += batch["labels"].tolist()
-            guess += output.logits.argmax(dim=-1).tolist()
+            guess += (output.logits.float().flatten() if regression else output.logits.argmax(dim=-1)).tolist()
     if not truth:
         raise ValueError("batches: expected at least one batch, got none")
-    macro_f1 = f1_score(truth, guess, average="macro", zero_division=0.0)
-    return total / len(truth), float(accuracy_score(truth, guess)), float(macro_f1)
+    return total / len(truth), truth, guess
 
 
 def classifier_metrics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:

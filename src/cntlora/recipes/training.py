@@ -14,20 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .scoring import evaluate_classifier, modes
 from .values import one_of
-
-__all__ = [
-    "Curve",
-    "Evaluate",
-    "Evaluation",
-    "Sample",
-    "TrainOptions",
-    "cycled",
-    "evaluate_classifier",
-    "modes",
-    "train",
-]
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 """Gives the held-out metrics of a model by name."""

@@ -13,11 +13,9 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from ..frames import column, raw_column, read_frame
+from ..picture_files import CHECKED, SUFFIXES, opaque, open_picture
 from ..values import one_of
-from ..vision.images import SUFFIXES, opaque, open_picture
 from .scenes import Scene
-
-CHECKED = 2000  # pictures that are decoded before training
 
 
 @dataclass(frozen=True)

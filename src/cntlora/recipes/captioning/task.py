@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ...notices import first_line
 from ..loading import quiet
 from ..task import Defaults, Recipe
 from ..values import at_least, one_of
@@ -221,8 +222,7 @@ def _loaded(kind: Any, source: str, name: str, **options: Any) -> Any:
         try:
             return kind.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"model {name!r}: {kind.__name__} cannot load it ({first})") from error
+            raise ValueError(f"model {name!r}: {kind.__name__} cannot load it ({first_line(error)})") from error
 
 
 def caption_targets(source: str) -> str:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...notices import warn_caller
+from ..picture_files import opaque
 from ..samples.downloads import cache_dir
 from .denoisers import encode_pictures, family_of, noise_scheduler, side_of, training_target
 from .small_pictures import SUBJECTS, subject_photos
@@ -55,12 +56,9 @@ def open_photo(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as picture:
-            turned = ImageOps.exif_transpose(picture).convert("RGBA")
+            return opaque(ImageOps.exif_transpose(picture))
     except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
         raise ValueError(f"{path}: no picture, or a broken one ({error}); replace or remove it") from error
-    white = Image.new("RGBA", turned.size, "white")
-    white.alpha_composite(turned)
-    return white.convert("RGB")
 
 
 def as_pixels(pictures: Sequence[Image.Image], side: int) -> Tensor:

@@ -20,6 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from ...notices import first_line
 from ..loading import quiet
 from .pixel_pipeline import PixelPipeline, patch_side, to_positions
 
@@ -154,9 +155,9 @@ def load_pipeline(model: str) -> Any:
         with quiet_diffusers():
             pipeline = (PixelPipeline if own else DiffusionPipeline).from_pretrained(name, **options)
     except (OSError, ValueError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"model {model!r}: cannot be loaded ({first}); expected the folder or hub name of a diffusers pipeline"
+            f"model {model!r}: cannot be loaded ({first_line(error)}); expected the folder or hub name "
+            "of a diffusers pipeline"
         ) from error
     family_of(pipeline)
     pipeline.set_progress_bar_config(disable=True)

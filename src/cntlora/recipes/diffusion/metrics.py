@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...notices import first_line
 from ..loading import quiet
 from ..vision.pixels import IMAGENET_MEAN, IMAGENET_STD
 
@@ -51,9 +52,9 @@ def _loaded(model: str) -> Any:
         with quiet():
             found = AutoModel.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"metric model {model!r}: cannot be loaded ({first}); give a folder or a hub name, or '' to leave it out"
+            f"metric model {model!r}: cannot be loaded ({first_line(error)}); give a folder or a hub name, "
+            "or '' to leave it out"
         ) from error
     return found.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -64,9 +64,7 @@ class TextSettings:
     eval_data: str | None = None
 
     def __post_init__(self) -> None:
-        need(self, model="a hub name or folder", data="a file with your rows, such as a .csv")
-        at_least("task", self, batch_size=1, max_length=1, eval_size=1, split_seed=0)
-        one_of("task.kind", self.kind, KINDS)
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,14 @@ class PairsSettings:
     eval_data: str | None = None
 
     def __post_init__(self) -> None:
-        need(self, model="a hub name or folder", data="a file with your rows, such as a .csv")
-        at_least("task", self, batch_size=1, max_length=1, eval_size=1, split_seed=0)
-        one_of("task.kind", self.kind, KINDS)
+        _check(self)
+
+
+def _check(settings: TextSettings | PairsSettings) -> None:
+    """Checks what both have."""
+    need(settings, model="a hub name or folder", data="a file with your rows, such as a .csv")
+    at_least("task", settings, batch_size=1, max_length=1, eval_size=1, split_seed=0)
+    one_of("task.kind", settings.kind, KINDS)
 
 
 def need(settings: Any, **what: str) -> None:

@@ -125,11 +125,9 @@ def _table(settings: GlueSettings, split: str) -> Table:
     kind = GLUE[settings.task]
     folder = Path(settings.data)
     if folder.is_dir():
-        where = ", ".join(str(path) for path in _files(folder, settings.task, split))
-        frame = pd.concat(
-            [read_frame(path, quoted=path.suffix != ".tsv") for path in _files(folder, settings.task, split)],
-            ignore_index=True,
-        )
+        files = _files(folder, settings.task, split)
+        where = ", ".join(map(str, files))
+        frame = pd.concat([read_frame(path, quoted=path.suffix != ".tsv") for path in files], ignore_index=True)
     else:
         where = f"{settings.data}:{settings.task}#{split}"
         frame = read_frame(where)

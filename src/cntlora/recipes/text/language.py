@@ -28,11 +28,11 @@ from ...batches import device_of, to_device
 from ...config import unknown_name
 from ..frames import column, read_frame
 from ..loading import load_language_model, load_tokenizer
-from ..samples.dialogue import Row, Segments, chat_rows, encode_row, response_rows, text_rows
 from ..scoring import modes
 from ..task import Defaults, Recipe
 from ..values import at_least, one_of
 from .classification import need
+from .dialogue import Row, Segments, chat_rows, encode_row, response_rows, text_rows
 from .tables import IGNORED
 from .tiny import at_most, tiny_language_model, write_rows
 

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
 from sklearn import metrics
-from torch import Tensor, nn
+from torch import nn
 
-from ...batches import device_of, to_device
-from ..scoring import modes
+from ..scoring import predictions
 
 Score = Callable[[Any, Any], float]
 """Truth and guess, one a row: class indices, or numbers for regression."""
@@ -69,17 +67,5 @@ def evaluate_sequences(
     Raises:
         ValueError: if there is no batch, or one without labels.
     """
-    device = device_of(model)
-    total, truth, guess = 0.0, [], []
-    with modes(model, training=False), torch.no_grad():
-        for batch in batches:
-            if "labels" not in batch:
-                raise ValueError("batches: expected mappings with labels to evaluate a classifier")
-            output = model(**to_device(batch, device))
-            logits: Tensor = output.logits.float()
-            total += float(output.loss) * len(batch["labels"])
-            truth += batch["labels"].tolist()
-            guess += (logits.flatten() if regression else logits.argmax(dim=-1)).tolist()
-    if not truth:
-        raise ValueError("batches: expected at least one batch, got none")
-    return {"loss": total / len(truth), **{name: SCORES[name](truth, guess) for name in scores}}
+    loss, truth, guess = predictions(model, batches, regression=regression)
+    return {"loss": loss, **{name: SCORES[name](truth, guess) for name in scores}}

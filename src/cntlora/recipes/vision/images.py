@@ -7,52 +7,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from ...notices import warn_caller
+from ...notices import first_line, warn_caller
+from ..picture_files import CHECKED, SUFFIXES, opaque, open_picture
 from ..text.tables import read_table
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 TABLES = (".csv", ".tsv", ".jsonl")
-CHECKED = 2000  # pictures that are decoded before training
 _HELD_OUT = ("test", "validation", "val")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-
-
-def open_picture(path: str | PathLike[str], size: int | None = None) -> Image.Image:
-    """A picture file as RGB, upright as its EXIF entry says, transparent parts white.
-
-    Args:
-        path: the file.
-        size: the size that is wanted in the end, if known: a much larger JPEG is decoded at a half, a quarter or an
-            eighth of its size then, which is faster.
-
-    Raises:
-        ValueError: if it cannot be read as a picture; names the file.
-    """
-    try:
-        with Image.open(path) as image:
-            if size is not None:
-                image.draft("RGB", (2 * size, 2 * size))
-            return opaque(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        missing = "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise ValueError(f"{path}: expected a picture, but {missing}; replace or remove it") from error
-
-
-def opaque(image: Image.Image) -> Image.Image:
-    """RGB, with white behind what is transparent."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
 
 
 def _open_file(source: Any, size: int) -> Image.Image:
@@ -239,8 +208,9 @@ def _published(
     try:
         parts = [datasets.load_dataset(name, configuration or None, split=s) for s in (split, eval_split) if s]
     except Exception as error:  # whatever it raises: there are many kinds, of the hub, the network and the format
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{data}: there is no such folder, and no data set of that name loads ({first})") from error
+        raise ValueError(
+            f"{data}: there is no such folder, and no data set of that name loads ({first_line(error)})"
+        ) from error
     for part in parts:
         for column in (image, label):
             if column not in part.column_names:

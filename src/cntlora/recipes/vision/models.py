@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, Dinov2Config, Dinov2Model
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ...notices import first_line
 from ..loading import quiet
 
 POOLINGS: dict[str, Callable[[Any], Tensor]] = {
@@ -77,8 +78,9 @@ def load_config(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder_or_name(model))
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {model!r}: cannot be loaded ({first}); expected a folder or a hub name") from error
+        raise ValueError(
+            f"model {model!r}: cannot be loaded ({first_line(error)}); expected a folder or a hub name"
+        ) from error
 
 
 def check_backbone(model: str, size: int, feature_layer: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..frames import column, raw_column
-from ..text.tables import IGNORED
+from .tables import IGNORED
 
 Segments = tuple[tuple[str, bool], ...]
 """The parts of a row in their order, each with whether its tokens are learned."""
