@@ -2,11 +2,13 @@
 
     python benchmarks/init_cost.py                                  # every workload; benchmarks/records/<workload>.json
     python benchmarks/init_cost.py --workloads minilm,dinov2 --rows self,eva,"PEFT eva"
+    python benchmarks/init_cost.py --device cuda --workloads llama-7b --out benchmarks/records/gpu
     python benchmarks/init_cost.py --table                          # the tables of the records that are there
 
 A workload runs in one process with the same model, batches and threads, rows interleaved in rounds, so that ratios (to
 the forward pass of the same round) can be trusted on a noisy machine. Peak memory is measured in a process of its own
-for each row, above the model after its own forward pass. A row that fails or is left out is reported with its reason.
+for each row, above the model after its own forward pass; on a GPU it is what the allocator counted. A row that fails or
+is left out is reported with its reason.
 """
 
 from __future__ import annotations
@@ -50,10 +52,10 @@ def run(workload: str, rows: list[str], options: argparse.Namespace) -> None:
     record = {
         "workload": workload,
         "about": WORKLOADS[workload].about,
-        "machine": describe(options.threads),
+        "machine": describe(options.threads, options.device),
         "repeats": options.repeats,
         "row_budget_seconds": options.row_budget,
-        "rows": measure(workload, rows, options.repeats, options.row_budget, not options.no_memory),
+        "rows": measure(workload, rows, options.repeats, options.row_budget, not options.no_memory, options.device),
     }
     print(markdown(record), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -68,6 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rounds after the one that warms up")
     parser.add_argument("--row-budget", type=float, default=60.0, help="seconds after which a row is not run again")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process for each row)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--table", action="store_true", help="only print the tables of the records in --out")

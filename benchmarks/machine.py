@@ -16,9 +16,10 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "records"
 """Where the benchmarks write their records."""
 
 
-def describe(threads: int) -> dict[str, Any]:
-    """Processor, cores, memory, threads and versions."""
-    return {
+def describe(threads: int, device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, cores, memory, threads and versions; the name of the GPU where `device` is one."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device is not None and device.type == "cuda" else {}
+    return gpu | {
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(total_memory_gib(), 1),
@@ -40,6 +41,25 @@ def processor() -> str:
 def total_memory_gib() -> float:
     """Memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when the device has done all that was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gpu_held(device: torch.device) -> float:
+    """MiB that the allocator of a GPU has given out, from which its peak now starts again; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device) / 2**20
+
+
+def gpu_peak(device: torch.device) -> float:
+    """The most MiB that it has given out since; 0 elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
 
 
 def memory_mib(field: str) -> float:

@@ -11,12 +11,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.machine import memory_mib, reset_peak
+import torch
+from benchmarks.machine import gpu_held, gpu_peak, memory_mib, reset_peak, wait_for
 from benchmarks.rows import FLOOR, Bench, Job
+from benchmarks.tables import number
 from benchmarks.workloads import WORKLOADS, forward_pass
 
 Record = dict[str, Any]
 Clock = Callable[[], float]
+CPU = torch.device("cpu")
 
 
 def reason(error: Exception) -> str:
@@ -25,22 +28,31 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
-def timed(job: Job, clock: Clock = time.perf_counter) -> float:
-    """Seconds of `run` alone."""
+def timed(job: Job, clock: Clock = time.perf_counter, device: torch.device = CPU) -> tuple[float, float]:
+    """Seconds of `run` alone; and on a GPU the MiB by which it raised what the allocator held, else 0."""
     prepared = job.prepare()
     gc.collect()  # what earlier rows left behind does not count
+    wait_for(device)
+    held = gpu_held(device)
     start = clock()
     job.run(prepared)
-    return clock() - start
+    wait_for(device)
+    return clock() - start, gpu_peak(device) - held
 
 
 def rounds(
-    jobs: dict[str, Job], repeats: int, budget: float, clock: Clock = time.perf_counter
+    jobs: dict[str, Job],
+    repeats: int,
+    budget: float,
+    clock: Clock = time.perf_counter,
+    device: torch.device = CPU,
+    peaks: dict[str, float] | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, str]]:
     """Every row once a round, 1 + `repeats` rounds, of which the first warms up.
 
     Args:
         budget: a row that has taken so many seconds is not run again.
+        peaks: takes the peak memory of each row on a GPU, that of its last run.
 
     Returns:
         For each round, row → seconds; and the rows that failed with their reasons, which then have no seconds.
@@ -54,11 +66,14 @@ def rounds(
             if name in failed or (spent[name] > budget and name != FLOOR):
                 continue
             try:
-                seconds[name] = timed(job, clock)
+                seconds[name], peak = timed(job, clock, device)
             except Exception as error:  # whatever a row raises is its result
                 failed[name] = reason(error)
                 continue
             spent[name] += seconds[name]
+            if peaks is not None:
+                peaks[name] = peak
+            print(f"{name}: {number(seconds[name])} s", file=sys.stderr, flush=True)
         found.append(seconds)
     return [{n: s for n, s in row.items() if n not in failed} for row in found], failed
 
@@ -82,13 +97,16 @@ def summary(name: str, found: Sequence[dict[str, float]]) -> Record:
     }
 
 
-def measure(workload_name: str, rows: Sequence[str], repeats: int, budget: float, memory: bool) -> dict[str, Record]:
+def measure(
+    workload_name: str, rows: Sequence[str], repeats: int, budget: float, memory: bool, device: torch.device = CPU
+) -> dict[str, Record]:
     """Row → its figures, or "skipped" or "failed" with the reason."""
     workload = WORKLOADS[workload_name]
-    bench = Bench(workload)
+    bench = Bench(workload, device)
     wanted = [name for name in dict.fromkeys([FLOOR, *rows]) if name not in workload.skip]
     forward_pass(bench.adapted, bench.batches[:1])
-    found, failed = rounds({name: bench.job(name) for name in wanted}, repeats, budget)
+    peaks: dict[str, float] = {}
+    found, failed = rounds({name: bench.job(name) for name in wanted}, repeats, budget, device=device, peaks=peaks)
     table: dict[str, Record] = {}
     for name in dict.fromkeys([FLOOR, *rows]):
         if name in workload.skip:
@@ -96,7 +114,11 @@ def measure(workload_name: str, rows: Sequence[str], repeats: int, budget: float
         elif name in failed:
             table[name] = {"failed": failed[name]}
         else:
-            table[name] = summary(name, found) | (peak_of(workload_name, name) if memory else {})
+            table[name] = summary(name, found)
+            if device.type == "cuda":
+                table[name]["peak_mib"] = peaks[name]
+            elif memory:
+                table[name] |= peak_of(workload_name, name)
     return table
 
 
@@ -125,7 +147,7 @@ def peak_above_model(workload: str, row: str) -> float:
 
 def own_peak(workload: str, row: str) -> float:
     """The same in this process, which should have done nothing else."""
-    bench = Bench(WORKLOADS[workload])
+    bench = Bench(WORKLOADS[workload], CPU)
     job = bench.job(row)
     prepared = job.prepare()
     forward_pass(prepared, bench.batches[:1])

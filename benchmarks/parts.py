@@ -25,10 +25,12 @@ from statistics import median
 
 import numpy as np
 import torch
+from benchmarks.machine import wait_for
 from torch import Tensor
 
 from cntlora.core.factor import spectrum
 from cntlora.core.linalg import symmetric_product
+from cntlora.core.parallel import full_precision
 
 TRIPLET_PASSES = 20
 """Products with a thin block that finding leading triplets is counted as."""
@@ -147,16 +149,20 @@ def statistics_bytes(method: str, groups: Sequence[Group], b: int, width: int) -
 # --- rates of this machine ------------------------------------------------------------------------------------
 
 
-def _matrix(n: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+def _matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    drawn = torch.randn(n, n, generator=torch.Generator(device).manual_seed(0), device=device)
+    return drawn.to(dtype)
 
 
-def _jobs(n: int, rank: int = 16) -> dict[str, tuple[float, Callable[[], object]]]:
-    """Part → its count at size n, and a job that does it."""
-    single, double = _matrix(n, torch.float32), _matrix(n, torch.float64)
-    positive = double @ double.mT + n * torch.eye(n, dtype=torch.float64)
+def _jobs(n: int, device: torch.device, rank: int = 16) -> dict[str, tuple[float, Callable[[], object]]]:
+    """Part → its count at size n, and a job that does it: as for a float32 model on a CPU, a bfloat16 one on a GPU."""
+    half = device.type == "cuda"
+    model, moments = (torch.bfloat16, torch.float32) if half else (torch.float32, torch.float64)
+    single, double = _matrix(n, torch.float32, device), _matrix(n, moments, device)
+    weight = single.to(model)
+    positive = double @ double.mT + n * torch.eye(n, dtype=moments, device=device)
     return {
-        "forward": (2.0 * n**3, lambda: single @ single.mT),
+        "forward": (2.0 * n**3, lambda: weight @ weight.mT),
         "gram": (float(n**3), lambda: symmetric_product(double)),
         "product64": (2.0 * n**3, lambda: double @ double.mT),
         "product32": (2.0 * n**3, lambda: single @ single),
@@ -168,21 +174,31 @@ def _jobs(n: int, rank: int = 16) -> dict[str, tuple[float, Callable[[], object]
     }
 
 
-def measured_rates(sizes: Sequence[int], repeats: int, limit: float) -> dict[str, list[tuple[int, float]]]:
+def measured_rates(
+    sizes: Sequence[int], repeats: int, limit: float, device: torch.device | None = None
+) -> dict[str, list[tuple[int, float]]]:
     """Operations a second of every part on this machine; a part stops growing once a run takes more than `limit` s."""
+    device = device or torch.device("cpu")
     found: dict[str, list[tuple[int, float]]] = {part: [] for part in PARTS}
     slow: set[str] = set()
     for n in sizes:
-        for part, (operations, job) in _jobs(n).items():
+        for part, (operations, job) in _jobs(n, device).items():
             if part in slow:
                 continue
             times = []
             for _ in range(repeats + 1):
-                start = time.perf_counter()
-                job()
-                times.append(time.perf_counter() - start)
+                times.append(_seconds(job, device))
                 if times[-1] > limit:
                     slow.add(part)
                     break
             found[part].append((n, operations / median(times[1:] or times)))
     return found
+
+
+def _seconds(job: Callable[[], object], device: torch.device) -> float:
+    wait_for(device)
+    start = time.perf_counter()
+    with full_precision(device):
+        job()
+    wait_for(device)
+    return time.perf_counter() - start

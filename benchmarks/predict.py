@@ -1,7 +1,8 @@
-"""Predictions for whole models from parts: on this processor from its measured rates, on an H100 from ASSUMED rates.
+"""Predictions for whole models from parts: on this processor and on a GPU from their measured rates.
 
-Nothing here was measured on an H100. Its rates are the peaks of NVIDIA's data sheet (H100 SXM: float32 and float64 on
-tensor cores 67 TFLOP/s each, bfloat16 989 TFLOP/s dense) times an efficiency that we assume, part by part.
+Where no GPU has been measured (`scaling.py --rates`), an H100's rates are ASSUMED: the peaks of NVIDIA's data sheet
+(H100 SXM: float32 and float64 on tensor cores 67 TFLOP/s each, bfloat16 989 TFLOP/s dense) times an efficiency, part by
+part.
 """
 
 from __future__ import annotations
@@ -73,12 +74,18 @@ def predicted(groups: Sequence[Group], method: str, rates: Rates, b: int, batche
     }
 
 
-def predictions(cpu: Rates) -> list[dict[str, Any]]:
-    """Every shape and method on this processor, one H100 and eight."""
+def predictions(cpu: Rates, gpu: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Every shape and method on this processor, one GPU and eight.
+
+    Args:
+        gpu: the record of rates that were measured on a GPU; None for the assumed ones of an H100.
+    """
     rows = []
+    rates, basis = (h100_rates(), "assumed rates") if gpu is None else (gpu["rates"], "measured rates")
+    name = "H100" if gpu is None else gpu["machine"]["gpu"]
     machines = (("this processor", cpu, 1, 8, "measured rates"),
-                ("1 H100", h100_rates(), 1, 4, "assumed rates"),
-                ("8 H100", h100_rates(), 8, 4, "assumed rates"))  # fmt: skip
+                (f"1 {name}", rates, 1, 4, basis),
+                (f"8 {name}", rates, 8, 4, basis))  # fmt: skip
     for shape in SHAPES:
         for machine, rates, devices, width, basis in machines:
             for method in METHODS:

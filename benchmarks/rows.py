@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from benchmarks.peers import PEERS, peer_model
 from benchmarks.workloads import Batch, Workload, forward_pass, with_lora
 from torch import nn
@@ -18,7 +19,7 @@ FLOOR = "forward pass"
 OURS: dict[str, dict[str, Any]] = {
     "cross": {"method": "cross"},
     "self": {"method": "self"},
-    "self, Cholesky": {"method": "self", "root": "cholesky"},
+    "self (Cholesky)": {"method": "self", "root": "cholesky"},
     "shift": {"method": "shift"},
     "cross + VAS": {"method": "cross", "adaptive_ranks": True},
     "self + VAS": {"method": "self", "adaptive_ranks": True},
@@ -45,23 +46,28 @@ class Job:
 class Bench:
     """A workload with its models, made when they are first needed."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        self.workload, self.device = workload, device
+
+    def build(self) -> nn.Module:
+        """The base model, made on the device (random weights are drawn there)."""
+        with self.device:
+            return self.workload.build().to(self.device)
 
     @cached_property
     def base(self) -> nn.Module:
         """The pretrained model, of which PEFT's initialisations get a copy, since they change it."""
-        return self.workload.build()
+        return self.build()
 
     @cached_property
     def adapted(self) -> nn.Module:
         """With plain LoRA; a plan leaves the model as it was, so this one serves all our rows."""
-        return with_lora(self.workload, self.workload.build())
+        return with_lora(self.workload, self.build())
 
     @cached_property
     def batches(self) -> list[Batch]:
         """All batches of the workload."""
-        return self.workload.batches()
+        return [{key: value.to(self.device) for key, value in batch.items()} for batch in self.workload.batches()]
 
     def job(self, row: str) -> Job:
         """The job of a row.

@@ -2,11 +2,13 @@
 
     python benchmarks/scaling.py            # under 6 minutes on 2 cores; writes benchmarks/records/scaling.json
     python benchmarks/scaling.py --quick    # seconds, small sizes, for tests
+    python benchmarks/scaling.py --rates --device cuda    # the rates of a GPU: records/gpu/rates.json
 
 Measured: seconds beyond the forward pass on a stack of linear layers, against d, tokens, batches and layers, and the
 rate of every part on this machine. Predicted: Llama shapes (LoRA on all linear layers, rank 16, 8 batches of 4 × 512
-tokens), on this processor from these rates, on H100s from assumed ones (benchmarks/predict.py). Where the workload
-llama-7b-block has been measured (init_cost.py), its figures stand beside what the parts foretell.
+tokens), on this processor and, where one has been measured, on a GPU from these rates, else on H100s from assumed ones
+(benchmarks/predict.py). Where the workload llama-7b-block has been measured (init_cost.py), its figures stand beside
+what the parts foretell.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from benchmarks import predict
 from benchmarks.machine import RESULTS, describe
 from benchmarks.parts import measured_rates
-from benchmarks.scaling_tables import scaling_markdown
+from benchmarks.scaling_tables import rates_markdown, scaling_markdown
 from benchmarks.standin import Size, sweep
 
 from cntlora.plan import write_atomically
@@ -51,6 +53,21 @@ def block_record(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def gpu_record(folder: Path) -> dict[str, Any] | None:
+    """The rates of a GPU, if `--rates --device cuda` has written them."""
+    path = folder / "gpu" / "rates.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def measure_rates(device: torch.device, threads: int, folder: Path) -> None:
+    """Measures the rates of a device, prints and writes them."""
+    rates = measured_rates((512, 1024, 2048, 4096, 8192), 3, 4.0, device)
+    record = {"machine": describe(threads, device), "rates": rates}
+    print(rates_markdown(rates), flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "rates.json", json.dumps(record, indent=1).encode())
+
+
 def measure(quick: bool, threads: int, folder: Path) -> dict[str, Any]:
     """The whole record."""
     repeats, limit = (1, 5.0) if quick else (3, 12.0)
@@ -61,13 +78,14 @@ def measure(quick: bool, threads: int, folder: Path) -> dict[str, Any]:
 
 def with_predictions(measured: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The record with what follows from its sweeps and rates."""
-    sweeps, rates, block = measured["sweeps"], measured["rates"], block_record(folder)
+    sweeps, rates, block, gpu = measured["sweeps"], measured["rates"], block_record(folder), gpu_record(folder)
     return measured | {
         "parts_against_measured": predict.against_points(rates, sweeps),
         "block_against_measured": predict.against_block(rates, block),
         "block_machine": block["machine"] if block else None,
-        "assumptions": predict.assumptions(),
-        "predictions": predict.predictions(rates),
+        "gpu": gpu,
+        "assumptions": [] if gpu else predict.assumptions(),
+        "predictions": predict.predictions(rates, gpu),
     }
 
 
@@ -77,6 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, for tests")
     parser.add_argument("--table", action="store_true", help="only print the tables of the record in --out")
     parser.add_argument("--predict", action="store_true", help="only predict again, from the measurements in --out")
+    parser.add_argument("--rates", action="store_true", help="only the rates of the parts, into --out/rates.json")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of --rates: cpu or cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of scaling.json")
     options = parser.parse_args(arguments)
@@ -87,6 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(scaling_markdown(json.loads(path.read_text())))
         return
     torch.set_num_threads(options.threads)
+    if options.rates:
+        measure_rates(options.device, options.threads, options.out)
+        return
     if options.predict:
         record = with_predictions(json.loads(path.read_text()), options.out)
     else:

@@ -14,10 +14,11 @@ def scaling_markdown(record: Mapping[str, Any]) -> str:
     parts = [
         f"Measured on {machine_line(record['machine'])} Seconds beyond the forward pass.",
         *(_sweep(sweep) for sweep in record["sweeps"]),
-        _rates(record["rates"]),
+        rates_markdown(record["rates"]),
+        *_gpu(record.get("gpu")),
         _checks(record),
         _predictions(record["predictions"]),
-        _assumptions(record["assumptions"]),
+        *([_assumptions(record["assumptions"])] if record["assumptions"] else []),
     ]
     return "\n\n".join(parts)
 
@@ -36,7 +37,8 @@ def _sweep(sweep: Mapping[str, Any]) -> str:
     return "\n\n".join([title, table(head, rows), *(["\n".join(notes)] if notes else [])])
 
 
-def _rates(rates: Mapping[str, Any]) -> str:
+def rates_markdown(rates: Mapping[str, Any]) -> str:
+    """The rates of the parts by size."""
     sizes = sorted({size for points in rates.values() for size, _ in points})
     rows = []
     for part, points in rates.items():
@@ -44,6 +46,16 @@ def _rates(rates: Mapping[str, Any]) -> str:
         rows.append([part, *(number(known[n] / 1e9) if n in known else "–" for n in sizes)])
     title = "Rates of the parts, measured, 10⁹ operations (textbook counts) a second, by size of the matrix:"
     return f"{title}\n\n{table(['part', *map(str, sizes)], rows)}"
+
+
+def _gpu(record: Mapping[str, Any] | None) -> list[str]:
+    """The rates of a GPU, for a model in bfloat16 whose moments are float32; none where none was measured."""
+    if record is None:
+        return []
+    return [
+        f"The same on a GPU, with moments in float32. {machine_line(record['machine'])}",
+        rates_markdown(record["rates"]),
+    ]
 
 
 def _checks(record: Mapping[str, Any]) -> str:

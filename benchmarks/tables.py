@@ -20,6 +20,7 @@ def machine_line(machine: dict[str, Any]) -> str:
     """One line that says where figures are from."""
     versions = ", ".join(f"{name} {machine[key]}" for name, key in VERSIONS)
     hardware = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB"
+    hardware = f"{machine['gpu']}; {hardware}" if "gpu" in machine else hardware
     return f"{hardware}, {machine['threads']} threads; {versions}."
 
 

@@ -1,4 +1,4 @@
-"""What the cost of an initialisation is measured on: real models on real data, and random weights in known shapes.
+"""What the cost of an initialisation is measured on: real models on real data, and random weights (`shapes`).
 
 A workload is one row of `WORKLOADS`. Everything is drawn under fixed seeds, so that two runs do the same work.
 """
@@ -10,6 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from benchmarks.shapes import (
+    StableDiffusionAttention,
+    attention_batches,
+    dinov2_giant,
+    labelled_ids,
+    llama,
+    random_ids,
+    random_images,
+    random_model,
+    roberta_large,
+    seeded,
+    squared_output,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -27,7 +40,7 @@ class Workload:
         lora: options of `peft.LoraConfig` besides the initialisation.
         loss: (model, batch) → a scalar that methods which read gradients go back from.
         skip: row → reason, for rows that make no sense here or would take an hour.
-        hidden: left out unless asked for by name (for tests).
+        hidden: left out unless asked for by name (for tests, or for a GPU).
     """
 
     name: str
@@ -42,7 +55,7 @@ class Workload:
 
 def with_lora(workload: Workload, base: nn.Module) -> nn.Module:
     """The base model with plain LoRA layers, which an initialisation starts from."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         return get_peft_model(base, LoraConfig(**workload.lora)).eval()  # type: ignore[arg-type]
 
@@ -57,30 +70,6 @@ def forward_pass(model: nn.Module, batches: Iterable[Batch]) -> None:
 def output_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss in the output of transformers models, whose batches have labels."""
     return model(**batch).loss
-
-
-def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A model whose random weights depend on `seed` alone; the global generator is left as found."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make().float().eval()
-
-
-def random_model(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model of random weights whose normalisations have gains and shifts, as trained ones have.
-
-    With gains 1 and shifts 0 every output of a LayerNorm is orthogonal to (1, …, 1): the inputs would lack a direction.
-    """
-
-    def spread() -> nn.Module:
-        model = make()
-        for norm in (module for module in model.modules() if type(module).__name__.endswith("Norm")):
-            nn.init.normal_(norm.weight, 1.0, 0.2)  # type: ignore[arg-type]
-            if getattr(norm, "bias", None) is not None:
-                nn.init.normal_(norm.bias, 0.0, 0.1)  # type: ignore[arg-type]
-        return model
-
-    return seeded(spread)
 
 
 def _lora(targets: Iterable[str], rank: int = 8, **options: Any) -> dict[str, Any]:
@@ -156,104 +145,12 @@ def language_batch(ids: Tensor) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-# --- random weights in known shapes ---------------------------------------------------------------------------
+def _llama_7b(layers: int) -> nn.Module:
+    return llama(4096, 11008, 32, layers, vocabulary=32000, dtype=torch.bfloat16)
 
 
-def _random_ids(vocabulary: int, count: int, rows: int, tokens: int) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return [torch.randint(3, vocabulary, (rows, tokens), generator=g) for _ in range(count)]
-
-
-def _roberta_large() -> nn.Module:
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    config = RobertaConfig(
-        vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16,
-        max_position_embeddings=514, num_labels=3,
-    )  # fmt: skip
-    return random_model(lambda: RobertaForSequenceClassification(config))
-
-
-def _labelled_ids(count: int, rows: int, tokens: int) -> list[Batch]:
-    labels = torch.arange(rows) % 3
-    return [
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        for ids in _random_ids(1000, count, rows, tokens)
-    ]
-
-
-class StableDiffusionAttention(nn.Module):
-    """One transformer block of each width of SD 1.5's UNet (320, 640, 1280), with its cross-attention to text."""
-
-    widths = (320, 640, 1280)
-
-    def __init__(self) -> None:
-        super().__init__()
-        from diffusers.models.attention import BasicTransformerBlock
-
-        self.blocks = nn.ModuleList(BasicTransformerBlock(w, 8, w // 8, cross_attention_dim=768) for w in self.widths)
-        for layer in (layer for layer in self.modules() if isinstance(layer, nn.Linear)):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-
-    def forward(self, text: Tensor, **states: Tensor) -> list[Tensor]:
-        """`text` (N, 77, 768) and for each width w the hidden states `latents_w` (N, tokens, w)."""
-        return [
-            block(states[f"latents_{width}"], encoder_hidden_states=text)
-            for width, block in zip(self.widths, self.blocks, strict=True)
-        ]
-
-
-def coloured(rows: int, tokens: int, width: int, generator: torch.Generator) -> Tensor:
-    """Random states (rows, tokens, width) whose variances fall as 1/i over random directions, as real ones do roughly.
-
-    With equal variances in all directions none is principal, and PEFT's EVA takes several times as long to find some.
-    """
-    directions = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(width))).Q
-    spread = torch.arange(1, width + 1).float().rsqrt()
-    return (torch.randn(rows, tokens, width, generator=generator) * spread) @ directions * width**0.5
-
-
-def _attention_batches(count: int = 8, rows: int = 2, side: int = 32) -> list[Batch]:
-    g = torch.Generator().manual_seed(0)
-    batches = []
-    for _ in range(count):
-        batch = {"text": coloured(rows, 77, 768, g)}
-        for level, width in enumerate(StableDiffusionAttention.widths):
-            tokens = (side >> level) ** 2
-            batch[f"latents_{width}"] = coloured(rows, tokens, width, g)
-        batches.append(batch)
-    return batches
-
-
-def _squared_output(model: nn.Module, batch: Batch) -> Tensor:
-    return sum((state.square().mean() for state in model(**batch)), torch.zeros(()))
-
-
-def _dinov2_giant() -> nn.Module:
-    from transformers import Dinov2Config, Dinov2ForImageClassification
-
-    config = Dinov2Config(
-        hidden_size=1536, num_hidden_layers=2, num_attention_heads=24, use_swiglu_ffn=True, patch_size=14,
-        image_size=224, num_labels=10,
-    )  # fmt: skip
-    return random_model(lambda: Dinov2ForImageClassification(config))
-
-
-def _random_images(count: int, rows: int, size: int) -> list[Batch]:
-    g = torch.Generator().manual_seed(0)
-    labels = torch.arange(rows) % 10
-    return [{"pixel_values": torch.randn(rows, 3, size, size, generator=g), "labels": labels} for _ in range(count)]
-
-
-def llama(hidden: int, inner: int, heads: int, layers: int = 1) -> nn.Module:
-    """A Llama of these shapes with a small vocabulary and random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=1000, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return random_model(lambda: LlamaForCausalLM(config))
+def _language_batches(count: int, rows: int, tokens: int, vocabulary: int = 1000) -> list[Batch]:
+    return [language_batch(ids) for ids in random_ids(vocabulary, count, rows, tokens)]
 
 
 _AGAIN = "the same work as shift, which inverts 11008 × 11008 matrices in float64, and ranks besides"
@@ -279,31 +176,43 @@ WORKLOADS: dict[str, Workload] = {
         Workload(
             "roberta-large", "2 layers in the shapes of RoBERTa-large (random weights): 8 batches of 16 × 72 tokens, "
             "d = 1024, 8 sites",
-            _roberta_large, lambda: _labelled_ids(8, 16, 72), _lora(BERT_TARGETS, task_type="SEQ_CLS"), output_loss,
+            roberta_large, lambda: labelled_ids(8, 16, 72), _lora(BERT_TARGETS, task_type="SEQ_CLS"), output_loss,
         ),
         Workload(
             "sd15-attention", "one block of each width of SD 1.5's UNet (random weights): 8 batches of 2 latents of "
             "32 × 32 (a quarter of the tokens of 512-pixel images), d = 320, 640, 1280 and 768 for text, 24 sites",
-            lambda: random_model(StableDiffusionAttention), _attention_batches,
-            _lora(("to_q", "to_k", "to_v", "to_out.0")), _squared_output,
+            lambda: random_model(StableDiffusionAttention), attention_batches,
+            _lora(("to_q", "to_k", "to_v", "to_out.0")), squared_output,
         ),
         Workload(
             "dinov2-giant", "2 layers in the shapes of DINOv2-giant (random weights): 4 batches of 7 images of "
             "224 × 224, 257 tokens each, d = 1536 and 4096, 12 to 14 sites",
-            _dinov2_giant, lambda: _random_images(4, 7, 224),
+            dinov2_giant, lambda: random_images(4, 7, 224),
             _lora((*DINOV2_TARGETS, "weights_in", "weights_out", "gate_proj", "up_proj", "down_proj")), output_loss,
         ),
         Workload(
             "llama-7b-block", "one block in the shapes of Llama-7B (random weights): 2 batches of 1 × 512 tokens, "
             "d = 4096 and 11008, 7 sites",
-            lambda: llama(4096, 11008, 32), lambda: [language_batch(ids) for ids in _random_ids(1000, 2, 1, 512)],
+            lambda: llama(4096, 11008, 32), lambda: _language_batches(2, 1, 512),
             _lora(LLAMA_TARGETS, rank=16, task_type="CAUSAL_LM"), output_loss,
             skip={"PEFT pissa": _MINUTES, "PEFT corda": _MINUTES, "shift + VAS": _AGAIN},
         ),
         Workload(
+            "llama-7b-2-layers", "2 layers in the shapes of Llama-7B (random weights, bfloat16), for a GPU: 8 batches "
+            "of 4 × 512 tokens, d = 4096 and 11008, 14 sites",
+            lambda: _llama_7b(2), lambda: _language_batches(8, 4, 512, 32000),
+            _lora(LLAMA_TARGETS, rank=16, task_type="CAUSAL_LM"), output_loss, hidden=True,
+        ),
+        Workload(
+            "llama-7b", "all 32 layers in the shapes of Llama-7B (random weights, bfloat16), for a GPU: 8 batches of "
+            "4 × 512 tokens, d = 4096 and 11008, 224 sites",
+            lambda: _llama_7b(32), lambda: _language_batches(8, 4, 512, 32000),
+            _lora(LLAMA_TARGETS, rank=16, task_type="CAUSAL_LM"), output_loss, hidden=True,
+        ),
+        Workload(
             "tiny", "a Llama of 2 layers, d = 32 (random weights), for tests",
             lambda: llama(32, 48, 4, layers=2),
-            lambda: [language_batch(ids) for ids in _random_ids(1000, 3, 2, 24)],
+            lambda: _language_batches(3, 2, 24),
             _lora(LLAMA_TARGETS, rank=4, task_type="CAUSAL_LM"), output_loss, hidden=True,
         ),
     )

@@ -10,6 +10,8 @@ from tests.cases import array, draw, relative_error
 from torch import Tensor
 
 from cntlora.core.linalg import (
+    SQUARED_RTOL,
+    _gram_pinv,
     cholesky_inverse,
     default_rtol,
     eigh_descending,
@@ -78,6 +80,25 @@ def test_pinv_is_the_moore_penrose_inverse(shape: tuple[int, int], values: list[
     for projector in (M @ inverse, inverse @ M):
         assert relative_error(projector.mT, projector) < 1e-9
     assert relative_error(inverse, reference.pinv(array(M), default_rtol(*shape, torch.float64))) < 1e-8
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_a_large_tolerance_squares_serve(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to the least tolerance for which they are taken; below, they would not do."""
+    rtol = SQUARED_RTOL
+    M = with_values(*shape, [1.0, 0.5, 2 * rtol, 0.5 * rtol, 1e-8]).to(dtype)
+    expected = reference.pinv(array(M.double()), rtol)
+    monkeypatch.setattr(torch.linalg, "svd", None)  # not called
+    assert relative_error(pinv(M, rtol), expected) < (1e-8 if dtype == torch.float64 else 1e-4)
+    if dtype == torch.float64:  # control
+        small = with_values(*shape, [1.0, 2e-7, 1e-12])
+        tall = small if shape[0] >= shape[1] else small.mT
+        assert relative_error(_gram_pinv(tall, 1e-7), reference.pinv(array(tall), 1e-7)) > 1e-6
+        with pytest.raises(TypeError):
+            pinv(small, 1e-7)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

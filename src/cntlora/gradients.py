@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layouts import layout_of
+from .core.estimator import read_back
+from .layouts import as_matrix
 from .sites import Site
 
 OnGradient = Callable[[int, str, Tensor], None]
@@ -41,20 +42,30 @@ def weight_gradients(model: nn.Module, sites: list[Site], sink: OnGradient) -> I
     It takes the index of the batch and what the model gave for it, and hands ∂L/∂W of every site to `sink`. The
     gradients and the `requires_grad` of all parameters are as before afterwards, also after an exception.
     """
-    weights = {site.name: site.base.weight for site in sites}
+    weights = {site.name: site.stored for site in sites}
 
     def backward(index: int, output: Any) -> None:
         scale = _backward(scalar_loss(output, index), list(weights.values()))
-        for site in sites:
+        reached = [site for site in sites if weights[site.name].grad is not None]
+        _check_finite([site.name for site in reached], weights, index)
+        for site in reached:
             gradient = weights[site.name].grad
-            if gradient is not None:
-                unscaled = gradient if scale == 1.0 else gradient.float() / scale
-                sink(index, site.name, unscaled.mT if layout_of(site.base).transposed else unscaled)
+            assert gradient is not None
+            unscaled = gradient if scale == 1.0 else gradient.float() / scale
+            sink(index, site.name, as_matrix(site.base, unscaled))
         for weight in weights.values():
             weight.grad = None
 
     with gradients_of(weights.values(), model):
         yield backward
+
+
+def _check_finite(names: list[str], weights: Mapping[str, nn.Parameter], index: int) -> None:
+    """Raises ValueError for the first site whose gradient is not finite; reads back from the device once."""
+    finite = read_back([weights[name].grad.isfinite().all()[None] for name in names])  # type: ignore[union-attr]
+    for name, fine in zip(names, finite, strict=True):
+        if not fine[0]:
+            raise ValueError(f"site {name}, batch {index}: its gradient has NaN or Inf; check the batch and the dtype")
 
 
 def _backward(loss: Tensor, weights: list[Tensor]) -> float:

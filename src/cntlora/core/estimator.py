@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +14,10 @@ from .moments import Moments
 from .parallel import full_precision, side_by_side
 from .peers import Target
 from .sums import SharedSums
+
+QUEUED = 2**30
+"""Bytes of d×d results that are queued on a GPU before anything is read back: every layer at once would double what the
+sums take."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], A
     """Adds one batch, times w_j: for every distinct input the sites that saw it, and its `Moments`.
 
     On the processor small inputs are digested side by side, each from end to end, so that what it needed is free again.
-    On a GPU the work of all inputs is queued first, and what decides how to go on is read back once.
+    On a GPU the work of some is queued first, QUEUED bytes of it, and what decides how to go on is read back together.
     """
     if not groups:
         return
@@ -95,10 +99,28 @@ def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], A
         side_by_side(absorb, groups, [X.dim for _, X in groups], device)
         return
     with full_precision(device):
-        prepared = [estimator.prepare(*group) for group in groups]
-        known = read_back([numbers for _, numbers in prepared])
-        for group, (ready, _), numbers in zip(groups, prepared, known, strict=True):
-            estimator.add(group[0], estimator.finish(*group, ready, numbers), weight)
+        for part in _queues(groups):
+            prepared = [estimator.prepare(*group) for group in part]
+            known = read_back([numbers for _, numbers in prepared])
+            work = [(*group, ready, numbers) for group, (ready, _), numbers in zip(part, prepared, known, strict=True)]
+            digests = side_by_side(lambda item: estimator.finish(*item), work, [X.dim for _, X in part], device)
+            for (names, _), digest in zip(part, digests, strict=True):
+                estimator.add(names, digest, weight)
+
+
+def _queues(groups: Sequence[tuple[Sequence[str], Any]]) -> Iterator[list[tuple[Sequence[str], Any]]]:
+    """The inputs in turn, as many at a time as have d×d results of QUEUED bytes together, one at least."""
+    part: list[tuple[Sequence[str], Any]] = []
+    held = 0
+    for names, X in groups:
+        size = X.dim**2 * X.dtype.itemsize
+        if part and held + size > QUEUED:
+            yield part
+            part, held = [], 0
+        part.append((names, X))
+        held += size
+    if part:
+        yield part
 
 
 def read_back(numbers: Sequence[Tensor | None]) -> list[list[float]]:

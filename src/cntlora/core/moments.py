@@ -174,12 +174,12 @@ class TokenCount:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._finite = torch.tensor(True)
+        self._finite: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the tokens were."""
-        return self._finite.device
+        return torch.device("cpu") if self._finite is None else self._finite.device
 
     def empty(self) -> TokenCount:
         """A new one."""
@@ -188,14 +188,17 @@ class TokenCount:
     def update(self, rows: Tensor) -> None:
         """Counts `rows` (n, d)."""
         self.tokens += rows.shape[0]
-        finite = torch.isfinite(rows).all()
-        self._finite = finite & self._finite.to(finite.device)
+        self._note(torch.isfinite(rows).all())
 
     def merge(self, other: TokenCount) -> None:
         """Adds what `other` has counted."""
         self.tokens += other.tokens
-        self._finite = other.finite() & self._finite.to(other.finite().device)
+        if other._finite is not None:
+            self._note(other._finite)
+
+    def _note(self, finite: Tensor) -> None:
+        self._finite = finite if self._finite is None else finite & self._finite.to(finite.device)
 
     def finite(self) -> Tensor:
         """Whether every token was free of NaN and Inf; boolean ()."""
-        return self._finite
+        return torch.tensor(True) if self._finite is None else self._finite

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,20 +21,29 @@ Result = TypeVar("Result")
 
 SIDE_BY_SIDE = 1024
 """Largest number of rows of a matrix for which whole factorisations run side by side; beyond, LAPACK's threads do."""
+STREAMS = 4
+"""Factorisations at a time on a GPU."""
 
 
 def side_by_side(
-    work: Callable[[Item], Result], items: Sequence[Item], rows: Sequence[int], device: torch.device
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    rows: Sequence[int],
+    device: torch.device,
+    streams: bool = True,
 ) -> list[Result]:
     """`work` of every item in their order, in full precision, small ones with as many threads as torch has.
 
     Which items are small depends on nothing but their size, so that company does not change the bits of a result.
 
     Args:
-        rows: of the largest matrix of each item, which decides whether threads pay. On a GPU they never do.
+        rows: of the largest matrix of each item, which decides whether threads pay.
+        streams: on a GPU, work on STREAMS items at a time; not where an item uses what the work on another has made.
     """
     threads = torch.get_num_threads()
     with full_precision(device):
+        if device.type == "cuda" and streams and len(items) > 1:
+            return _on_streams(work, items, device)
         if device.type != "cpu" or threads < 2:
             return [work(item) for item in items]
         small = [i for i, n in enumerate(rows) if n <= SIDE_BY_SIDE]
@@ -46,6 +56,42 @@ def side_by_side(
             finally:
                 torch.set_num_threads(threads)
         return [done[i] if i in done else work(item) for i, item in enumerate(items)]
+
+
+def _on_streams(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
+    """STREAMS items at a time, each queued by a thread of its own: a factorisation does not fill a GPU.
+
+    The streams begin behind what this thread has queued, and it goes on behind them, so that what is allocated on one
+    side and freed on the other is not written to too early.
+    """
+    here, free = torch.cuda.current_stream(device), SimpleQueue[Any]()
+    streams = _streams(device)
+    for stream in streams:
+        stream.wait_stream(here)
+        free.put(stream)
+
+    def run(item: Item) -> Result:
+        stream = free.get()
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                return work(item)
+        finally:
+            free.put(stream)
+
+    try:
+        return list(_pool(STREAMS).map(_without_gradients(run), items))
+    finally:
+        for stream in streams:
+            here.wait_stream(stream)
+
+
+@cache
+def _streams(device: torch.device) -> list[Any]:
+    """Made once, with torch's linear algebra loaded: its first calls must not come from several threads."""
+    one = torch.eye(2, device=device)
+    for first in (torch.linalg.cholesky, torch.linalg.eigh, torch.linalg.inv, torch.linalg.qr, torch.linalg.svd):
+        first(one)
+    return [torch.cuda.Stream(device) for _ in range(STREAMS)]
 
 
 @cache

@@ -50,15 +50,21 @@ class MapEstimator:
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
         self.ranks: dict[str, int] = {}
+        self._failed: set[str] = set()  # sites where `quick` did not hold: it would not in the next batch either
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
-        if self.quick is None:
+        if self.quick is None or names[0] in self._failed:
             return None, None
         T, holds, rank = self.quick(X)
         return (T, rank), holds.double()[None]
 
     def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Digest:
-        T, rank = prepared if prepared is not None and numbers[0] else self.map(X)
+        if prepared is not None and numbers[0]:
+            T, rank = prepared
+        else:
+            self._failed.update(names)
+            del prepared  # as large as what is made now
+            T, rank = self.map(X)
         return Digest(shared=T.to(X.seen_dtype), rank=rank)
 
     def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
@@ -187,6 +193,9 @@ class WeightEstimator:
 
 
 Shared = TypeVar("Shared")
+COUNTED = 4096
+"""Most features of an input of deficient rank whose rank is counted: eigenvalues for the report alone would cost more
+than all else that EVA and CorDA do."""
 
 
 class InputEstimator(Generic[Shared]):
@@ -210,14 +219,14 @@ class InputEstimator(Generic[Shared]):
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
         self.ranks: dict[str, int] = {}
-        self._last: tuple[str, Shared, int] | None = None  # one only: sites with the same input are neighbours
+        self._last: tuple[str, Shared, int | None] | None = None  # one only: sites with the same input are neighbours
         self._lock = Lock()
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
         gram = X.gram_sum()
         assert gram is not None, "a batch without tokens is not absorbed"
         count = gram.new_zeros(X.dim)
-        count[0] = X.tokens
+        count[:1].fill_(X.tokens)  # and not count[0] = …, for which a GPU waits
         total = X.total() if self.totals else gram.new_zeros(X.dim)
         return torch.cat([gram, total[None], count[None]]), None
 
@@ -234,15 +243,18 @@ class InputEstimator(Generic[Shared]):
         with self._lock:  # neighbours may be made side by side
             if self._last is None or not self.sums.same(self._last[0], name):
                 self._last = name, *self._shared(packed)
-            _, shared, self.ranks[name] = self._last
+            _, shared, rank = self._last
+            if rank is not None:
+                self.ranks[name] = rank
         return self.make(name, shared)
 
-    def _shared(self, packed: Tensor) -> tuple[Shared, int]:
+    def _shared(self, packed: Tensor) -> tuple[Shared, int | None]:
         gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
         if tokens <= 0:
             raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
         rtol = default_rtol(gram.shape[0], int(tokens), gram.dtype)
-        return self.share(gram.double(), total.double(), tokens), numerical_rank(gram, rtol)
+        rank = numerical_rank(gram, rtol) if gram.shape[0] <= COUNTED or bool(full_rank(gram, rtol)) else None
+        return self.share(gram.double(), total.double(), tokens), rank
 
     def effective_rank(self, name: str) -> int | None:
         return self.ranks.get(name)

@@ -15,6 +15,10 @@ from .linalg import eigh_descending
 TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-7}
 """Residual of a triplet, relative to its singular value, at which it counts as found, by the dtype of the matrix."""
 
+POWERS = {"cuda": 8}
+"""Steps of subspace iteration before the first look at the triplets, by device: products and thin QRs cost a GPU
+little, and the small eigendecomposition of each look a lot; on a CPU it is the other way round."""
+
 
 def leading_triplets(M: Tensor, q: int, tolerance: float | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
     """U (k, q), S (q,) and Vᵀ (q, d) of M (k, d), or None where they do not come out of a small Krylov space.
@@ -25,8 +29,11 @@ def leading_triplets(M: Tensor, q: int, tolerance: float | None = None) -> tuple
     tolerance = TOLERANCE[M.dtype] if tolerance is None else tolerance
     wide = M.shape[0] < M.shape[1]
     tall = M.mT if wide else M  # (m, n) with m ≥ n
-    block = min(q + 4, tall.shape[1])
+    powers = POWERS.get(M.device.type, 0)
+    block = min(2 * q + 16 if powers else q + 4, tall.shape[1])
     basis = torch.linalg.qr(_start(tall, block)).Q  # (n, j)
+    for _ in range(powers):
+        basis = torch.linalg.qr(tall.mT @ torch.linalg.qr(tall @ basis).Q).Q
     images = tall @ basis
     while True:
         S, W = _ritz(images, block)
