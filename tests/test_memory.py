@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_error_and_leaves_no_file(tmp_path: Path, monkeypatch
     monkeypatch.setattr("os.posix_fallocate", full)
     config, batches = InitConfig(), token_batches(SIZES)
     limit = least(wrapped(mlp()), batches, config, passes=1) - 100
-    with pytest.raises(OSError, match="no room for 1MiB of statistics"):
+    with pytest.raises(OSError, match="no room for 1KiB of statistics"):
         cntlora.compute_plan(wrapped(mlp()), batches, config, max_memory={"device": limit, "disk": "1MiB"})
     assert list(tmp_path.iterdir()) == []
 

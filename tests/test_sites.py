@@ -60,7 +60,7 @@ def test_site_reads_the_layer() -> None:
     model = adapted("gpt2", r=3, lora_alpha=6, use_rslora=True, target_modules=["c_attn"])
     site = find_sites(model)[0][0]
     assert (site.in_features, site.out_features) == (24, 72) == (site.A.shape[1], site.B.shape[0])
-    assert (site.rank, site.alpha, site.use_rslora, site.transposed) == (3, 6.0, True, True)
+    assert (site.rank, site.alpha, site.use_rslora) == (3, 6.0, True)
     assert site.scaling == pytest.approx(6 / 3**0.5)
     stored = site.base.weight.detach()
     assert stored.shape == (24, 72) and torch.equal(site.weight(), stored.T.double())
@@ -88,12 +88,19 @@ def test_adapters_are_found_by_name() -> None:
 # --- layers that are refused --------------------------------------------------------------------------------
 
 
+class Doubled(nn.Conv2d):
+    """A convolution that computes otherwise than its class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2.0
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(10, 8)
         self.linear = nn.Linear(8, 8)
-        self.conv = nn.Conv2d(1, 2, 3)
+        self.conv = Doubled(1, 2, 3)
         self.conv1 = nn.Conv1d(2, 2, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -105,12 +112,11 @@ def mixed(*targets: str, **options: Any) -> Any:
     return get_peft_model(Mixed(), LoraConfig(r=2, target_modules=list(targets), **options))
 
 
-@pytest.mark.parametrize(("target", "kind"), [("embedding", "Embedding"), ("conv", "Conv2d"), ("conv1", "Conv1d")])
+@pytest.mark.parametrize(("target", "kind"), [("embedding", "Embedding"), ("conv", "Doubled")])
 def test_other_layers_are_refused_by_name(target: str, kind: str) -> None:
     model = mixed("linear", target)
-    sites, refused = find_sites(model)
+    sites = [site for site in find_sites(model)[0] if site.name != target]
     assert [s.name for s in sites] == ["linear"]
-    assert list(refused) == [target] and kind in refused[target]
     batches = [torch.randint(0, 10, (3, 8))]
     with pytest.raises(ValueError, match=f"site {target} cannot be initialised.*{kind}.*on_missing='warn'"):
         initialize(model, batches)
@@ -210,7 +216,3 @@ def test_unet_sites_are_named_as_in_diffusers() -> None:
     assert found and set(found) <= modules
     report = initialize(model, unet_batches(), forward=denoise)
     assert list(report.sites) == found
-    with pytest.raises(ValueError, match="conv_in cannot be initialised.*Conv2d"):
-        other = unet()
-        other.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv_in"]))
-        initialize(other, unet_batches(), forward=denoise)

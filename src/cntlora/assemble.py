@@ -21,6 +21,7 @@ from .core.linalg import default_rtol
 from .core.moments import Moments
 from .core.parallel import side_by_side
 from .core.peers import Target
+from .core.solve import InputEstimator
 from .plan import SitePlan, weight_sketch
 from .sites import Site
 
@@ -93,8 +94,8 @@ class Share(Protocol):
     def mine(self, sites: list[Site]) -> list[Site]:
         """Those that this process works on."""
 
-    def each(self, sites: list[Site], make: Callable[[Site], T]) -> dict[str, T]:
-        """What `make` gives for those of `sites` that are this process's."""
+    def each(self, sites: list[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
+        """What `make` gives for those of `sites` that are this process's; `streams` as for `side_by_side`."""
 
     def everyone(self, values: dict[str, T]) -> dict[str, T]:
         """The plain values that all processes have for theirs, together."""
@@ -106,12 +107,12 @@ class Alone:
     def mine(self, sites: list[Site]) -> list[Site]:
         return sites
 
-    def each(self, sites: list[Site], make: Callable[[Site], T]) -> dict[str, T]:
+    def each(self, sites: list[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
         """Small sites side by side."""
         if not sites:
             return {}
         rows = [max(s.in_features, s.out_features) for s in sites]
-        made = side_by_side(make, sites, rows, sites[0].base.weight.device)
+        made = side_by_side(make, sites, rows, sites[0].device, streams)
         return {site.name: result for site, result in zip(sites, made, strict=True)}
 
     def everyone(self, values: dict[str, T]) -> dict[str, T]:
@@ -120,16 +121,16 @@ class Alone:
 
 def working_weight(site: Site) -> Tensor:
     """W (k, d) in its own dtype, float32 at least."""
-    return site.weight(torch.promote_types(site.base.weight.dtype, torch.float32))
+    return site.weight(torch.promote_types(site.dtype, torch.float32))
 
 
 def plan_sites(sites: list[Site], work: Work, seen: Seen, share: Share) -> dict[str, SitePlan]:
     """The plan of every site of this process; with adaptive ranks the spectra come first, the factors after."""
-    config = work.config
+    config, apart = work.config, not isinstance(work.estimator, InputEstimator)  # its neighbours share what one made
     if not config.adaptive_ranks:
-        return share.each(sites, lambda s: _plan_site(s, work, seen, s.rank, None))
+        return share.each(sites, lambda s: _plan_site(s, work, seen, s.rank, None), apart)
     # twice the usual rank is nearly always enough
-    ranked = share.each(sites, lambda s: _ranked(s, work, seen, max(2 * s.rank, config.min_rank)))
+    ranked = share.each(sites, lambda s: _ranked(s, work, seen, max(2 * s.rank, config.min_rank)), apart)
     budget = sum(s.rank for s in sites) if config.rank_budget is None else config.rank_budget
     while True:
         known = share.everyone({name: (found.variances, found.may_have_more) for name, found in ranked.items()})
@@ -139,8 +140,8 @@ def plan_sites(sites: list[Site], work: Work, seen: Seen, share: Share) -> dict[
         short = [s for s in sites if known[s.name][1] and ranks[s.name] >= len(variances[s.name])]
         if not short:
             break
-        ranked |= share.each(short, partial(_ranked_for, work, seen, {s.name: 2 * ranks[s.name] for s in short}))
-    return share.each(sites, lambda s: _plan_site(s, work, seen, ranks[s.name], ranked[s.name]))
+        ranked |= share.each(short, partial(_ranked_for, work, seen, {s.name: 2 * ranks[s.name] for s in short}), apart)
+    return share.each(sites, lambda s: _plan_site(s, work, seen, ranks[s.name], ranked[s.name]), apart)
 
 
 def _ranked_for(work: Work, seen: Seen, ranks: Mapping[str, int], site: Site) -> _Ranked:
@@ -186,7 +187,7 @@ def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
     if target.known is not None:
         return target.known(q)
     if target.M is None:
-        none = torch.zeros(0, dtype=DTYPE, device=site.A.device)
+        none = torch.zeros(0, dtype=DTYPE, device=site.adapter_device)
         return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
     return spectrum(target.M, q, exact)
 
@@ -201,7 +202,7 @@ def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | Non
     scale = config.strength_at(site.scaling) / scaling
     shape = (site.out_features, site.in_features)
     B, A = method.factors(Goal(site.name, shape, target, known, r, scale), config)
-    B, A = (M.to(device=site.A.device, dtype=site.A.dtype) for M in (B, A))
+    B, A = (M.to(device=site.adapter_device, dtype=site.A.dtype) for M in (B, A))
     base = config.effective_base
     W = site.weight(DTYPE)
     _check_fits(site, W, B, A, scaling, base)
@@ -238,8 +239,8 @@ def _check_fits(site: Site, W: Tensor, B: Tensor, A: Tensor, scaling: float, bas
     if fits and base == "subtract":
         rest = W - scaling * (B.to(DTYPE) @ A.to(DTYPE))
         fits, where = (
-            bool(rest.to(site.base.weight.dtype).isfinite().all()),
-            f"a base of dtype {site.base.weight.dtype}",
+            bool(rest.to(site.dtype).isfinite().all()),
+            f"a base of dtype {site.dtype}",
         )
     if not fits:
         raise ValueError(

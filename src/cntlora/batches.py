@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -55,6 +56,23 @@ def device_of(model: nn.Module) -> torch.device:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, whose own forward pass would wait for a backward pass of training."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+@contextmanager
+def read_eagerly(model: nn.Module) -> Iterator[None]:
+    """Inside, what torch.compile has compiled runs as it is written, so that hooks are called; nothing is forgotten."""
+    if not any(map(_is_compiled, model.modules())):
+        yield
+        return
+    if not hasattr(torch.compiler, "set_stance"):  # torch before 2.6
+        raise ValueError("the model is compiled (torch.compile); initialise first, then compile it, or use torch 2.6")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By torch.compile(module), or in place by module.compile()."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

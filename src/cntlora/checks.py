@@ -9,9 +9,11 @@ from torch import nn
 
 from .config import InitConfig
 from .core.family import METHODS
+from .layouts import INSIDE_ATTENTION
 from .notices import warn_caller
+from .offloaded import fetched
 from .sharded import check_rank
-from .sites import Site, config_holder, find_sites
+from .sites import Site, config_holder, factor_of, factor_slots, find_sites
 
 
 def usable_sites(
@@ -30,10 +32,69 @@ def usable_sites(
     factors_weight = method.reads != "gradients" and not method.zero_start
     for site in sites:
         check_fresh(site)
-        if factors_weight and not bool(site.base.weight.detach().any()):
+        reason = _out_of_reach(model, site, config)
+        if reason is not None:
+            refused[site.name] = reason
+        elif factors_weight and not _has_values(site):
             refused[site.name] = "its pretrained weight is all zeros, so every estimate is zero; leave it out"
     report_missing(refused, on_missing)
     return [site for site in sites if site.name not in refused], refused
+
+
+def _out_of_reach(model: nn.Module, site: Site, config: InitConfig) -> str | None:
+    """Why a method cannot read what it needs of a site, or its adapter not hold what it gives, or None."""
+    if config.adaptive_ranks and site.unseen == INSIDE_ATTENTION:
+        return (
+            "PEFT's files have one rank for both projections of an nn.MultiheadAttention, and adaptive_ranks gives "
+            "each its own; leave it out of target_modules, or take the same rank everywhere"
+        )
+    reads = METHODS[config.method].reads
+    if reads == "weights":
+        return None
+    if site.unseen is not None:
+        return f"method {config.method!r} reads {reads}, and {site.unseen}"
+    if reads == "inputs":
+        return None
+    if site.fixed is not None:
+        return f"method {config.method!r} reads the gradient by its weight, and {site.fixed}; take another method"
+    named, stored = list(model.named_modules()), site.stored
+    owners = [path for path, module in named for p in module._parameters.values() if p is stored]
+    if len(owners) > 1:
+        return (
+            f"method {config.method!r} reads the gradient by its weight, which is tied ({', '.join(owners)}), so that "
+            "the gradient is that of all of them; untie it, take another method or leave it out of target_modules"
+        )
+    return None
+
+
+def _has_values(site: Site) -> bool:
+    """Whether a pretrained weight is not all zeros; one that is not plain values on a device is read for that."""
+    return bool((site.stored.detach() if site.fixed is None else site.weight(site.dtype)).any())
+
+
+def check_writable(site: Site, config: InitConfig) -> None:
+    """Raises ValueError where what would have to be written cannot be."""
+    if site.A.device.type == "meta":
+        raise ValueError(
+            f"site {site.name}: its adapter is offloaded (accelerate), in memory during a call only; make the plan "
+            "with compute_plan here, save it, and apply it to the model before it is dispatched"
+        )
+    check_base(site, config)
+
+
+def check_base(site: Site, config: InitConfig) -> None:
+    """Raises ValueError where a site cannot have the base policy: what it would write, or what PEFT makes of it."""
+    base = config.effective_base
+    if site.unseen == INSIDE_ATTENTION and base in ("subtract", "keep") and not METHODS[config.method].zero_start:
+        raise ValueError(
+            f"site {site.name}: PEFT adds the LoRA of the output projection of an nn.MultiheadAttention twice, so that "
+            f"base {base!r} would not start where it should; use base='offset' or 'paired'"
+        )
+    if base == "subtract" and site.fixed is not None:
+        raise ValueError(
+            f"site {site.name}: {site.fixed}, and base 'subtract' would have to write into it; use base='offset', "
+            "which leaves it alone"
+        )
 
 
 def check_fresh(site: Site) -> None:
@@ -42,15 +103,22 @@ def check_fresh(site: Site) -> None:
         raise ValueError(
             f"site {site.name}: adapter {site.adapter!r} is merged into the base; call unmerge_adapter() first"
         )
-    if bool((site.B.detach() != 0).any()):
+    # PEFT starts an embedding with A = 0, everything else with B = 0
+    plain = site.adapter in site.layer.lora_A
+    half = "lora_B" if plain else "lora_embedding_A"
+    owner, name = factor_slots(site.layer, site.adapter)[1 if plain else 0]
+    with fetched(owner):
+        fresh = not bool((factor_of(owner, name).detach() != 0).any())
+    if not fresh:
         raise ValueError(
-            f"site {site.name}: adapter {site.adapter!r} is not fresh (its lora_B is not zero), and initialising would "
+            f"site {site.name}: adapter {site.adapter!r} is not fresh (its {half} is not zero), and initialising would "
             "overwrite it; make a new adapter with init_lora_weights=True"
         )
 
 
 def check_adapter(site: Site, config: InitConfig) -> None:
     """Raises ValueError where the rank or the scaling that the adapter has cannot hold the factors."""
+    check_base(site, config)
     if config.effective_base == "offset" and not config.adaptive_ranks:
         check_rank(site.name, site.A, 2 * site.rank)
     width = METHODS[config.method].width

@@ -23,6 +23,7 @@ from .batches import (
     default_forward,
     device_of,
     first_batches,
+    read_eagerly,
     to_device,
     token_masks,
     unwrapped,
@@ -31,6 +32,8 @@ from .bypass import bypassed
 from .core.estimator import read_back
 from .core.moments import Moments, TokenCount
 from .core.parallel import full_precision
+from .patches import geometry, is_convolution, patches
+from .quantised import left_unpacked
 from .sites import Site
 
 Stats = Moments | TokenCount
@@ -99,43 +102,57 @@ class _Watcher:
         self.new, self.admits, self.batch = new, admits, batch
         self.masks = [(mask.shape, mask.flatten().nonzero().squeeze(1)) for mask in masks]
         self.values = masks
-        # tensor → its version, and by whether it is read its statistics and whether a mask was applied
+        # tensor → its version, and by how it is looked at (see `_see`) its statistics and whether a mask was applied
         self.known: Any = WeakIdKeyDictionary()
         self.seen: dict[str, list[Stats]] = {}
         self.masked: set[str] = set()
 
     def hook(self, site: Site) -> Callable[..., None]:
+        convolution = is_convolution(site.base)
+        features, axis = (site.base.in_channels, -1 - len(site.base.kernel_size)) if convolution else (0, -1)
+        features = features or site.in_features
+
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next((kwargs[k] for k in ("x", "input", "hidden_states") if k in kwargs), None)
-            if not isinstance(x, Tensor) or x.shape[-1] != site.in_features:
+            if not isinstance(x, Tensor) or x.dim() < -axis or x.shape[axis] != features:
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(
-                    f"site {site.name}, batch {self.batch}: expected an input (..., {site.in_features}), got {got}"
-                )
-            self._see(site, x)
+                wanted = ", ".join(("...", str(features), *(["size"] * (-1 - axis))))
+                raise ValueError(f"site {site.name}, batch {self.batch}: expected an input ({wanted}), got {got}")
+            self._see(site, x, geometry(site.base) if convolution else None)
 
         return see
 
-    def _see(self, site: Site, x: Tensor) -> None:
+    def _see(self, site: Site, x: Tensor, view: Any) -> None:
+        """Takes the moments of an input, once for all sites that look at it alike: as rows, or as the same patches."""
         # an inference tensor counts no versions: an edit of it would go unseen, so it is never taken for known
         version = None if x.is_inference() else x._version
         entry = self.known.get(x)
         if entry is None or version is None or entry[0] != version:
             entry = self.known[x] = (version, {})
-        stats = entry[1]  # by whether it is read: a site that waits for another pass shares no moments
-        admitted = self.admits(site, True in stats)
-        if admitted not in stats:
-            new = self.new(site) if admitted else TokenCount()
-            rows, masked = self._rows(site, x)
-            with full_precision(rows.device):
-                new.update(rows)
-            stats[admitted] = new, masked
-        self.seen.setdefault(site.name, []).append(stats[admitted][0])
-        if stats[admitted][1]:
+        stats = entry[1]  # by view, and whether it is read: a site that waits for another pass shares no moments
+        admitted = self.admits(site, (view, True) in stats)
+        if (view, admitted) not in stats:
+            stats[view, admitted] = self._taken(site, x, self.new(site) if admitted else TokenCount())
+        self.seen.setdefault(site.name, []).append(stats[view, admitted][0])
+        if stats[view, admitted][1]:
             self.masked.add(site.name)
 
+    def _taken(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, bool]:
+        """The statistics of an input, and whether a mask was applied. Patches are never masked."""
+        masked = False
+        if is_convolution(site.base):
+            blocks: Iterable[Tensor] = patches(site.base, x.detach())
+        else:
+            rows, masked = self._rows(site, x)
+            blocks = (rows,)
+        for rows in blocks:
+            rows = rows.to("cpu") if rows.device.type == "mps" else rows  # which has no float64
+            with full_precision(rows.device):
+                new.update(rows)
+        return new, masked
+
     def _rows(self, site: Site, x: Tensor) -> tuple[Tensor, bool]:
-        """The tokens of `x` that count, as rows (n, d) on a device that has float64, and whether a mask chose them."""
+        """The tokens of `x` that count, as rows (n, d), and whether a mask chose them."""
         lead = x.shape[:-1]
         # (batch, tokens, d), or the same flattened to (batch·tokens, d) as some layers do
         fitting = [i for i, (shape, _) in enumerate(self.masks) if lead in (shape, torch.Size([shape.numel()]))]
@@ -147,7 +164,7 @@ class _Watcher:
         rows = x.detach().reshape(-1, x.shape[-1])
         if fitting:
             rows = rows.index_select(0, self.masks[fitting[0]][1].to(rows.device))
-        return rows.to("cpu") if rows.device.type == "mps" else rows, bool(fitting)
+        return rows, bool(fitting)
 
     def groups(self) -> list[tuple[tuple[str, ...], Stats]]:
         """Distinct inputs in the order of the forward pass, each with the sites that saw exactly it."""
@@ -220,7 +237,13 @@ def collect(
     def new(site: Site) -> Stats:
         return TokenCount() if on_output else Moments(site.in_features, gram, totals=totals)
 
-    with as_found(model, batches), bypassed(sites), torch.set_grad_enabled(on_output is not None):
+    with (
+        as_found(model, batches),
+        bypassed(sites),
+        left_unpacked(model),
+        read_eagerly(model),
+        torch.set_grad_enabled(on_output is not None),
+    ):
         model.eval()
         for index, batch in enumerate(first_batches(batches, num_batches)):
             moved = to_device(batch, device)

@@ -82,7 +82,7 @@ class AdapterComparison:
 def snapshot(model: nn.Module, adapter_name: str = "default") -> dict[str, Factors]:
     """A copy of the factors of an adapter on the CPU, by site name; the model may train on."""
     sites, _ = find_sites(model, adapter_name)
-    return {s.name: Factors(_copy(s.A), _copy(s.B), s.scaling) for s in sites}
+    return {s.name: Factors(_copy(s.A).flatten(1), _copy(s.B).flatten(1), s.scaling) for s in sites}
 
 
 def _copy(parameter: Tensor) -> Tensor:

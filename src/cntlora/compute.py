@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -38,6 +39,7 @@ def compute_plan(
     on_missing: str = "raise",
     progress: bool = True,
     max_memory: MaxMemory = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> InitPlan:
     """Reads the weights and the first `config.num_batches` batches and works out the factors; changes nothing.
 
@@ -58,6 +60,8 @@ def compute_plan(
             model's device, or {"device": …, "cpu": …, "disk": …}. What does not fit on the device goes to the
             processor's memory, then into a temporary file (only if "disk" is named), and else waits for another pass
             over the same batches, which are kept for that. The plan is the same to the bit. None for no bound.
+        weights: a safetensors file, or a folder of them, that W is read from, one layer at a time, in place of the
+            model: that of the unquantised model where this one is quantised. None to take the model's own.
 
     Raises:
         ValueError, TypeError: with the site or batch, what was expected, what came and what to change.
@@ -67,7 +71,10 @@ def compute_plan(
             "the model's weights are split over several processes, which have to make the plan together: call "
             "initialize on all of them, or compute_plan on the model before it is sharded"
         )
-    request = Request(model, batches, config, forward, loss, token_mask, adapter_name, on_missing, progress, max_memory)
+    request = Request(
+        model, batches, config, forward, loss, token_mask, adapter_name, on_missing, progress, max_memory,
+        weights=weights,
+    )  # fmt: skip
     return plan_from(read(request))
 
 

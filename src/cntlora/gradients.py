@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .core.estimator import read_back
 from .layouts import as_matrix
+from .sharded import full
 from .sites import Site
 
 OnGradient = Callable[[int, str, Tensor], None]
@@ -62,7 +63,7 @@ def weight_gradients(model: nn.Module, sites: list[Site], sink: OnGradient) -> I
 
 def _check_finite(names: list[str], weights: Mapping[str, nn.Parameter], index: int) -> None:
     """Raises ValueError for the first site whose gradient is not finite; reads back from the device once."""
-    finite = read_back([weights[name].grad.isfinite().all()[None] for name in names])  # type: ignore[union-attr]
+    finite = read_back([full(weights[name].grad.isfinite().all())[None] for name in names])  # type: ignore[union-attr]
     for name, fine in zip(names, finite, strict=True):
         if not fine[0]:
             raise ValueError(f"site {name}, batch {index}: its gradient has NaN or Inf; check the batch and the dtype")

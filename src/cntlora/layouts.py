@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import quantised, zero3
+from .offloaded import fetched, is_offloaded
+from .patches import convolution_refusal
 from .sharded import full, is_sharded, refusal, write
 
 
@@ -17,13 +20,23 @@ class Layout:
     """How a layer type stores W.
 
     Attributes:
-        transposed: the stored weight is (in, out), as in GPT-2's Conv1D.
         matches: whether a base layer is of this type.
+        to_matrix: the stored weight as (out, in), a view.
+        to_stored: the other way round, for a weight of the given shape.
+        parameter: the name of the stored weight.
+        dims: the dimensions that it has.
+        refusal: why a layer of this type has no W that serves all its inputs alike, or None.
+        unseen: why the inputs that W is multiplied with cannot be read; None where they can.
     """
 
     name: str
-    transposed: bool
     matches: Callable[[nn.Module], bool]
+    to_matrix: Callable[[Tensor], Tensor] = lambda stored: stored
+    to_stored: Callable[[Tensor, torch.Size], Tensor] = lambda W, shape: W
+    parameter: str = "weight"
+    dims: int = 2
+    refusal: Callable[[Any], str | None] = lambda layer: None
+    unseen: str | None = None
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
@@ -31,9 +44,46 @@ def _is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
+def _kernel(name: str, kind: type[nn.Module], dims: int) -> Layout:
+    """A convolution: W is (out, in·kernel), and its inputs are the patches that the kernel sees."""
+    return Layout(
+        name,
+        lambda layer: isinstance(layer, kind),
+        lambda stored: stored.flatten(1),
+        lambda W, shape: W.reshape(shape),
+        dims=dims,
+        refusal=convolution_refusal,
+    )
+
+
+INSIDE_ATTENTION = (
+    "nn.MultiheadAttention computes its projections inside one function, so that their inputs cannot be read; take a "
+    "method that reads the weights alone (pissa, olora, lora)"
+)
+ONE_HOT = (
+    "an Embedding looks up rows and has no inputs of the size of the vocabulary to read; take a method that reads the "
+    "weights alone (pissa, olora, lora)"
+)
+
 LAYOUTS = (
-    Layout("Linear", False, lambda layer: isinstance(layer, nn.Linear)),
-    Layout("Conv1D", True, _is_conv1d),
+    Layout("Linear", lambda layer: isinstance(layer, nn.Linear)),
+    Layout("Conv1D", _is_conv1d, lambda stored: stored.mT, lambda W, shape: W.mT),
+    _kernel("Conv1d", nn.Conv1d, 3),
+    _kernel("Conv2d", nn.Conv2d, 4),
+    _kernel("Conv3d", nn.Conv3d, 5),
+    Layout(
+        "Embedding",
+        lambda layer: isinstance(layer, nn.Embedding),
+        lambda stored: stored.mT,
+        lambda W, shape: W.mT,
+        unseen=ONE_HOT,
+    ),
+    Layout(
+        "MultiheadAttention",
+        lambda layer: isinstance(layer, nn.MultiheadAttention),
+        parameter="in_proj_weight",
+        unseen=INSIDE_ATTENTION,
+    ),
 )
 
 
@@ -43,47 +93,86 @@ def layout_of(layer: nn.Module) -> Layout:
     Raises:
         ValueError: the reason why its weight cannot be read as an (out, in) matrix.
     """
-    layout = next((entry for entry in LAYOUTS if entry.matches(layer)), None)
-    if layout is None:
-        known = " or ".join(entry.name for entry in LAYOUTS)
-        raise ValueError(
-            f"its base layer is a {type(layer).__name__}, expected {known}; leave it out of target_modules"
-        )
-    weight: Any = layer.weight
-    if weight.device.type == "meta":
-        raise ValueError(
-            "its weight is on the meta device (no values); load the pretrained weights before initialising "
-            "(low_cpu_mem_usage/init_empty_weights off, or dispatch the checkpoint first)"
-        )
-    reason = refusal(weight)
+    layout = _row(layer)
+    stored: Any = getattr(layer, layout.parameter)
+    reason = layout.refusal(layer) or _storage_refusal(layer, stored)
     if reason is not None:
         raise ValueError(reason)
-    plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
-    if not plain or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    shape = zero3.shape_of(stored)
+    if len(shape) != layout.dims:
         raise ValueError(
-            f"its weight is a {type(weight).__name__} of dtype {str(weight.dtype).removeprefix('torch.')}, expected a "
-            "float64, float32, bfloat16 or float16 tensor; for a quantised base, initialise the adapter on the "
-            "unquantised model, save it and load it on the other"
-        )
-    if weight.dim() != 2:
-        raise ValueError(
-            f"its weight has shape {tuple(weight.shape)}, expected two dimensions: DeepSpeed ZeRO-3 and the first FSDP "
-            "keep flat parts of weights; initialise before the model is sharded, or shard it with fully_shard (FSDP2)"
+            f"its weight has shape {tuple(shape)}, expected {layout.dims} dimensions: the first FSDP keeps flat parts "
+            "of weights; initialise before the model is sharded, or shard it with fully_shard (FSDP2)"
         )
     return layout
 
 
+def _row(layer: nn.Module) -> Layout:
+    layout = next((entry for entry in LAYOUTS if entry.matches(layer)), None)
+    if layout is None:
+        known = ", ".join(entry.name for entry in LAYOUTS)
+        raise ValueError(
+            f"its base layer is a {type(layer).__name__}, expected one of {known}; leave it out of target_modules, "
+            "or, where the layer is a quantised one, initialise the adapter on the unquantised model and load it here"
+        )
+    return layout
+
+
+def _storage_refusal(layer: Any, stored: Any) -> str | None:
+    """Why the values of a weight cannot be read, or None."""
+    if stored.device.type == "meta" and not is_offloaded(layer):
+        return (
+            "its weight is on the meta device (no values); load the pretrained weights before initialising "
+            "(low_cpu_mem_usage/init_empty_weights off, or dispatch the checkpoint first)"
+        )
+    reason = refusal(stored)
+    if reason is not None:
+        return reason
+    if quantised.kind_of(stored) is not None:
+        return None if stored.device.type == "meta" else quantised.refusal(layer)
+    plain = type(stored) in (Tensor, nn.Parameter) or is_sharded(stored)
+    if plain and stored.dtype in quantised.FLOATS:
+        return None
+    return (
+        f"its weight is a {type(stored).__name__} of dtype {str(stored.dtype).removeprefix('torch.')}, expected a "
+        "float64, float32, bfloat16, float16 or 8-bit float tensor, or one of bitsandbytes or torchao; initialise the "
+        "adapter on the unquantised model, save it and load it on the other"
+    )
+
+
+def stored_weight(layer: nn.Module) -> Any:
+    """The parameter that holds W, as the layer stores it; it may be quantised, sharded or on the meta device."""
+    return getattr(layer, _row(layer).parameter)
+
+
 def weight_matrix(layer: nn.Module) -> Tensor:
-    """W (out, in), detached: a view of the stored weight, or all of it gathered where it is sharded (a collective)."""
-    stored: Any = layer.weight
-    return as_matrix(layer, full(stored))
+    """W (out, in), detached.
+
+    A view of the stored weight; unpacked, where it is quantised; fetched, where accelerate has offloaded it; or all of
+    it gathered where it is sharded (a collective).
+    """
+    with fetched(layer):
+        stored = stored_weight(layer)
+        quantised_kind = quantised.kind_of(stored)
+        return as_matrix(layer, full(stored) if quantised_kind is None else quantised.dequantised(layer))
 
 
 def as_matrix(layer: nn.Module, stored: Tensor) -> Tensor:
-    """(out, in) of a tensor that is laid out as the weight of a layer, or the other way round; a view."""
-    return stored.mT if layout_of(layer).transposed else stored
+    """(out, in) of a tensor that is laid out as the weight of a layer; a view."""
+    return _row(layer).to_matrix(stored)
 
 
 def write_matrix(layer: nn.Module, W: Tensor) -> None:
     """Writes W (out, in) into the weight of a layer, sharded or not."""
-    write(layer.weight, as_matrix(layer, W))
+    stored = stored_weight(layer)
+    write(stored, _row(layer).to_stored(W, stored.shape))
+
+
+def why_fixed(layer: nn.Module) -> str | None:
+    """Why the weight of a layer can neither be written nor have a gradient, or None."""
+    if zero3.is_partitioned(stored_weight(layer)):
+        return zero3.WHY_FIXED
+    kind = quantised.kind_of(stored_weight(layer))
+    if kind is not None:
+        return f"its weight is quantised ({kind})"
+    return "its weight is offloaded (accelerate), in memory during a call only" if is_offloaded(layer) else None

@@ -73,7 +73,7 @@ def _note_weights(work: Work, estimator: ShiftEstimator) -> None:
     sites = [site for site in work.sites.values() if site.name not in estimator.weight_facts]
     ranks = 1 if alone() else dist.get_world_size()
     share = Shared({site.name: i % ranks for i, site in enumerate(sites)}, work)
-    share.each(sites, lambda site: estimator.note_weight(site.name))
+    share.each(sites, lambda site: estimator.note_weight(site.name), streams=False)
     estimator.weight_facts.update(share.everyone(dict(estimator.weight_facts)))
 
 
@@ -95,7 +95,7 @@ def _find_own(work: Work, estimator: ShiftEstimator, inputs: list[_Input]) -> No
         if site.name not in wanted:
             continue
         with answered():
-            whole = replace(site, gathered=as_matrix(site.base, full(site.base.weight)))
+            whole = replace(site, gathered=as_matrix(site.base, full(site.stored)))
         if site.name in mine and failure is None:
             taken = attempt(partial(holding, work, whole, lambda s: mine[s.name].take(estimator, s.name)))
             failure = taken if isinstance(taken, Exception) else None

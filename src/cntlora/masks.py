@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .sharded import full, is_sharded, part_of, reshard
-from .sites import Site, find_sites
+from .sites import Site, factor_of, factor_slots, find_sites
 
 _HANDLES: Any = WeakIdKeyDictionary()  # parameter → handle of its mask, so that a mask is never put on twice
 _WATCHES: Any = WeakIdKeyDictionary()  # parameter → what puts the mask on the one that takes its place
@@ -57,27 +57,27 @@ def freeze_sites(sites: Iterable[Site]) -> None:
     """Masks the gradients of the second half of the rank of every site."""
     for site in sites:
         half = site.A.shape[0] // 2
-        _freeze_half(site.layer.lora_A[site.adapter], half, 0)
-        _freeze_half(site.layer.lora_B[site.adapter], half, 1)
+        for dim, (owner, name) in enumerate(factor_slots(site.layer, site.adapter)):
+            _freeze_half(owner, name, half, dim)
 
 
-def _freeze_half(linear: Any, half: int, dim: int) -> None:
-    """Masks the gradient of `linear.weight` from `half` on, and of the sharded one that may take its place."""
-    parameter: nn.Parameter = linear.weight
+def _freeze_half(owner: Any, name: str, half: int, dim: int) -> None:
+    """Masks the gradient of one parameter of `owner` from `half` on, and of the sharded one that may take its place."""
+    parameter = factor_of(owner, name)
     if is_sharded(parameter):
         _mask_shard(parameter, half, dim)
     else:
         mask_gradient(parameter, _zero_from(half, dim))
-    watch = weakref.finalize(parameter, _follow, weakref.ref(linear), half, dim)
+    watch = weakref.finalize(parameter, _follow, weakref.ref(owner), name, half, dim)
     watch.atexit = False
     _WATCHES[parameter] = watch
 
 
-def _follow(linear: weakref.ref[Any], half: int, dim: int) -> None:
+def _follow(owner: weakref.ref[Any], name: str, half: int, dim: int) -> None:
     """`fully_shard` puts new parameters in the place of those it shards, and so does a move to the meta device."""
-    weight = getattr(linear(), "weight", None)
+    weight = getattr(owner(), name, None)
     if isinstance(weight, nn.Parameter) and (is_sharded(weight) or weight.device.type == "meta"):
-        _freeze_half(linear(), half, dim)
+        _freeze_half(owner(), name, half, dim)
 
 
 def mask_gradient(parameter: nn.Parameter, mask: Callable[[Tensor], Tensor]) -> None:

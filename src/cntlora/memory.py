@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .core.moments import accumulation_dtype
-from .core.parallel import SIDE_BY_SIDE
+from .core.parallel import SIDE_BY_SIDE, STREAMS
 from .sites import Site
 
 MaxMemory = int | str | Mapping[str, int | str] | None
@@ -69,8 +69,9 @@ def _size(key: str, size: object) -> int:
 
 
 def readable(size: float) -> str:
-    """Bytes as MiB or GiB, rounded up, so that the number can be given as a limit."""
-    unit, name = (2**30, "GiB") if size >= 10 * 2**30 else (2**20, "MiB")
+    """Bytes as KiB, MiB or GiB, rounded up, so that the number can be given as a limit."""
+    units = ((10 * 2**30, 2**30, "GiB"), (2**20, 2**20, "MiB"), (0, 2**10, "KiB"))
+    unit, name = next((unit, name) for least, unit, name in units if size >= least)
     return f"{-(-int(size) // unit)}{name}"
 
 
@@ -174,7 +175,7 @@ class Budget:
         """The first place with room for the sums of a site, if the rest of what it needs fits on the device."""
         if on_device > self._limit("device"):
             return None
-        elsewhere = PLACES[1:] if site.base.weight.device.type != "cpu" else PLACES[2:]
+        elsewhere = PLACES[1:] if site.device.type != "cpu" else PLACES[2:]
         order = (*elsewhere, "device") if self._elsewhere_first else ("device", *elsewhere)
         used = {**self._used, "device": on_device}
         return next((p for p in order if used[p] + sums <= self._limit(p)), None)
@@ -191,7 +192,7 @@ class Budget:
     def _moments(self, site: Site) -> int:
         """Of one batch: at most d rows are kept, and else d×d; of gradients, the gradient."""
         if self.of_gradients:
-            return site.base.weight.element_size() * site.in_features * site.out_features
+            return site.stored.element_size() * site.in_features * site.out_features
         return self._item(site) * site.in_features**2
 
     def _working_room(self, site: Site) -> int:
@@ -199,12 +200,13 @@ class Budget:
         factored (four k×d in float32, one in float64).
         """
         d, k = site.in_features, site.out_features
-        side_by_side = torch.get_num_threads() if site.base.weight.device.type == "cpu" and d <= SIDE_BY_SIDE else 1
+        side_by_side = torch.get_num_threads() if site.device.type == "cpu" and d <= SIDE_BY_SIDE else 1
+        side_by_side = STREAMS if site.device.type == "cuda" else side_by_side
         digest = 0 if self.of_gradients else 5 * self._item(site) * d * d
         return side_by_side * max(digest, 24 * d * k)
 
     def _item(self, site: Site) -> int:
-        return accumulation_dtype(site.base.weight.dtype).itemsize
+        return accumulation_dtype(site.dtype).itemsize
 
     def place(self, total: Tensor) -> Tensor:
         """A new sum where there is room for it: itself, or a copy on the processor or in a file.
@@ -232,6 +234,8 @@ class Budget:
             what = f"max_memory: no room for {readable(size)} of statistics in {path.parent}: {error.strerror}"
             raise OSError(error.errno, what) from error
         held = torch.from_file(str(path), shared=True, size=total.numel(), dtype=total.dtype).view(total.shape)
+        with suppress(OSError):  # its name goes at once, so that a process that is killed leaves no file
+            path.unlink()
         return held.copy_(total)
 
 

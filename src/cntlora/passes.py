@@ -36,7 +36,7 @@ class Passes:
     def mine(self, sites: list[Site]) -> list[Site]:
         return self.share.mine(sites)
 
-    def each(self, sites: list[Site], make: Callable[[Site], T]) -> dict[str, T]:
+    def each(self, sites: list[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
         made: dict[str, T] = {}
         todo = list(sites)
         while todo:
@@ -44,7 +44,7 @@ class Passes:
             if not ready:
                 self.again(todo)
                 continue
-            made |= self.share.each(ready, make)
+            made |= self.share.each(ready, make, streams)
             todo = [site for site in todo if site.name not in self.budget.admitted]
         return {site.name: made[site.name] for site in sites if site.name in made}
 

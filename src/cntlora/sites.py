@@ -6,23 +6,30 @@ PEFT, DDP or a wrapper put in front are dropped, so that a plan fits the model h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import quantised
 from .config import unknown_name
-from .layouts import layout_of, weight_matrix
+from .layouts import INSIDE_ATTENTION, as_matrix, layout_of, stored_weight, weight_matrix, why_fixed
+from .offloaded import execution_device, is_offloaded
 
 
 @dataclass(frozen=True)
 class Site:
     """One adapted layer: W (k, d) = (out_features, in_features) with factors A (rank, d) and B (k, rank).
 
+    Of a convolution d is in_channels·kernel, of an embedding the size of the vocabulary.
+
     Attributes:
         gathered: W (k, d), while this process holds all of a weight that is sharded.
+        source: gives the weight as the layer would store it, in place of that of the model (`weights=`).
+        unseen: why the inputs of its W cannot be read, for methods that need them; None where they can.
     """
 
     name: str
@@ -31,23 +38,56 @@ class Site:
     in_features: int
     out_features: int
     gathered: Tensor | None = field(default=None, repr=False, compare=False)
+    source: Callable[[], Tensor] | None = field(default=None, repr=False, compare=False)
+    unseen: str | None = field(default=None, repr=False, compare=False)
 
     @property
     def base(self) -> Any:
-        """The pretrained layer inside, an nn.Module with `weight`."""
+        """The pretrained layer inside."""
         return self.layer.get_base_layer()
 
     @property
+    def stored(self) -> Any:
+        """The parameter of `base` that holds W, as it is stored."""
+        return stored_weight(self.base)
+
+    @property
     def A(self) -> nn.Parameter:
-        weight = self.layer.lora_A[self.adapter].weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        """(rank, d), of a convolution (rank, in_channels, *kernel)."""
+        return factor_of(*factor_slots(self.layer, self.adapter)[0])
 
     @property
     def B(self) -> nn.Parameter:
-        weight = self.layer.lora_B[self.adapter].weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        """(k, rank), of a convolution (k, rank, 1, …)."""
+        return factor_of(*factor_slots(self.layer, self.adapter)[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where W is, or where it is computed with while it is offloaded."""
+        device: torch.device = self.stored.device
+        return execution_device(self.base) if device.type == "meta" else device
+
+    @property
+    def adapter_device(self) -> torch.device:
+        """Where A and B are, or where they are computed with while they are offloaded."""
+        device = self.A.device
+        return execution_device(factor_slots(self.layer, self.adapter)[0][0]) if device.type == "meta" else device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that W is worth."""
+        return quantised.dtype_of(self.stored)
+
+    @property
+    def fixed(self) -> str | None:
+        """Why W can neither be written nor have a gradient; None where it can."""
+        return why_fixed(self.base)
+
+    @property
+    def rounding(self) -> float:
+        """How far the sketch of W may be from that of another copy of the same weight, in units of ‖W‖."""
+        # bfloat16 rounds each entry by up to 0.4 %, which moves the sketch by far less than 2 % of ‖W‖
+        return max(0.02, quantised.rounding_of(self.stored))
 
     @property
     def rank(self) -> int:
@@ -78,12 +118,32 @@ class Site:
 
     @property
     def transposed(self) -> bool:
-        return layout_of(self.base).transposed
+        """Whether the layer stores W as (in, out)."""
+        return layout_of(self.base).name in ("Conv1D", "Embedding")
 
     def weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """W (k, d), a copy in `dtype`; a collective where it is sharded and not `gathered`."""
-        W = weight_matrix(self.base) if self.gathered is None else self.gathered
+        if self.gathered is not None:
+            W = self.gathered
+        elif self.source is not None:
+            W = as_matrix(self.base, self.source()).to(self.device)
+        else:
+            W = weight_matrix(self.base)
         return W.to(dtype, copy=True)
+
+
+def factor_slots(layer: Any, adapter: str) -> tuple[tuple[Any, str], tuple[Any, str]]:
+    """Where A and B of a LoRA layer are: (module, name of the parameter) for each."""
+    if adapter in layer.lora_A:
+        return (layer.lora_A[adapter], "weight"), (layer.lora_B[adapter], "weight")
+    return (layer.lora_embedding_A, adapter), (layer.lora_embedding_B, adapter)
+
+
+def factor_of(owner: Any, name: str) -> nn.Parameter:
+    """The parameter in one of `factor_slots`."""
+    parameter = getattr(owner, name)
+    assert isinstance(parameter, nn.Parameter)
+    return parameter
 
 
 def is_lora_layer(module: nn.Module) -> bool:
@@ -96,15 +156,15 @@ def lora_paths(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     root = naming_root(model, adapter)
     for path, module in model.named_modules():
         if is_lora_layer(module) and adapter in adapters_of(module):
-            yield path.removeprefix(root), module
+            yield path.removeprefix(root).replace("_orig_mod.", ""), module
 
 
 def base_name(path: str, layer: Any = None) -> str:
-    """The base model's own name for a path: without the `base_layer` of LoRA layers around it.
+    """The base model's own name for a path: without the `base_layer` of LoRA layers, the `_orig_mod` of compiled ones.
 
     A layer that adapts a bare parameter (`target_parameters`) has the name of the parameter, as in PEFT's patterns.
     """
-    parts = [part for part in path.split(".") if part != "base_layer"]
+    parts = [part for part in path.split(".") if part not in ("base_layer", "_orig_mod")]
     parameter = getattr(layer, "parameter_name", None)
     return ".".join(parts if parameter is None else [*parts, parameter])
 
@@ -117,7 +177,12 @@ def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
 
 def uses_rslora(layer: Any, adapter: str) -> bool:
     """Whether one adapter of a LoRA layer has scaling alpha/√r instead of alpha/r."""
-    return bool(getattr(layer, "use_rslora", {}).get(adapter, False))
+    told = getattr(layer, "use_rslora", None)
+    if told is not None:
+        return bool(told.get(adapter, False))
+    # PEFT before 0.18 keeps no note of it in the layer
+    alpha, rank, scaling = (float(values[adapter]) for values in (layer.lora_alpha, layer.r, layer.scaling))
+    return rank > 1 and math.isclose(scaling * rank**0.5, alpha, rel_tol=1e-6)
 
 
 def adapters_of(layer: Any) -> set[str]:
@@ -148,12 +213,15 @@ def find_sites(model: nn.Module, adapter: str = "default") -> tuple[list[Site], 
         ValueError: if no layer carries the adapter; lists the adapters that exist.
     """
     sites, refused = [], {}
-    for name, layer in lora_layers(model, adapter):
-        reason = _refusal(layer, adapter)
+    found = list(lora_layers(model, adapter))
+    inside = _inside_attention(model, {id(layer) for _, layer in found})
+    for name, layer in found:
+        adapted = inside.get(id(layer))
+        reason = _NEVER_CALLED if adapted is False else _refusal(layer, adapter)
         if reason:
             refused[name] = reason
         else:
-            sites.append(Site(name, adapter, layer, int(layer.in_features), int(layer.out_features)))
+            sites.append(_site(name, adapter, layer, INSIDE_ATTENTION if adapted else None))
     if sites or refused:
         return sites, refused
     present = sorted({a for m in model.modules() if is_lora_layer(m) for a in adapters_of(m)})
@@ -165,23 +233,50 @@ def find_sites(model: nn.Module, adapter: str = "default") -> tuple[list[Site], 
     )
 
 
+_NEVER_CALLED = (
+    "the nn.MultiheadAttention around it reads its weight and never calls it, so that a LoRA there has no effect; "
+    "target the attention module itself"
+)
+
+
+def _inside_attention(model: nn.Module, lora: set[int]) -> dict[int, bool]:
+    """The output projections of every nn.MultiheadAttention, and whether the attention around is adapted too."""
+    around = {id(m.get_base_layer()) for m in model.modules() if id(m) in lora}  # type: ignore[operator]
+    return {id(m.out_proj): id(m) in around for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def _site(name: str, adapter: str, layer: Any, unseen: str | None) -> Site:
+    layout = layout_of(layer.get_base_layer())
+    A, B = (factor_of(*slot) for slot in factor_slots(layer, adapter))
+    return Site(name, adapter, layer, A.shape[1:].numel(), B.shape[0], unseen=unseen or layout.unseen)
+
+
 def _refusal(layer: Any, adapter: str) -> str | None:
     """Why a LoRA layer cannot be initialised, or None."""
-    if adapter not in layer.lora_A:
-        return f"it is a LoRA of {type(layer.get_base_layer()).__name__}, which has no linear map to initialise"
-    if not hasattr(layer.lora_A[adapter], "weight"):
+    base = layer.get_base_layer()
+    if adapter in layer.lora_A and not hasattr(layer.lora_A[adapter], "weight"):
         return f"it is not plain LoRA but a {type(layer).__name__} of {type(layer).__module__} (AdaLoRA)"
+    if hasattr(layer, "parameter_name"):
+        return (
+            f"it adapts the bare parameter {layer.parameter_name!r} (target_parameters), which its module computes "
+            "with as it likes, so that its inputs cannot be read"
+        )
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     if variant is not None and "Dora" not in type(variant).__name__:
         return f"its LoRA variant {type(variant).__name__} is not plain LoRA, DoRA or rsLoRA"
-    if layer.lora_A[adapter].weight.dim() != 2:
-        return f"it is a LoRA of {type(layer.get_base_layer()).__name__}; only Linear and Conv1D are initialised"
-    if hasattr(layer, "parameter_name"):
-        return f"it adapts the bare parameter {layer.parameter_name!r} (target_parameters), which is not supported"
     try:
-        layout_of(layer.get_base_layer())
+        layout_of(base)
     except ValueError as error:
         return str(error)
-    if layer.lora_A[adapter].weight.device.type == "meta":
-        return "its LoRA factors are on the meta device (no values); create the adapter with low_cpu_mem_usage=False"
+    owner, name = factor_slots(layer, adapter)[0]
+    if factor_of(owner, name).dtype not in quantised.FLOATS:
+        return (
+            f"its LoRA factors are {factor_of(owner, name).dtype}, in which nothing trains; expected float32, bfloat16 "
+            "or float16: leave autocast_adapter_dtype on, and the adapter out of layerwise casting"
+        )
+    if factor_of(owner, name).device.type == "meta" and not is_offloaded(owner):
+        return (
+            "its LoRA factors are on the meta device (no values); create the adapter with low_cpu_mem_usage=False, and "
+            "before the base is offloaded: PEFT puts the adapter of an offloaded layer on the meta device"
+        )
     return None

@@ -75,7 +75,7 @@ def _facts(name: str, site: Site | None, planned: SitePlan | None, gradients: St
 
 def _start_norm(site: Site) -> float:
     """‖s·B·A‖_F of the directions that train: of the first half where the second cancels it."""
-    A, B = site.A.detach().double(), site.B.detach().double()
+    A, B = (factor.detach().double().flatten(1) for factor in (site.A, site.B))
     directions = site.rank // 2 if halves_cancel(B, A) else site.rank
     A, B = A[:directions], B[:, :directions]
     return site.scaling * product_norm(B, A)
