@@ -1,4 +1,4 @@
-"""transformers' Trainer: everything trains after `initialize_from_trainer`, and a resumed run is the straight run."""
+"""transformers' Trainer: everything trains after `initialize_from_trainer`, and the trainer is left as found."""
 
 from __future__ import annotations
 
@@ -8,66 +8,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import GradientState
-from peft import PeftModel
-from tests.tiny import KINDS, adapted, base_model, causal_batches, changed, logits, state, text_batches
+from peft import LoraConfig, get_peft_model
+from tests.tiny import KINDS, adapted, base_model, changed, logits, lora_config, state, text_batches
+from tests.trainer_cases import NEGATIVE, POSITIVE, halves, losses_of, multiple, rows, trainer_for
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from cntlora import InitConfig, freeze_offset, initialize, initialize_from_trainer
+from cntlora import InitConfig, apply_plan, compute_plan, initialize, initialize_from_trainer
 from cntlora.sites import find_sites
-
-
-def rows(kind: str = "bert", count: int = 24) -> list[dict[str, Tensor]]:
-    make = causal_batches if kind != "bert" else text_batches
-    batch = make(1, rows=count)[0]
-    return [{key: value[i] for key, value in batch.items()} for i in range(count)]
-
-
-class Losses(TrainerCallback):
-    """Keeps what a run logged."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.values.append(float(logs["loss"]))
-
-
-class Watched(Trainer):
-    """Remembers the ids of all training batches."""
-
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self.__dict__.setdefault("fed", []).append(inputs["input_ids"].clone())
-        return super().training_step(model, inputs, *args, **kwargs)
-
-
-def trainer_for(model: Any, folder: Path, kind: str = "bert", optimizers: Any = (None, None), **options: Any) -> Any:
-    values: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **options,
-    }
-    arguments = TrainingArguments(str(folder), **values)
-    return Watched(model, arguments, train_dataset=rows(kind), callbacks=[Losses()], optimizers=optimizers)
-
-
-def halves(model: nn.Module, part: slice) -> list[Tensor]:
-    found = []
-    for site in find_sites(model)[0]:
-        found += [site.A.detach()[part].clone(), site.B.detach()[:, part].clone()]
-    return found
-
-
-POSITIVE, NEGATIVE = slice(0, 4), slice(4, 8)  # for r = 4
 
 
 @pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
@@ -87,10 +34,6 @@ def test_every_factor_trains(kind: str, tmp_path: Path) -> None:
     assert not any(multiple(now, then) for now, then in zip(halves(model, POSITIVE), positive, strict=True))
     assert all(multiple(now, then) for now, then in zip(halves(model, NEGATIVE), negative, strict=True))
     assert all(".lora_" in name for name in changed(before, model))
-
-
-def multiple(now: Tensor, then: Tensor) -> bool:
-    return bool(torch.allclose(now, then * (now.norm() / then.norm()), rtol=1e-4, atol=1e-7))
 
 
 def test_too_early_in_the_trainers_own_order_is_refused(tmp_path: Path) -> None:
@@ -155,59 +98,42 @@ def test_gradient_accumulation_and_clipping(tmp_path: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(halves(model, POSITIVE), positive, strict=True))
 
 
-# --- stopping and going on ----------------------------------------------------------------------------------
-
-SAVING = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant", "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A trainer that ran 4 steps at once, and its checkpoint of step 2."""
-    folder = tmp_path_factory.mktemp("straight")
-    trainer = trainer_for(adapted(), folder, **SAVING)
-    initialize_from_trainer(trainer)
-    trainer.train()
-    return trainer, folder / "checkpoint-2"
-
-
-def assert_same_end(model: nn.Module, straight: Any) -> None:
-    """The negative half to the bit, the positive half up to rounding."""
-    for now, wanted in zip(halves(model, NEGATIVE), halves(straight.model, NEGATIVE), strict=True):
-        assert torch.equal(now, wanted)
-    for now, wanted in zip(halves(model, POSITIVE), halves(straight.model, POSITIVE), strict=True):
-        torch.testing.assert_close(now, wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_resume_from_checkpoint(straight: tuple[Any, Path], tmp_path: Path) -> None:
-    model = adapted()
-    resumed = trainer_for(model, tmp_path, **SAVING)
-    initialize_from_trainer(resumed)
-    resumed.train(resume_from_checkpoint=str(straight[1]))
-    assert len(resumed.fed) == 2
-    assert_same_end(model, straight[0])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
+    """The factors and the losses are those of a run that keeps its activations; the frozen half stays frozen."""
+    losses, starts = [], []
+    for checkpointing in (False, True):
+        model = adapted("llama")
+        trainer = trainer_for(
+            model, tmp_path, "llama", gradient_checkpointing=checkpointing, weight_decay=0.0,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointing else None,
+        )  # fmt: skip
+        initialize_from_trainer(trainer)
+        starts.append(halves(model, POSITIVE))
+        negative = halves(model, NEGATIVE)
+        trainer.train()
+        losses.append(losses_of(trainer))
+        assert all(torch.equal(a, b) for a, b in zip(halves(model, NEGATIVE), negative, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(halves(model, POSITIVE), starts[-1], strict=True))
+    assert model.is_gradient_checkpointing
+    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_resume_from_checkpoint_of_a_loaded_model(straight: tuple[Any, Path], tmp_path: Path) -> None:
-    """PeftModel.from_pretrained(is_trainable=True) needs freeze_offset; without it (the control) both halves train."""
-    ends = []
-    for freeze in (True, False):
-        model = PeftModel.from_pretrained(base_model(), straight[1], is_trainable=True)
-        if freeze:
-            freeze_offset(model)
-        resumed = trainer_for(model, tmp_path, **SAVING)
-        resumed.train(resume_from_checkpoint=str(straight[1]))
-        ends.append(model)
-    assert_same_end(ends[0], straight[0])
-    with pytest.raises(AssertionError):
-        assert_same_end(ends[1], straight[0])
+def test_the_callers_configuration_stays_as_it_is(tmp_path: Path) -> None:
+    """It may be used for a second model; the model has one of its own, with the ranks of its layers."""
+    config = lora_config("bert")
+    before = config.to_dict()
+    model = get_peft_model(base_model(), config)
+    initialize_from_trainer(trainer_for(model, tmp_path))
+    assert config.to_dict() == before
+    assert model.peft_config["default"].r == 2 * config.r == model.base_model.peft_config["default"].r
 
 
-@pytest.mark.slow
-def test_the_trained_checkpoint_is_an_ordinary_adapter(straight: tuple[Any, Path]) -> None:
-    trainer, folder = straight
-    model = PeftModel.from_pretrained(base_model(), folder.parent / "checkpoint-4").eval()
-    batch = text_batches()[0]
-    torch.testing.assert_close(logits(model, batch), logits(trainer.model.eval(), batch), rtol=1e-4, atol=1e-5)
+def test_what_is_no_trainer_is_refused() -> None:
+    for wrong in (adapted(), None):
+        with pytest.raises(TypeError, match="trainer: expected a transformers.Trainer.*initialize\\(model, batches\\)"):
+            initialize_from_trainer(wrong)
 
 
 def test_offset_and_subtract_log_the_same_losses(tmp_path: Path) -> None:
@@ -217,7 +143,46 @@ def test_offset_and_subtract_log_the_same_losses(tmp_path: Path) -> None:
         trainer = trainer_for(model, tmp_path, weight_decay=0.0, learning_rate=1e-3, seed=2)
         initialize(model, text_batches(), InitConfig(base=base))
         trainer.train()
-        losses.append(torch.tensor(next(c for c in trainer.callback_handler.callbacks if type(c) is Losses).values))
+        losses.append(torch.tensor(losses_of(trainer)))
     assert len(losses[0]) == 4
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
     assert (losses[2] - losses[0]).abs().max() > 1e-3  # the control
+
+
+class Fused(nn.Module):
+    """As unsloth's and axolotl's kernels do: a projection from the weights of its LoRA layer, which is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q: Any = self.q
+        h = nn.functional.linear(x, q.weight, q.bias)
+        if hasattr(q, "lora_A"):
+            h = h + q.scaling["default"] * (x @ q.lora_A["default"].weight.T @ q.lora_B["default"].weight.T)
+        return self.out(torch.tanh(h))
+
+
+class Plain(Fused):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.q(x)))
+
+
+def test_a_layer_that_a_fused_kernel_passes_by_is_named_and_a_plan_made_elsewhere_fits() -> None:
+    """docs/trainers.md, unsloth: the plan of the plain model, applied to the one with the kernels."""
+    plain, fused = Plain(), Fused()
+    fused.load_state_dict(plain.state_dict())
+    ours, theirs = (get_peft_model(m, LoraConfig(r=2, target_modules=["q"])) for m in (plain, fused))  # type: ignore[arg-type]
+    data = [torch.randn(30, 10, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    before = theirs(data[0])
+    with pytest.raises(ValueError, match="site q cannot be initialised: its layer was not called"):
+        initialize(theirs, data)
+    apply_plan(theirs, compute_plan(ours, data))
+    torch.testing.assert_close(theirs(data[0]), before, rtol=1e-4, atol=1e-5)
+    site = find_sites(theirs)[0][0]
+    second = site.A[2:].detach().clone()
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    theirs(data[0]).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(site.A[2:], second) and (theirs(data[0]) - before).abs().max() > 1e-3

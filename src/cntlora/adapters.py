@@ -6,6 +6,7 @@ signatures matter; `peft_config` is brought in line with what the layers hold, s
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 from collections import Counter
@@ -16,12 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .checks import check_fresh
+from .checks import check_fresh, check_writable
+from .interrupts import held_back
 from .layouts import weight_matrix, write_matrix
 from .masks import freeze_sites, unmask
 from .plan import InitPlan, SitePlan
+from .provenance import remember
 from .sharded import address, check_rank, reshard, write
-from .sites import Site, adapters_of, base_name, config_holder, find_sites, lora_layers, naming_root, uses_rslora
+from .sites import (
+    Site,
+    adapters_of,
+    base_name,
+    config_holder,
+    factor_of,
+    factor_slots,
+    find_sites,
+    lora_layers,
+    naming_root,
+    uses_rslora,
+)
 from .summary import InitReport
 
 SUBTRACTED: Any = WeakIdKeyDictionary()
@@ -44,17 +58,20 @@ def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default
     plan.check(usable)
     for site in usable:
         check_fresh(site)
+        check_writable(site, plan.config)
     _check_holders(usable, plan)
     if plan.config.effective_base == "subtract":
         _check_alone(usable)
         _check_untied(model, usable)
-    with torch.no_grad():
-        for site in usable:
-            _write(site, plan.sites[site.name], plan.config.effective_base)
-    _remove_empty(model, adapter_name, [s for s in usable if plan.sites[s.name].rank == 0])
-    sync_config(model, adapter_name)
-    if plan.config.effective_base == "offset":
-        freeze_sites([s for s in usable if plan.sites[s.name].rank > 0])
+    with held_back():  # Ctrl-C waits until the model is whole again
+        with torch.no_grad():
+            for site in usable:
+                _write(site, plan.sites[site.name], plan.config.effective_base)
+        _remove_empty(model, adapter_name, [s for s in usable if plan.sites[s.name].rank == 0])
+        sync_config(model, adapter_name)
+        if plan.config.effective_base == "offset":
+            freeze_sites([s for s in usable if plan.sites[s.name].rank > 0])
+    remember(model, plan, adapter_name)
     return InitReport.of(plan)
 
 
@@ -63,9 +80,13 @@ def _write(site: Site, planned: SitePlan, base: str) -> None:
         return
     layer, adapter = site.layer, site.adapter
     A, B = (M.to(device=site.A.device, dtype=site.A.dtype, copy=True) for M in (planned.A, planned.B))
-    _put(layer.lora_A[adapter], A)
-    _put(layer.lora_B[adapter], B)
-    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = layer.r[adapter] = planned.file_rank
+    _put(*factor_slots(layer, adapter)[0], A)
+    _put(*factor_slots(layer, adapter)[1], B)
+    layer.r[adapter] = planned.file_rank
+    if adapter in layer.lora_A:
+        kind = "channels" if hasattr(layer.lora_A[adapter], "out_channels") else "features"
+        setattr(layer.lora_A[adapter], f"out_{kind}", planned.file_rank)
+        setattr(layer.lora_B[adapter], f"in_{kind}", planned.file_rank)
     layer.lora_alpha[adapter] = whole(planned.alpha)
     layer.scaling[adapter] = planned.scaling
     if hasattr(layer, "use_rslora"):
@@ -79,17 +100,27 @@ def _write(site: Site, planned: SitePlan, base: str) -> None:
         total = site.weight()
         if base in ("subtract", "keep"):
             total += added
-        write(site.magnitude, torch.linalg.vector_norm(total, dim=1))
+        write(site.magnitude, torch.linalg.vector_norm(total, dim=1).reshape(site.magnitude.shape))
 
 
-def _put(linear: Any, value: Tensor) -> None:
+def _put(owner: Any, name: str, value: Tensor) -> None:
     """Writes a factor; the parameter stays the same object where the shape allows, else a new one takes its place."""
-    old: nn.Parameter = linear.weight
+    old = factor_of(owner, name)
     unmask(old)
-    if old.shape == value.shape:
-        write(old, value)
+    if old.numel() == value.numel():
+        write(old, value.reshape(old.shape))
     else:
-        linear.weight = nn.Parameter(value.clone(), requires_grad=old.requires_grad)
+        value = shaped_like(old, value)
+        setattr(owner, name, nn.Parameter(value.clone(), requires_grad=old.requires_grad))
+
+
+def shaped_like(factor: Tensor, value: Tensor) -> Tensor:
+    """A (rank, d) or B (k, rank), of any rank, in the shape of a factor: (rank, channels, *kernel), or (k, rank, 1, …).
+
+    The kernel of B has one position, so that its shape after the second dimension is all ones.
+    """
+    rest = factor.shape[1:] if factor.shape[1:].numel() == value.shape[1] else (value.shape[1], *factor.shape[2:])
+    return value.reshape(value.shape[0], *rest)
 
 
 def whole(value: float) -> int | float:
@@ -166,7 +197,7 @@ def _check_untied(model: nn.Module, sites: list[Site]) -> None:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(address(parameter), []).append(path)
     for site in sites:
-        shared = owners.get(address(site.base.weight), [])
+        shared = owners.get(address(site.stored), [])
         if len(shared) > 1:
             raise ValueError(
                 f"site {site.name}: its weight is shared with another module ({', '.join(shared)}), so base "
@@ -199,6 +230,7 @@ def sync_config(model: nn.Module, adapter: str) -> None:
     holder = config_holder(model, adapter)
     if holder is None:
         return
+    _own_config(model, adapter)
     config: Any = holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
     layers = dict(lora_layers(model, adapter))
     config.use_rslora = all(uses_rslora(layer, adapter) for layer in layers.values())
@@ -212,6 +244,16 @@ def sync_config(model: nn.Module, adapter: str) -> None:
     config.target_modules = _targets(model, adapter, config.target_modules, modules)
     if isinstance(config.target_modules, str):
         config.layers_to_transform = config.layers_pattern = None  # PEFT takes them with a list only
+
+
+def _own_config(model: nn.Module, adapter: str) -> None:
+    """A copy in place of the config, which the caller may use again, and which TRL's adapter "ref" shares."""
+    dicts = {id(c): c for c in (getattr(m, "peft_config", None) for m in model.modules()) if isinstance(c, dict)}
+    copies: dict[int, Any] = {}
+    for configs in dicts.values():
+        if adapter in configs:
+            old = configs[adapter]
+            configs[adapter] = copies[id(old)] = copies.get(id(old)) or copy.deepcopy(old)
 
 
 def _alpha(layer: Any, adapter: str, use_rslora: bool) -> int | float:

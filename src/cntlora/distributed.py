@@ -68,7 +68,7 @@ def add_up(reading: Reading) -> dict[str, int]:
     groups = [_groups(sums) for sums in work.estimator.accumulated]
     costs = {site.name: _cost(site, reading) for site in reading.sites}
     owners = deal(_linked(names, [g.names for of_one in groups for g in of_one]), costs, dist.get_world_size())
-    devices = {site.name: site.base.weight.device for site in reading.sites}
+    devices = {site.name: site.device for site in reading.sites}
     for sums, of_one in zip(work.estimator.accumulated, groups, strict=True):
         for group in of_one:
             _send(sums, group, owners[group.names[0]], devices[group.names[0]])
@@ -108,11 +108,11 @@ class Shared:
         rank = 0 if alone() else dist.get_rank()
         return [site for site in sites if self.owners[site.name] == rank]
 
-    def each(self, sites: list[Site], make: Callable[[Site], T]) -> dict[str, T]:
+    def each(self, sites: list[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
         """Raises on every rank what was raised on one."""
-        if any(is_sharded(site.base.weight) for site in sites):
+        if any(is_sharded(site.stored) for site in sites):
             return agreed(self._in_rounds(sites, make))
-        return agreed(attempt(lambda: Alone().each(self.mine(sites), make)))
+        return agreed(attempt(lambda: Alone().each(self.mine(sites), make, streams)))
 
     def everyone(self, values: dict[str, T]) -> dict[str, T]:
         return values if alone() else {name: value for part in gathered(values) for name, value in part.items()}
@@ -143,7 +143,7 @@ class Shared:
         own = None
         for site in sites:
             with answered():
-                stored = full_at(site.base.weight, self.owners[site.name])
+                stored = full_at(site.stored, self.owners[site.name])
             if stored is not None:
                 own = replace(site, gathered=as_matrix(site.base, stored))
         return own

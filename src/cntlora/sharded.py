@@ -1,5 +1,7 @@
 """Weights that FSDP2 (`fully_shard`) has split over processes: read whole, written whole. The only place with DTensors.
 
+Those that DeepSpeed ZeRO-3 has partitioned are read whole too, see `zero3`.
+
 What gives a whole tensor is a collective: every process has to call it, in the same order.
 """
 
@@ -13,9 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import zero3
+
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor, of which each process holds a part."""
+    """Whether each process holds only a part of a tensor: a DTensor, or a parameter of ZeRO-3."""
+    return is_dtensor(tensor) or zero3.is_partitioned(tensor)
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # not imported by anyone: then there is none
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -26,19 +35,24 @@ def shards(model: nn.Module) -> int:
     Raises:
         ValueError: if any is by other means than `fully_shard`: then processes may see parts of the same tokens.
     """
-    number = sum(is_sharded(parameter) for parameter in model.parameters())
+    number = sum(is_dtensor(parameter) for parameter in model.parameters())
     if number and not any(isinstance(module, _fsdp_kind()) for module in model.modules()):
         raise ValueError(
             "the model has DTensor parameters that fully_shard did not make (tensor parallelism?); initialise the "
             "adapter before the model is made parallel"
         )
-    return number
+    return number + partitioned(model)
+
+
+def partitioned(model: nn.Module) -> int:
+    """How many parameters of a model are partitioned by ZeRO-3."""
+    return sum(zero3.is_partitioned(parameter) for parameter in model.parameters())
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether parameters of a model are sharded over more than this process."""
-    sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
-    return any(p.device_mesh.size() > 1 for p in sharded)
+    """Whether parameters of a model are sharded over more than this process, or have to be gathered to be read."""
+    sharded: list[Any] = [p for p in model.parameters() if is_dtensor(p)]
+    return any(p.device_mesh.size() > 1 for p in sharded) or partitioned(model) > 0
 
 
 def reshard(model: nn.Module) -> None:
@@ -73,7 +87,7 @@ def _fsdp_kind() -> Any:
 
 def refusal(tensor: Any) -> str | None:
     """Why a sharded weight cannot be read, or None: it has to be the work of `fully_shard` over all processes."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return None
     mesh, shards = tensor.device_mesh, [p for p in tensor.placements if not p.is_replicate()]
     if len(shards) <= 1 and all(p.is_shard() for p in shards) and mesh.size() == dist.get_world_size():
@@ -87,7 +101,7 @@ def refusal(tensor: Any) -> str | None:
 
 def check_rank(name: str, A: Tensor, rank: int) -> None:
     """Raises ValueError if A (r, d) is sharded and would get another rank: FSDP goes on with the parameter it knows."""
-    if is_sharded(A) and A.shape[0] != rank:
+    if is_dtensor(A) and A.shape[0] != rank:
         raise ValueError(
             f"site {name}: its adapter of rank {A.shape[0]} is already sharded by fully_shard, which cannot take one "
             f"of rank {rank}; initialise first, then shard, or keep the rank: base='paired', 'subtract' or 'keep', "
@@ -97,6 +111,8 @@ def check_rank(name: str, A: Tensor, rank: int) -> None:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole value on every process, detached; a tensor that is whole already is not copied. A collective."""
+    if zero3.is_partitioned(tensor):
+        return zero3.whole(tensor)
     if not is_sharded(tensor):
         return tensor.detach()
     whole: Tensor = _on_mesh(tensor.detach()).full_tensor()
@@ -106,6 +122,8 @@ def full(tensor: Tensor) -> Tensor:
 def full_at(tensor: Tensor, owner: int) -> Tensor | None:
     """The whole value on rank `owner`, None elsewhere: the others send their part and hold no more. A collective."""
     mine = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == owner
+    if zero3.is_partitioned(tensor):
+        return zero3.whole_here(tensor, mine)
     if not is_sharded(tensor):
         return tensor.detach() if mine else None
     sharded = _on_mesh(tensor.detach())
@@ -143,6 +161,8 @@ def write(parameter: Any, value: Tensor) -> None:
 
 def address(tensor: Any) -> int:
     """Where the values that this process holds begin, to tell whether two tensors share them."""
+    if zero3.is_partitioned(tensor):
+        return int(tensor.ds_tensor.data_ptr())
     local: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor
     return local.data_ptr()
 
