@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import typer
 
+from .interrupts import tell_stopped
+
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
@@ -16,7 +18,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("cntlora: stopped; nothing was half-written", err=True)
+        tell_stopped()
         raise typer.Exit(130) from None
     except ModuleNotFoundError as error:
         typer.echo(f"cntlora: {error.name} is not installed; pip install 'cntlora[demo]'", err=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,11 +16,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
+from .atomic import write_atomically as write_atomically
 from .config import InitConfig
 from .sites import Site
 
-FORMAT = 3
-_KEY = "cntlora_plan"
+FORMAT = 4
+_KEY, _DIGEST = "cntlora_plan", "cntlora_digest"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class InitPlan:
             "memory": dict(self.memory),
             "digests": {key: _digest(tensor) for key, tensor in tensors.items()},
         }
-        return dump_tensors(tensors, metadata={_KEY: json.dumps(head)})
+        text = json.dumps(head)
+        return dump_tensors(tensors, metadata={_KEY: text, _DIGEST: _digest_of_text(text)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InitPlan:
@@ -141,25 +142,22 @@ class InitPlan:
             ValueError: if the file is cut short, edited, no plan, or of a newer format; says which.
             FileNotFoundError: if there is none.
         """
-        data = Path(path).read_bytes()
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: there is no such file; plans are written by InitPlan.save") from None
         return cls.from_bytes(data, str(path))
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "plan") -> InitPlan:
         """Reads what `to_bytes` made."""
         head, tensors = _read(data, source)
-        if head.get("format") != FORMAT:
-            raise ValueError(
-                f"{source}: plan format {head.get('format')!r}, this cntlora reads {FORMAT}; update cntlora, or make "
-                "the plan again"
-            )
-        _check_digests(head["digests"], tensors, source)
-        sites: dict[str, SitePlan] = {}
-        for name, plain in head["sites"].items():
-            values: dict[str, Any] = {**plain, **{key: tensors[f"{name}::{key}"] for key in _TENSORS}}
-            sites[name] = SitePlan(**values)
-        rest = {key: head[key] for key in ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory")}
-        return cls(sites=sites, config=InitConfig.from_dict(head["config"]), **rest)
+        try:
+            _check_digests(head["digests"], tensors, source)
+            sites = {name: _site_of(name, plain, tensors) for name, plain in head["sites"].items()}
+            return cls(sites=sites, config=InitConfig.from_dict(head["config"]), **{key: head[key] for key in _REST})
+        except (KeyError, TypeError, AttributeError) as error:  # of right digests, but not written by this class
+            raise ValueError(f"{source}: no plan as this cntlora writes it ({error!r}); make the plan again") from error
 
     def check(self, sites: Iterable[Site]) -> None:
         """Whether the plan was made for a model with these sites.
@@ -178,6 +176,14 @@ class InitPlan:
                 raise ValueError(f"the model adapts {name!r}, the plan has nothing for it; {_OTHER_MODEL}")
 
 
+_REST = ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory")
+
+
+def _site_of(name: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SitePlan:
+    values: dict[str, Any] = {**plain, **{key: tensors[f"{name}::{key}"] for key in _TENSORS}}
+    return SitePlan(**values)
+
+
 _OTHER_MODEL = "it was made for another model or other target_modules: make a plan for this one"
 
 
@@ -192,8 +198,7 @@ def _check_site(name: str, plan: SitePlan, site: Site) -> None:
             f"this one has rank {site.rank} and scaling {site.scaling:g}; use the same LoraConfig"
         )
     W = site.weight()
-    # bfloat16 rounds each entry by up to 0.4 %, which moves the sketch by far less than 2 % of ‖W‖
-    if sketch_distance(weight_sketch(W), plan.sketch) > 0.02 * max(plan.weight_norm, 1e-12):
+    if sketch_distance(weight_sketch(W), plan.sketch) > site.rounding * max(plan.weight_norm, 1e-12):
         raise ValueError(f"site {name}: the pretrained weight is not the one the plan was made for; {_OTHER_MODEL}")
 
 
@@ -209,6 +214,10 @@ def sketch_distance(one: Sequence[float], other: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
+def _digest_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
 def _digest(tensor: Tensor) -> str:
     tensor = tensor.contiguous()
     digest = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -221,13 +230,11 @@ def _check_digests(digests: Mapping[str, str], tensors: Mapping[str, Tensor], so
     for key in sorted(digests.keys() | tensors.keys()):
         if key not in tensors or digests.get(key) != _digest(tensors[key]):
             name, _, part = key.rpartition("::")
-            raise ValueError(
-                f"{source}: site {name}: its {part} is not what was saved (the digests differ); the file was changed, "
-                "make the plan again"
-            )
+            raise ValueError(f"{source}: site {name}: its {part} {_CHANGED}")
 
 
 def _read(data: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The head and the tensors of a plan of this format, whose head is what was saved."""
     try:
         tensors = load_tensors(data)
         length = int.from_bytes(data[:8], "little")
@@ -236,23 +243,22 @@ def _read(data: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{source}: not a whole safetensors file ({error}); it was cut short or is no plan") from error
     if _KEY not in metadata:
         raise ValueError(f"{source}: a safetensors file, but no cntlora plan; plans are written by InitPlan.save")
-    return json.loads(metadata[_KEY]), tensors
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `path`, then renames: the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    text: str = metadata[_KEY]
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink()
-        raise
+        head = json.loads(text)
+        found = head.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{source}: its header {_CHANGED}") from error
+    if found != FORMAT:  # first, since another format may have another digest
+        newer = isinstance(found, int) and found > FORMAT
+        advice = "update cntlora" if newer else "make the plan again"
+        raise ValueError(f"{source}: plan format {found!r}, this cntlora reads {FORMAT}; {advice}")
+    if metadata.get(_DIGEST) != _digest_of_text(text):
+        raise ValueError(f"{source}: its header {_CHANGED}")
+    return head, tensors
+
+
+_CHANGED = "is not what was saved (the digests differ); the file was changed, make the plan again"
 
 
 def site_dict(site: SitePlan) -> dict[str, Any]:

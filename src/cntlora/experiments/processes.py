@@ -5,18 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .records import Run, failed, machine, path_of, read_record, remove_leftovers, write_record
+from .records import Run, failed, machine, path_of, read_record, remove_checkpoints, remove_leftovers, write_record
+
+UNWRITTEN = 74
+"""Exit code of a process that could not write its record (EX_IOERR of sysexits.h)."""
 
 RunFunction = Callable[[Run, Path], dict[str, Any]]
 """Makes the record of a run; the folder is that of the records."""
@@ -36,7 +40,7 @@ class Pool:
     Attributes:
         out: folder of the records.
         jobs: processes side by side.
-        function: makes the record of a run; None for `run.run_one`.
+        function: makes the record of a run; None for `run.run_kept`.
         ended: called with the record of every run that has ended.
     """
 
@@ -85,10 +89,18 @@ def _context(function: RunFunction | None) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # this module is named too: the server may not find another one, since it ignores changes of sys.path
-    context.set_forkserver_preload([__name__, *(_PRELOADED if function is None else [function.__module__])])
+    context.set_forkserver_preload([_FIRST, __name__, *(_PRELOADED if function is None else [function.__module__])])
+    # Ctrl-C reaches all processes of a terminal; the server would end in a traceback while it imports
+    resource_tracker.ensure_running()  # first, since it lets the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
+_FIRST = "cntlora.experiments.server"
 _PRELOADED = ("cntlora.experiments.run", "cntlora.recipes.trainer", "cntlora.recipes.loading")
 
 
@@ -114,6 +126,8 @@ def _reason(exitcode: int | None) -> str:
         name = signal.Signals(-exitcode).name
         hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
         return f"the process was ended by {name}{hint}"
+    if exitcode == UNWRITTEN:
+        return "its record could not be written; is the disk full?"
     return f"the process ended with exit code {exitcode} and without a record"
 
 
@@ -136,13 +150,17 @@ def _child(run: Run, path: Path, threads: int, function: RunFunction | None) -> 
         record = (function or _run_one())(run, path.parent)
     except Exception as error:
         record = failed(run, machine(), f"{type(error).__name__}: {error}", traceback.format_exc())
-    write_record(path, record)
+    try:
+        write_record(path, record)
+    except OSError:
+        sys.exit(UNWRITTEN)
+    remove_checkpoints(path.parent, run, record)  # only now: killed in between, it would have to begin anew
 
 
 def _run_one() -> RunFunction:
-    from .run import run_one
+    from .run import run_kept
 
-    return run_one
+    return run_kept
 
 
 def _die_with_parent() -> None:

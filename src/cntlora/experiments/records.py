@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_atomically
 from ..config import InitConfig
-from ..plan import write_atomically
 from ..version import RECORD_SCHEMA as SCHEMA
 from ..version import VERSION
 from .arms import Arm, parse_arm
@@ -24,7 +29,7 @@ from .sections import LoraSettings, TrainSettings
 from .settings import Experiment
 from .tasks import make_task
 
-_TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}")  # as `write_atomically` names what is not whole yet
+_TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}(\.cntlora)?")  # as `write_atomically` names what is not whole yet
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,14 @@ class Run:
             "train": {**asdict(e.train), "learning_rate": self.learning_rate, "seed": self.seed},
         }
         plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
-        return plain
+        return {**plain, "task": {key: _named(value) for key, value in plain["task"].items()}}
+
+
+def _named(value: Any) -> Any:
+    """A setting; of an absolute path its last name, and a digest that tells it from others of that name."""
+    if not isinstance(value, str) or not Path(value).expanduser().is_absolute():
+        return value
+    return f"{Path(value).name} ({hashlib.sha256(value.encode()).hexdigest()[:8]})"
 
 
 def runs_of(experiment: Experiment) -> list[Run]:
@@ -93,15 +105,37 @@ def read_record(path: Path) -> dict[str, Any]:
     """A record of a run.
 
     Raises:
-        ValueError: if the file is none, or of another schema; names the file.
+        ValueError: if the file is none, was cut short or edited, or is of another schema; names the file.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as a record ({error}); move it away, or use --replace") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: is no record of schema {SCHEMA}; move it away, or use --replace")
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as a record ({error}); {_AWAY}") from error
+    found = record.get("schema") if isinstance(record, dict) else None
+    if type(found) is int and found > SCHEMA:
+        raise ValueError(f"{path}: a record of schema {found}, this cntlora reads {SCHEMA}; update cntlora, or {_AWAY}")
+    if found != SCHEMA:
+        raise ValueError(f"{path}: is no record of schema {SCHEMA}; {_AWAY}")
+    check_digest(path, record)
     return record
+
+
+_AWAY = "move it away, or use --replace"
+
+
+def check_digest(path: Path, record: Mapping[str, Any]) -> None:
+    """Whether a record is as `write_record` wrote it; those of before there was a digest are taken as they are.
+
+    Raises:
+        ValueError: if it was changed afterwards; names the file.
+    """
+    if "digest" in record and record["digest"] != _digest(record):
+        raise ValueError(f"{path}: the record is not what was saved (its digest differs), so it was changed; {_AWAY}")
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in record.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_record(path: Path, record: Mapping[str, Any], run: Run) -> None:
@@ -151,8 +185,11 @@ def _differences(where: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record, whole or not at all; NaN and infinity become null."""
-    write_atomically(path, (json.dumps(_finite(record), indent=1, ensure_ascii=False) + "\n").encode())
+    """Writes a record with its digest, whole or not at all; NaN and infinity become null."""
+    plain = _finite(record)
+    plain["digest"] = _digest(plain)
+    text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode(errors="backslashreplace"))  # half a character as JSON spells it
 
 
 def _finite(value: Any) -> Any:
@@ -171,6 +208,20 @@ def remove_leftovers(folder: Path) -> int:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def checkpoints_of(out: Path, run: Run) -> Path:
+    """Where the checkpoints of a run lie until its record is written."""
+    return out / run.name / "checkpoint"
+
+
+def remove_checkpoints(out: Path, run: Run, record: Mapping[str, Any]) -> None:
+    """Removes the checkpoints of a run whose record is written; those of a failed one stay, to be gone on with."""
+    if record["status"] != "failed":
+        folder = checkpoints_of(out, run)
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # not there, or with samples in it
+            folder.parent.rmdir()
 
 
 def frame(run: Run, machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,8 +255,16 @@ def frame(run: Run, machine: Mapping[str, Any]) -> dict[str, Any]:
 
 def failed(run: Run, machine: Mapping[str, Any], error: str, traceback: str | None = None) -> dict[str, Any]:
     """The record of a run that has no outcome."""
-    record = {**frame(run, machine), "error": " ".join(error.split())}
-    return record if traceback is None else {**record, "traceback": traceback}
+    record = {**frame(run, machine), "error": without_places(" ".join(error.split()))}
+    return record if traceback is None else {**record, "traceback": without_places(traceback)}
+
+
+def without_places(text: str) -> str:
+    """A message without the folders of this machine: those of the code, of the temporary files and of the user."""
+    code = sorted({path for path in sys.path if len(path) > 1}, key=len, reverse=True)
+    for folder in (*code, Path.cwd(), tempfile.gettempdir()):
+        text = text.replace(f"{folder}{os.sep}", "")
+    return text.replace(str(Path.home()) + os.sep, f"~{os.sep}")
 
 
 @cache

@@ -16,20 +16,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..atomic import write_atomically
 from ..batches import to_device
-from ..plan import write_atomically
 from ..recipes.scoring import modes
 from ..recipes.task import Task
 from ..recipes.training import Curve, train
 from .adapting import Adapted, adapt
-from .records import Run, frame, machine
+from .records import Run, checkpoints_of, frame, machine, remove_checkpoints
 from .sections import TrainSettings
 from .sites import SiteWatch, trainable_parameters
 from .tasks import make_task
 
 
 def run_one(run: Run, out: Path) -> dict[str, Any]:
-    """Trains one arm and gives its record.
+    """As `run_kept`, and removes the checkpoints, which are of no use to who does not keep the record either."""
+    record = run_kept(run, out)
+    remove_checkpoints(out, run, record)
+    return record
+
+
+def run_kept(run: Run, out: Path) -> dict[str, Any]:
+    """Trains one arm and gives its record; its checkpoints stay until the caller has written that.
 
     Every arm of a seed has the same head, the same draw of A, the same batches in the same order and the same dropout.
 
@@ -65,7 +72,6 @@ def run_one(run: Run, out: Path) -> dict[str, Any]:
     }
     if run.save_adapter and not run.arm.full and not curve.diverged:
         _save(task, adapted, place.path / "adapter")
-    place.finish()
     return record
 
 
@@ -84,7 +90,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """Where the Trainer's checkpoints lie."""
-        return self.path / "checkpoint"
+        return checkpoints_of(self.out, self.run)
 
     def prepare(self) -> None:
         """Keeps the checkpoint of an interrupted run of the same settings, and removes all else that is there."""
@@ -108,11 +114,6 @@ class RunFolder:
         _remove_if_empty(folder)
         inside = folder.relative_to(self.out).as_posix()
         return [{**one, "file": one["file"] and f"{inside}/{one['file']}"} for one in made]
-
-    def finish(self) -> None:
-        """Removes the checkpoint."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        _remove_if_empty(self.path)
 
 
 def resolve(settings: TrainSettings, batches: Iterable[Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .processes import Pool, RunFunction
-from .records import Run, check_record, path_of, read_record, remove_leftovers, runs_of
+from .records import Run, check_record, path_of, read_record, remove_checkpoints, remove_leftovers, runs_of
 from .settings import Experiment
 from .tasks import make_task
 
@@ -30,10 +30,12 @@ class Todo:
     Attributes:
         pending: to be run.
         present: records that are there already.
+        done: their runs.
     """
 
     pending: Sequence[Run]
     present: Sequence[dict[str, Any]]
+    done: Sequence[Run] = ()
 
 
 @dataclass
@@ -93,14 +95,15 @@ def plan_sweep(
     Raises:
         ValueError: if a file is no record, or of other settings; names the file and the setting.
     """
-    pending, present = [], []
+    pending, present, done = [], [], []
     for run in runs_of(experiment):
         record = _present(path_of(out, run), run, replace)
         if record is None or (retry_failed and record["status"] == "failed"):
             pending.append(run)
         else:
             present.append(record)
-    return Todo(pending, present)
+            done.append(run)
+    return Todo(pending, present, done)
 
 
 def _present(path: Path, run: Run, replace: bool) -> dict[str, Any] | None:
@@ -137,7 +140,7 @@ def run_sweep(
         save_adapters: keep the trained adapter of every run that is done now beside its record.
         listener: called after every run with the state of the sweep and the record.
         run: makes the record of a run, in its own process, from the run and the folder of the records; a function that
-            can be imported. Default: `run.run_one`.
+            can be imported. Default: `run.run_kept`.
 
     Returns:
         The state at the end.
@@ -152,6 +155,8 @@ def run_sweep(
     with locked(out):
         remove_leftovers(out)
         todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace)
+        for one, record in zip(todo.done, todo.present, strict=True):  # a kill may have left its checkpoints
+            remove_checkpoints(out, one, record)
         sweep = Sweep(len(todo.pending), todo.present, jobs)
         if todo.pending:
             make_task(experiment.task).check()  # before any training, and once instead of in every run

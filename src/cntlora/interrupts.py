@@ -1,0 +1,79 @@
+"""Ctrl-C at the moments when it must wait, and where Python alone would not hear it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOPPED = "cntlora: stopped; nothing was half-written"
+TOLD = threading.Event()
+"""Whether the user has been told."""
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, Ctrl-C waits, so that what is written is written whole; it comes at the end of the block.
+
+    Only the main thread is ever interrupted, and only where Python has its own answer to Ctrl-C.
+    """
+    before: Any = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            before(*pressed[0])
+
+
+def tell_stopped() -> None:
+    """Says on stderr that the command was stopped."""
+    import typer  # not where only `held_back` is needed
+
+    TOLD.set()
+    typer.echo(STOPPED, err=True)
+
+
+@contextmanager
+def ended_within(seconds: float) -> Iterator[None]:
+    """Around the main program: Ctrl-C ends it with one line and exit code 130, so many seconds later at the latest.
+
+    Python answers Ctrl-C between two of its own instructions, and so neither within one long factorisation nor while it
+    waits, at the very end, for threads that do one. A thread of ours, which hears of it at once, ends the process then.
+    Files are written so that they may end at any moment.
+    """
+    TOLD.clear()
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    threading.Thread(target=_end_after_interrupt, args=(read, seconds), daemon=True).start()
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != 130:
+            raise
+        if not TOLD.is_set():
+            tell_stopped()
+        sys.stdout.flush()
+        os._exit(130)  # taking the libraries down takes Python a second or two, in which no thread is heard any more
+    finally:
+        signal.set_wakeup_fd(before)
+
+
+def _end_after_interrupt(read: int, seconds: float) -> None:
+    while byte := os.read(read, 1):
+        if byte[0] == signal.SIGINT:
+            time.sleep(seconds)
+            if not TOLD.is_set():
+                os.write(2, f"{STOPPED}\n".encode())
+            os._exit(130)
