@@ -187,3 +187,44 @@ def test_help_names_every_method() -> None:
     commands: Any = get_command(app)
     (method,) = [p for p in commands.commands["init"].params if p.name == "method"]
     assert set(methods()) == set(re.findall(r"[a-z_]+", method.help)) - {"or", "a", "peer"}
+
+
+# --- what `init` leaves ---------------------------------------------------------------------------------------
+
+
+def test_init_writes_a_model_card_and_keeps_my_text(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    assert init(model_folder, data, tmp_path / "adapter")[0] == 0
+    card = tmp_path / "adapter" / "README.md"
+    text = card.read_text()
+    assert "| Method | self, by cntlora" in text and "`num_batches=3`" in text and "3 batches" in text
+    assert str(tmp_path) not in text and str(model_folder.parent) not in text
+    card.write_text(text + "\nmy own words\n")
+    assert init(model_folder, data, tmp_path / "adapter", "--overwrite", "--method", "eva")[0] == 0
+    assert "my own words" in card.read_text() and "| Method | eva, by cntlora" in card.read_text()
+
+
+def test_export_of_a_classifier_says_what_has_no_place(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    assert init(model_folder, data, tmp_path / "adapter")[0] == 0
+    code, _, err = cntlora("export", tmp_path / "adapter", "--out", tmp_path / "a.safetensors")
+    assert code == 1 and "classifier" in err and "modules_to_save" in err and err.count("\n") == 1
+    code, out, _ = cntlora("--help")
+    assert code == 0 and "export" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"peft_type": "LOKR"}, "LOKR"),
+        ({"r": None}, "r is no number"),
+        ({"lora_alpha": "much"}, "lora_alpha is no number"),
+    ],
+    ids=str,
+)
+def test_inspect_refuses_a_configuration_that_is_no_loras(
+    model_folder: Path, data: Path, tmp_path: Path, change: dict[str, Any], word: str
+) -> None:
+    assert init(model_folder, data, tmp_path / "adapter")[0] == 0
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    code, _, err = cntlora("inspect", tmp_path / "adapter")
+    assert code == 1 and word in err and err.count("\n") == 1

@@ -87,6 +87,7 @@ def test_demo_leaves_curves_adapter_and_record(tmp_path: Path) -> None:
     assert saved["runs"]["cntlora"]["losses"] == record["runs"]["cntlora"]["losses"]
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert {p.name for p in (tmp_path / "out" / "adapter").iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     }

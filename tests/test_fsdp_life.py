@@ -217,7 +217,7 @@ def test_a_sharded_model_is_saved_by_all_together(results: Any) -> None:
         for base in ("subtract", "paired"):
             difference, control = rank[base]
             assert difference < 1e-6 < 1e-4 < control
-            assert rank[f"{base} files"] == ["adapter_config.json", "adapter_model.safetensors"]
+            assert rank[f"{base} files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     first, second = (rank["failure"]["message"] for rank in results["job_saving"])
     assert first.startswith("FileExistsError") and second.startswith("RuntimeError: rank 0 failed")
 
@@ -253,7 +253,7 @@ def test_flat_parts_of_weights_are_refused() -> None:
     model = model_of()
     site = find_sites(model)[0][0]
     site.base.weight.data = torch.empty(0, dtype=torch.float64)
-    with pytest.raises(ValueError, match=rf"site {site.name} cannot be .* has shape \(0,\), expected two dimensions"):
+    with pytest.raises(ValueError, match=rf"site {site.name} cannot be .* has shape \(0,\), expected 2 dimensions"):
         initialize(model, batches(0))
 
 

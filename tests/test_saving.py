@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tests.conftest import RunFresh
 from tests.tiny import (
@@ -241,7 +242,7 @@ def test_folded_config_has_alpha_equal_to_rank_everywhere(checkpoints: Checkpoin
 # --- the folder ---------------------------------------------------------------------------------------------
 
 
-def test_the_folder_has_two_files_and_no_path_of_this_machine(tmp_path: Path) -> None:
+def test_the_folder_has_three_files_and_no_path_of_this_machine(tmp_path: Path) -> None:
     model = adapted()
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "models" / "tiny")
     initialize(model, text_batches())
@@ -249,6 +250,7 @@ def test_the_folder_has_two_files_and_no_path_of_this_machine(tmp_path: Path) ->
     assert {p.name for p in (tmp_path / "deep" / "out").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "README.md",
     }
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]  # no temporary folder is left
     text = (tmp_path / "deep" / "out" / "adapter_config.json").read_text()
@@ -284,6 +286,33 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path: Path, monkeypatch: 
         save_adapter(model, tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+def test_a_new_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    model = adapted()
+    initialize(model, text_batches())
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cntlora.saving.save_file", full)
+    with pytest.raises(OSError, match="out could not be written.*pace"):
+        save_adapter(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    save_adapter(model, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
+def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
+    model = adapted()
+    initialize(model, text_batches())
+    (tmp_path / "notes.txt").write_text("mine")
+    for _ in range(2):
+        save_adapter(model, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_passing_set_scale_is_not_saved(tmp_path: Path) -> None:

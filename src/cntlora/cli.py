@@ -1,4 +1,4 @@
-"""The command line: `cntlora init`, `inspect`, `demo`, and the commands of `cli_experiments`.
+"""The command line: `cntlora init`, `inspect`, `demo`, and the commands of `cli_experiments` and `cli_export`.
 
 Heavy imports wait until a command needs them.
 """
@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_experiments import register
+from . import cli_experiments, cli_export
 from .console import one_line_errors
+from .interrupts import ended_within
+from .notices import quiet_libraries
 
 app = typer.Typer(
     help="Start a LoRA from the pretrained weights and a few batches of your data, without training.",
@@ -173,7 +175,7 @@ def _initialise(
     model = add_lora(base_model, resolved, lora, config.seed)
     plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes) if path else None, config)
     report = apply_plan(model, plan)
-    save_adapter(model, outputs[0], fold_alpha=config.fold_alpha)
+    save_adapter(model, outputs[0], fold_alpha=config.fold_alpha, plan=plan)
     if outputs[1] is not None:
         plan.save(outputs[1])
     return report
@@ -222,12 +224,15 @@ def demo(
             typer.echo(json.dumps(record, indent=2))
 
 
-register(app)
+cli_export.register(app)
+cli_experiments.register(app)
 
 
 def main() -> None:
     """Entry point of the `cntlora` command."""
-    app()
+    quiet_libraries()
+    with ended_within(0.9):
+        app()
 
 
 if __name__ == "__main__":

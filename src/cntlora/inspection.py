@@ -62,8 +62,8 @@ def read_adapter(path: str | os.PathLike[str]) -> list[SavedFactors]:
         ValueError: if it is no adapter folder, no LoRA, cut short, or its ranks contradict its configuration.
     """
     folder = Path(path)
-    config, state = _read(folder)
-    names = sorted(key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight"))
+    config, state = read_folder(folder)
+    names = sorted(key.removesuffix(end) for key in state for end in _ENDS if key.endswith(end))
     if not names:
         raise ValueError(f"{folder}: the file has no lora_A weight; expected an adapter of PEFT's type LORA")
     return [_site(name.removeprefix(PREFIX), state, name, config, folder) for name in names]
@@ -74,7 +74,12 @@ def inspect_adapter(path: str | os.PathLike[str]) -> list[AdapterSite]:
     return [_measured(site) for site in read_adapter(path)]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights of a LoRA folder.
+
+    Raises:
+        ValueError: if a file is missing or cut short, or the configuration is not that of a LoRA.
+    """
     config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for file in (config_file, weights):
         if not file.is_file():
@@ -82,19 +87,33 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"{folder}: no {file.name}; expected a folder written by save_pretrained or `cntlora init`"
             )
     try:
-        return json.loads(config_file.read_text()), load_file(weights)
+        config, state = json.loads(config_file.read_text(encoding="utf-8")), load_file(weights)
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{folder}: cannot be read ({error}); is it cut short?") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != "LORA":
+        raise ValueError(f"{config_file}: peft_type is {kind!r}; expected an adapter of PEFT's type LORA")
+    missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), (int, float))]
+    if missing:
+        raise ValueError(f"{config_file}: {missing[0]} is no number; was the file changed?")
+    return config, state
+
+
+_ENDS = (".lora_A.weight", ".lora_embedding_A")
 
 
 def _site(name: str, state: Mapping[str, Tensor], key: str, config: Mapping[str, Any], folder: Path) -> SavedFactors:
-    A, B = (state[f"{key}.lora_{half}.weight"].double() for half in "AB")
+    plain = f"{key}.lora_A.weight" in state
+    both = [f"{key}.lora_{half}.weight" if plain else f"{key}.lora_embedding_{half}" for half in "AB"]
+    if both[1] not in state:
+        raise ValueError(f"{folder}: site {name} has no factor B ({both[1]}); was the file changed?")
+    A, B = (state[half].double().flatten(1) for half in both)  # those of a convolution have a kernel
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
         raise ValueError(f"{folder}: site {name} has A {tuple(A.shape)} and B {tuple(B.shape)}, which do not fit")
-    rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
+    rank = by_pattern(config.get("rank_pattern"), name, config["r"])
     if rank != A.shape[0]:
         raise ValueError(f"{folder}: site {name} has rank {A.shape[0]}, its configuration says {rank}")
-    alpha = float(_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    alpha = float(by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
     return SavedFactors(name, A, B, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
@@ -106,7 +125,7 @@ def _measured(site: SavedFactors) -> AdapterSite:
     return AdapterSite(site.name, rank, site.alpha, site.scaling, norm, top, stable_rank, "cancel" if cancels else "")
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first pattern that PEFT would match with this module name."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import warnings
 from types import FrameType
@@ -14,6 +16,21 @@ def warn_caller(message: str) -> None:
     while outer is not None and outer.f_globals.get("__name__", "").partition(".")[0] == "cntlora":
         outer, level = outer.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
+_VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
+
+
+def quiet_libraries() -> None:
+    """Errors only, also in child processes, from libraries that tell of optional parts that they lack when imported.
+
+    Not where the user has chosen otherwise by the environment variables of transformers and diffusers.
+    """
+    for name in _VERBOSITY:
+        os.environ.setdefault(name, "error")
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def first_line(error: BaseException) -> str:

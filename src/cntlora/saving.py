@@ -5,23 +5,40 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import SUBTRACTED, anchored, whole
+from .adapters import SUBTRACTED, anchored, shaped_like, whole
 from .agreement import agreed, alone, attempt
+from .atomic import not_written, temporary
+from .model_card import SavedSites, card_section, updated_card
 from .plan import InitPlan
+from .provenance import Start, start_of
+from .public import public_name, public_values
 from .sharded import full, reshard, shards
 from .sites import base_name, config_holder, find_sites, lora_paths, uses_rslora
+from .version import VERSION
 
 PREFIX = "base_model.model."
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What goes into the folder; `section` is that of the model card, None for a folder without one."""
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    section: str | None
 
 
 def save_adapter(
@@ -31,8 +48,12 @@ def save_adapter(
     *,
     fold_alpha: bool = True,
     plan: InitPlan | None = None,
+    model_card: bool = True,
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` that plain PEFT loads on the untouched base.
+
+    A README.md tells how the adapter was initialised and which ranks it has. Of one that is there already only our own
+    section, between two marks, is replaced. No file holds a path of this machine.
 
     For base "subtract" the base weights in memory have s·B₀·A₀ taken off, so the file holds [A; A₀] and [B, −B₀], of
     rank 2r: on the pristine base the same function. The other policies are written at the rank they have.
@@ -41,64 +62,89 @@ def save_adapter(
 
     Args:
         model: a PeftModel, a model with `add_adapter`, or a module that PEFT injected LoRA layers into.
-        path: the folder; each file is written under a temporary name first, so that it is whole or not there.
+        path: the folder. A new one appears whole or not at all; in one that is there each file is replaced whole.
         adapter_name: of the adapter.
         fold_alpha: rewrite the factors so that alpha = rank everywhere (scaling 1, no rsLoRA), right also for readers
             that ignore `alpha_pattern`.
         plan: for base "subtract" where the model in memory is not the very object that was initialised (resumed in
-            another process, or copied): the plan that was applied then.
+            another process, or copied): the plan that was applied then. The model card tells of it too.
+        model_card: whether README.md is written.
 
     Raises:
         ValueError: if the model has no such adapter, or no PEFT configuration for it.
+        OSError: if the folder cannot be written, as on a full disk; what was there is as it was.
     """
-    from peft import get_peft_model_state_dict
-
     reshard(model)
     sharded = shards(model)
-    find_sites(model, adapter_name)  # says which adapters there are, if not this one
-    holder = config_holder(model, adapter_name)
+    files = _files(model, adapter_name, fold_alpha, plan, model_card)
+    if not sharded:
+        _write_folder(Path(path), files)
+    else:
+        first = alone() or dist.get_rank() == 0
+        agreed(attempt(lambda: _write_folder(Path(path), files)) if first else None)
+
+
+def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | None, card: bool) -> _Files:
+    """Weights, configuration and section of the model card; a collective where the model is sharded."""
+    find_sites(model, adapter)  # says which adapters there are, if not this one
+    holder = config_holder(model, adapter)
     if holder is None:
         raise ValueError(
-            f"the model has LoRA layers but no PEFT configuration for adapter {adapter_name!r}, so there is none to "
+            f"the model has LoRA layers but no PEFT configuration for adapter {adapter!r}, so there is none to "
             "save; put the LoRA in with get_peft_model, add_adapter or inject_adapter_in_model"
         )
-    owner: Any = _state_owner(model, adapter_name) or holder[1]
-    state = {_file_key(k): v for k, v in get_peft_model_state_dict(owner, adapter_name=adapter_name).items()}
-    state = {key: full(value).cpu().contiguous().clone() for key, value in state.items()}
+    state = _state(model, holder[1], adapter)
     held = {key.partition(".lora_")[0] for key in state}
     shapes = {}
-    config: Any = holder[1].peft_config[adapter_name]  # type: ignore[index,union-attr]
-    for inner, layer in lora_paths(model, adapter_name):
+    config: Any = holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
+    for inner, layer in lora_paths(model, adapter):
         name = base_name(inner, layer)
         if PREFIX + inner not in held:
             raise ValueError(f"site {name}: PEFT gives no weights for it, only for {', '.join(sorted(held)[:5])}")
         # by alpha, so that a passing `set_scale` does not get into the file
-        r, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
-        rank = r + _for_pristine_base(state, f"{PREFIX}{inner}.", _start(name, layer, adapter_name, plan))
-        scaling = alpha / (r**0.5 if uses_rslora(layer, adapter_name) else r)
+        r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
+        rank = r + _for_pristine_base(state, f"{PREFIX}{inner}.", _start(name, layer, adapter, plan))
+        scaling = alpha / (r**0.5 if uses_rslora(layer, adapter) else r)
         if fold_alpha:
             _fold(state, f"{PREFIX}{inner}.", scaling)
         plain_alpha = whole(scaling * (rank**0.5 if config.use_rslora else rank))
         shapes[name] = (rank, rank if fold_alpha else plain_alpha)
-    config = _file_config(config, shapes, fold_alpha)
-    if not sharded:
-        _write_folder(Path(path), state, config)
-    else:
-        first = alone() or dist.get_rank() == 0
-        agreed(attempt(lambda: _write_folder(Path(path), state, config)) if first else None)
+    values = _file_config(config, shapes, fold_alpha)
+    start = start_of(model, adapter) if plan is None else Start.of(plan)
+    section = card_section(start, SavedSites(shapes, values["use_rslora"]), _versions())
+    return _Files(state, values, section if card else None)
+
+
+def _state(model: nn.Module, holder: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The adapter's weights by the keys of its file, on the processor, whole and sharing nothing."""
+    from peft import get_peft_model_state_dict
+
+    owner: Any = _state_owner(model, adapter) or holder
+    state = {_file_key(k): v for k, v in get_peft_model_state_dict(owner, adapter_name=adapter).items()}
+    return {key: full(value).cpu().contiguous().clone() for key, value in state.items()}
+
+
+def _versions() -> dict[str, str]:
+    """Of what writes the file."""
+    found = {"cntlora": VERSION, "torch": torch.__version__}
+    with suppress(PackageNotFoundError):
+        found["peft"] = version("peft")
+    return found
 
 
 def _state_owner(model: nn.Module, adapter: str) -> nn.Module | None:
     """The outermost module with the adapter's config: a PeftModel there knows `modules_to_save` too."""
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
-        if isinstance(configs, dict) and adapter in configs:
+        compiled = "_orig_mod" in module._modules  # torch.compile's wrapper shows the config of what it wraps
+        if isinstance(configs, dict) and adapter in configs and not compiled:
             return module
     return None
 
 
 def _file_key(key: str) -> str:
-    """Keys of an adapter file start with PEFT's prefix, also where the model in memory has none."""
+    """Keys of an adapter file start with PEFT's prefix, also where the model in memory has none, or is compiled."""
+    key = key.replace("_orig_mod.", "")
     return key if key.startswith(PREFIX) else PREFIX + key
 
 
@@ -114,10 +160,12 @@ def _for_pristine_base(state: dict[str, Tensor], site: str, start: tuple[Tensor,
     """Appends what base "subtract" took off the weight of a site to its factors in `state`; returns its rank."""
     if start is None:
         return 0
-    A, B = state[f"{site}lora_A.weight"], state[f"{site}lora_B.weight"]
+    plain = f"{site}lora_A.weight" in state
+    down, up = (f"{site}lora_{half}.weight" if plain else f"{site}lora_embedding_{half}" for half in "AB")
+    A, B = state[down], state[up]
     A0, B0 = start
-    state[f"{site}lora_A.weight"] = torch.cat([A, A0.to(A)], dim=0)
-    state[f"{site}lora_B.weight"] = torch.cat([B, -B0.to(B)], dim=1)
+    state[down] = torch.cat([A, shaped_like(A, A0.to(A))], dim=0)
+    state[up] = torch.cat([B, shaped_like(B, -B0.to(B))], dim=1)
     return A0.shape[0]
 
 
@@ -137,24 +185,38 @@ def _file_config(config: Any, shapes: dict[str, tuple[int, float]], fold_alpha: 
     config.alpha_pattern = {anchored(n): a for n, (_, a) in shapes.items() if a != config.lora_alpha}
     config.use_rslora = config.use_rslora and not fold_alpha
     config.inference_mode = True
-    values: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    name = values.get("base_model_name_or_path")
-    if name and Path(name).is_absolute():
-        values["base_model_name_or_path"] = Path(name).name  # no path of this machine in a file that travels
-    return values
+    values: dict[str, Any] = config.to_dict()
+    name = public_name(values.get("base_model_name_or_path"))
+    return {**public_values(values), "base_model_name_or_path": name}
 
 
-def _write_folder(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """All files into a temporary folder beside `path`, then each renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+def _write_folder(path: Path, files: _Files) -> None:
+    """All files into a temporary folder beside `path`, which is then renamed; or its files, if `path` is there."""
     try:
-        save_file(state, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True, default=str)
-        (temporary / "adapter_config.json").write_text(text)
-        path.mkdir(exist_ok=True)
-        for file in temporary.iterdir():
-            file.chmod(0o644)
-            file.replace(path / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(path, folder=True) as unfinished:
+            _write_files(unfinished, files, path / CARD)
+            if path.is_dir():
+                for name in (WEIGHTS, CONFIG, CARD):
+                    if (unfinished / name).exists():
+                        (unfinished / name).replace(path / name)
+            else:
+                unfinished.chmod(0o755)
+                unfinished.replace(path)
+    except OSError as error:
+        raise not_written(path, error) from error
+    except SafetensorError as error:  # how a full disk looks from there
+        raise not_written(path, OSError(str(error))) from error
+
+
+def _write_files(folder: Path, files: _Files, card: Path) -> None:
+    save_file(files.state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(files.config, indent=2, sort_keys=True, default=str), encoding="utf-8")
+    if files.section is not None:
+        old = card.read_bytes().decode("utf-8", "surrogateescape") if card.is_file() else None
+        text = updated_card(old, files.section, files.config["base_model_name_or_path"])
+        (folder / CARD).write_bytes(text.encode("utf-8", "surrogateescape"))
+    for file in folder.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        file.chmod(0o644)
