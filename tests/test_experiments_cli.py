@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from cntlora import cli_experiments
 from cntlora.experiments import sweep as sweep_module
-from cntlora.experiments.records import Run, failed, frame, machine, path_of, write_record
+from cntlora.experiments.environment import machine
+from cntlora.experiments.records import Run, failed, frame, path_of, write_record
 from cntlora.experiments.settings import load_experiment
 from cntlora.experiments.sweep import Sweep, plan_sweep
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from cntlora.experiments import processes
-from cntlora.experiments.records import Run, failed, frame, machine, path_of, remove_leftovers, write_record
+from cntlora.experiments.environment import machine
+from cntlora.experiments.records import Run, failed, frame, path_of, remove_leftovers, write_record
 from cntlora.experiments.settings import Experiment, from_dict, replaced
 from cntlora.experiments.sweep import locked, plan_sweep, run_sweep
 

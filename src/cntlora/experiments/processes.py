@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from .records import Run, failed, machine, path_of, read_record, remove_checkpoints, remove_leftovers, write_record
+from .environment import machine
+from .records import Run, failed, path_of, read_record, remove_checkpoints, remove_leftovers, write_record
 
 UNWRITTEN = 74
 """Exit code of a process that could not write its record (EX_IOERR of sysexits.h)."""

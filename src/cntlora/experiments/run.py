@@ -22,7 +22,8 @@ from ..recipes.scoring import modes
 from ..recipes.task import Task
 from ..recipes.training import Curve, train
 from .adapting import Adapted, adapt
-from .records import Run, checkpoints_of, frame, machine, remove_checkpoints
+from .environment import machine
+from .records import Run, checkpoints_of, frame, remove_checkpoints
 from .sections import TrainSettings
 from .sites import SiteWatch, trainable_parameters
 from .tasks import make_task
