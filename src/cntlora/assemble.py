@@ -189,7 +189,13 @@ def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
     if target.M is None:
         none = torch.zeros(0, dtype=DTYPE, device=site.adapter_device)
         return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
-    return spectrum(target.M, q, exact)
+    try:
+        return spectrum(target.M, q, exact)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"site {site.name}: the estimate has no singular values: it is too large or not finite; raise rtol, or "
+            "read more tokens a batch"
+        ) from error
 
 
 def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | None) -> SitePlan:
