@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from cntlora import InitPlan
 from cntlora.cli import app
 from cntlora.inspection import inspect_adapter
+from cntlora.version import VERSION
 
 WORDS = ["the", "a", "good", "bad", "film", "plot", "music", "is", "was", "very", "not", "and", "dull", "bright"]
 
@@ -103,6 +106,7 @@ def test_inspect_reads_ranks_alphas_and_sizes(model_folder: Path, data: Path, tm
     assert site.spectral_norm == pytest.approx(float(torch.linalg.matrix_norm(product, 2)), rel=1e-5)
     code, out, _ = cntlora("inspect", tmp_path / "adapter")
     assert code == 0 and site.name in out and "stable rank" in out
+    assert "sites · ranks 4, " in out
 
 
 def test_existing_folder_is_not_overwritten(model_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def test_existing_folder_is_not_overwritten(model_folder: Path, data: Path, tmp_
         (("--p", "1.5"), "[0, 1]"),
         (("--rank", "0"), "at least 1"),
         (("--rank", "64"), "above min(in, out) = 32"),
-        (("--targets", "quarry"), "query"),
+        (("--targets", "quarry"), "targets: the model has no module named quarry. The model's linear layers end in: "),
         (("--task", "poetry"), "causal-lm"),
         (("--text", "body"), "text, label"),
         (("--rank-budget", "5"), "adaptive_ranks"),
@@ -149,6 +153,28 @@ def test_missing_data_and_missing_model(model_folder: Path, data: Path, tmp_path
     assert code == 1 and "absent.csv" in err
     code, _, err = init(tmp_path / "no-model", data, tmp_path / "adapter")
     assert code == 1 and "no-model" in err
+
+
+def test_init_refuses_a_single_class_and_a_file_for_a_folder(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.csv"
+    one.write_text(data.read_text().replace(",no", ",yes"))
+    code, _, err = init(model_folder, one, tmp_path / "adapter")
+    assert code == 1 and "column 'label' has one class only, 'yes'" in err and not (tmp_path / "adapter").exists()
+    code, _, err = init(model_folder, data, one)
+    assert code == 1 and f"--out {one} is a file; expected a folder" in err and one.read_text().startswith("text")
+
+
+def test_inspect_points_at_export_for_a_file_of_diffusers(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({"unet.mid_block.x.lora_A.weight": torch.ones(2, 4)}, file)
+    for path in (tmp_path, file):
+        code, _, err = cntlora("inspect", path)
+        assert code == 1 and "a file of diffusers has no adapter_config.json" in err and "`cntlora export`" in err
+
+
+def test_the_package_runs_as_a_module() -> None:
+    run = [sys.executable, "-m", "cntlora", "--version"]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == VERSION
 
 
 def test_inspect_refuses_what_is_no_adapter(model_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -130,6 +130,48 @@ def test_settings_data_and_model_are_put_over_the_file(file: Path, tmp_path: Pat
     assert plain.exit_code == 1 and "task.model is 'm/1' there" in plain.stderr  # the control: others' records
 
 
+@pytest.mark.parametrize(
+    ("more", "folder"),
+    [
+        ([], "trial"),
+        (["--data", "my photos/"], "trial-my-photos"),
+        (["--data", "deep/reviews.v2.csv", "--set", "lora.rank=2"], "trial-reviews.v2"),
+        (["--data", "owner/name:part"], "trial-name-part"),
+        (["--model", "owner/name"], "trial-changed"),
+        (["--set", "lora.rank=2"], "trial-changed"),
+        (["--set", "lora.rank=2", "--out", "results/trial"], "trial"),
+    ],
+)
+def test_what_is_put_over_the_file_has_a_folder_of_its_own(file: Path, more: list[str], folder: str) -> None:
+    Path("my photos").mkdir()
+    Path("deep").mkdir()
+    Path("deep/reviews.v2.csv").write_text("text,label\na,b\n")
+    done = call("run", file, *more)
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in Path("results").iterdir()] == [folder]
+    assert ("records go to" in done.stderr) == (bool(more) and "--out" not in more)
+
+
+def test_the_files_own_records_are_no_obstacle_to_your_data(file: Path) -> None:
+    call("run", file)
+    Path("mine.csv").write_text("text,label\na,b\n")
+    assert call("run", file, "--data", "mine.csv").exit_code == 0
+    assert call("run", file, "--data", "mine.csv", "--out", "results/trial").exit_code == 1  # the control
+
+
+def test_smoke_looks_at_the_data_that_is_named(file: Path) -> None:
+    Path("mine.csv").write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(20)))
+    good = call("run", file, "--smoke", "--data", "mine.csv", "--set", "task.eval_size=4")
+    assert good.exit_code == 0 and "smoke: mine.csv can be used" in good.stderr
+    for more, message in (
+        (["--data", "none.csv"], "none.csv"),
+        (["--data", "mine.csv", "--set", "task.label=stars"], "no column 'stars'"),
+        (["--data", "mine.csv"], "mine.csv: 20 rows, so task.eval_size=1000 leaves nothing to train on; set it to a"),
+    ):
+        bad = call("run", file, "--smoke", *more)
+        assert bad.exit_code == 1 and message in bad.stderr and len(bad.stderr.strip().splitlines()) == 1, bad.output
+
+
 def test_a_failed_run_is_told_and_gives_exit_code_1(file: Path) -> None:
     done = call(
         "run",

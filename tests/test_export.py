@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.export_cases import (
     ATTENTION,
     NEAR,
@@ -136,9 +136,49 @@ def test_a_text_model_is_no_part_of_a_pipeline(tmp_path: Path) -> None:
     model = adapted()
     initialize(model, text_batches(), progress=False)
     save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="component unet or text_encoder"):
+    with pytest.raises(ValueError, match=r"name the part with --component .*: unet, transformer, text_encoder"):
         export_adapter(tmp_path / "adapter", tmp_path / "a.safetensors")
-    assert export_adapter(tmp_path / "adapter", tmp_path / "a.safetensors", component="text_encoder")
+    for part in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior"):
+        with pytest.raises(ValueError, match="this is no adapter of a text-to-image model"):
+            export_adapter(tmp_path / "adapter", tmp_path / "a.safetensors", component=part)
+    with pytest.raises(ValueError, match=r"component: 'unett' is not known \(did you mean 'unet'\?\)"):
+        export_adapter(tmp_path / "adapter", tmp_path / "a.safetensors", component="unett")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+NAMES = {
+    "unet": "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    "transformer": "single_transformer_blocks.3.attn.to_q blocks.0.attn1.to_q layers.2.attention.to_q",
+    "text_encoder": "encoder.layers.0.self_attn.q_proj text_model.encoder.layers.0.mlp.fc1",
+    "text_encoder_2": "text_model.encoder.layers.0.self_attn.q_proj",
+    "text_encoder_3": "encoder.block.0.layer.0.SelfAttention.q",
+    "prior": "transformer_blocks.0.attn1.to_q down_blocks.0.1.attention.to_q",
+}
+OTHERS = (
+    "model.layers.0.self_attn.q_proj layers.0.self_attn.q_proj transformer.h.0.attn.c_attn "
+    "encoder.layer.0.attention.self.query layers.0.attention.query_key_value"
+)
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, n) for part, names in NAMES.items() for n in names.split()])
+def test_a_named_part_takes_the_layers_it_has(tmp_path: Path, part: str, name: str) -> None:
+    assert export_adapter(folder_with(tmp_path, name), tmp_path / "a.safetensors", component=part) == {part: 1}
+
+
+@pytest.mark.parametrize("name", OTHERS.split())
+def test_a_language_model_is_no_named_part(tmp_path: Path, name: str) -> None:
+    for part in NAMES:
+        with pytest.raises(ValueError, match="this is no adapter of a text-to-image model"):
+            export_adapter(folder_with(tmp_path, name), tmp_path / "a.safetensors", component=part)
+
+
+def folder_with(folder: Path, name: str) -> Path:
+    """An adapter of one site."""
+    state = {f"base_model.model.{name}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(state, folder / "adapter_model.safetensors")
+    text = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    (folder / "adapter_config.json").write_text(text)
+    return folder
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -164,7 +204,8 @@ def test_the_command_writes_the_file(saved: Saved, tmp_path: Path, format: str) 
 def test_mistakes_are_one_line_and_write_nothing(saved: Saved, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     for arguments, word in (
-        ((tmp_path / "nothing", "--out", file), "adapter_config.json"),
+        ((tmp_path / "nothing", "--out", file), "one with pytorch_lora_weights.safetensors (diffusers)"),
+        ((saved.folder, "--out", file, "--component", "text-encoder"), "did you mean 'text_encoder'"),
         ((tmp_path / "nothing.safetensors", "--out", file), "no such file"),
         ((saved.folder, "--out", file, "--format", "kohja"), "kohya"),
         ((saved.folder, "--out", tmp_path / "folder"), ".safetensors"),

@@ -34,9 +34,9 @@ ORDER = [
     "agreement",
     "distributed",
     "lockstep",
+    "provenance",
     "masks",
     "summary",
-    "provenance",
     "adapters",
     "initialize",
 ]

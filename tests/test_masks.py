@@ -340,6 +340,15 @@ def test_freeze_offset_of_a_start_at_zero_is_refused() -> None:
     assert freeze_offset(initialised("self")) > 0  # the control
 
 
+@pytest.mark.parametrize("base", ["paired", "keep", "subtract"])
+def test_freeze_offset_of_another_base_is_refused(base: str) -> None:
+    """Half of an adapter whose rank trains as a whole would be frozen."""
+    model = adapted()
+    initialize(model, text_batches(), InitConfig(base=base), progress=False)
+    with pytest.raises(ValueError, match=f"was initialised with base '{base}', where all of the rank trains"):
+        freeze_offset(model)
+
+
 def initialised(method: str) -> Any:
     model = adapted()
     initialize(model, text_batches(), InitConfig(method=method), progress=False)

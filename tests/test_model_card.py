@@ -138,8 +138,22 @@ def test_front_matter_is_what_the_hub_reads() -> None:
     assert hub["base_model"] == "meta-llama/Llama-3.1-8B" and hub["library_name"] == "peft"
     assert hub["tags"] == ["base_model:adapter:meta-llama/Llama-3.1-8B", "lora", "cntlora"]
     local = front_matter("/home/alice/models/tiny")
-    assert local["base_model"] == "tiny" and local["tags"] == ["lora", "cntlora"]
+    assert "base_model" not in local and local["tags"] == ["lora", "cntlora"]
+    cached = front_matter("/home/alice/.cache/huggingface/hub/models--org--na-me/snapshots/0f1e2d")
+    assert cached["base_model"] == "org/na-me" and "base_model:adapter:org/na-me" in cached["tags"]
     assert "base_model" not in front_matter(None) and "base_model" not in front_matter('x: "y\n')
+
+
+def test_a_local_folder_is_no_base_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the working directory has no folder of its name."""
+    model, _ = planned()
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for base, on_hub in ((str(tmp_path / "models" / "tiny"), False), ("org/tiny", True)):
+        model.peft_config["default"].base_model_name_or_path = base
+        head = yaml.safe_load(card(model, tmp_path / f"hub {on_hub}").split("---")[1])
+        assert ("base_model" in head) == on_hub
+        assert ("base_model:adapter:org/tiny" in head["tags"]) == on_hub and len(head["tags"]) == 2 + on_hub
 
 
 # --- paths and secrets --------------------------------------------------------------------------------------

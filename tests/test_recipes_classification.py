@@ -106,7 +106,7 @@ GOOD = [{"text": f"t{i}", "label": i % 2} for i in range(10)]
         (lambda good: [*good, {"text": "", "label": 0}], {}, ["row 11", "'text'"]),
         (lambda good: [*good, {"text": "x", "label": "high"}], {"kind": "regression"}, ["row 11", "'high'", "number"]),
         (lambda good: [{"body": "x", "label": 0}], {}, ["no column 'text'", "body, label"]),
-        (lambda good: good, {"eval_size": 10}, ["10 rows", "task.eval_size=10", "task.eval_data"]),
+        (lambda good: good, {"eval_size": 10}, ["10 rows", "--set task.eval_size=2", "task.eval_data"]),
         (lambda good: [*good, {"text": "x", "label": 7}], {}, ["eval_size=4", "rarest class is '7' with 1"]),
     ],
 )

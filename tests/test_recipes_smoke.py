@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
 
 import pytest
 
+from cntlora.experiments.own import check_data
 from cntlora.experiments.records import runs_of
 from cntlora.experiments.run import run_one
 from cntlora.experiments.settings import Experiment, load_experiment, replaced, smoke
@@ -88,3 +90,18 @@ def test_every_task_has_its_main_metric_and_its_name(name: str, tmp_path: Path) 
     given = {key: value for key, value in needed.items() if key in recipe.settings.__dataclass_fields__}
     task = recipe.make(recipe.tiny(recipe.settings(**given), tmp_path))
     assert task.metrics[task.main_metric] in ("min", "max") and set(task.metrics.values()) <= {"min", "max"}
+
+
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {"glue"}))
+def test_your_data_is_checked_with_the_tiny_model_in_place_of_yours(name: str, tmp_path: Path) -> None:
+    tasks = [load_experiment(path).task for path in FILES]
+    of_no_file = task_kind("text").settings(name="text", model="owner/none", data="none.csv")
+    task = next((task for task in tasks if task.name == name), of_no_file)
+    tiny = smoke(Experiment(name=name, task=task), tmp_path / "made").task
+    changed = {"data": tiny.data, **({"eval_size": tiny.eval_size} if hasattr(task, "eval_size") else {})}
+    if hasattr(task, "concept") and not task.identifier:
+        changed["concept"] = tiny.concept
+    yours = dataclasses.replace(task, **changed)
+    check_data(yours, tiny)
+    with pytest.raises((ValueError, OSError)):
+        check_data(dataclasses.replace(yours, data=str(tmp_path / "none.csv")), tiny)

@@ -79,7 +79,7 @@ def test_whole_numbers_are_classes_in_the_order_of_their_value(tmp_path: Path) -
         ("t.jsonl", '{"text": ["a"]}\n', {}, ["row 1", "list"]),
         ("t.txt", "a\n", {"label": "y"}, [".txt", "'y'"]),
         ("t.csv", b"text\ncaf\xe9\n", {}, ["UTF-8"]),
-        ("t.xlsx", "x", {}, [".csv, .tsv, .jsonl, .txt, .parquet"]),
+        ("t.xlsx", "x", {}, [".csv, .tsv, .jsonl, .parquet, .txt"]),
         ("t.parquet", "x", {}, ["parquet"]),
         ("t.txt", "a\n", {"second": "z"}, [".txt", "'z'"]),
         ("t.csv", "text,z\na,b\na,\n", {"second": "z"}, ["row 2", "'z'"]),

@@ -73,7 +73,7 @@ def test_other_files_are_left_out_with_a_warning_and_hidden_ones_without(photos:
         warnings.simplefilter("error")
         assert len(read_images(str(photos))[0]) == 6
     (photos / "cat" / "notes.txt").write_text("x")
-    with pytest.warns(UserWarning, match=r"1 files are no pictures by their name and left out, such as .*notes\.txt"):
+    with pytest.warns(UserWarning, match=r"1 file is no picture by its name and left out, .*notes\.txt"):
         assert len(read_images(str(photos))[0]) == 6
 
 
@@ -212,7 +212,9 @@ def test_bad_data_is_one_error_before_training(photos: Path, backbone: str, case
         ({"model": "nowhere/"}, "model 'nowhere/': cannot be loaded"),
         ({"model": "sample:clip"}, "the sample for pictures is 'sample:dinov2'"),
         ({"train_size": 1}, "train_size=1 is less than one for each of 2 classes"),
-        ({"eval_size": 100}, "eval_size=100 of 6 pictures of 2 classes cannot be held out"),
+        ({"eval_size": 100}, "photos: 6 pictures, so task.eval_size=100 leaves nothing to train on; set it to a fifth"),
+        ({"eval_size": 5}, "task.eval_size=5 leaves 1 to train on, less than one for each of 2 classes; set it"),
+        ({"eval_size": 1}, "less than one for each of 2 classes; set it to a fifth of the pictures or so: --set task"),
     ],
 )
 def test_settings_that_do_not_fit_model_or_data(
@@ -453,7 +455,11 @@ def test_initialised_trained_saved_and_loaded(tmp_path: Path, pooling: str) -> N
     assert scores["loss"] < 0.6 < task.evaluate(adapted(task), task.train_batches(0))["loss"]
 
     task.save(model, tmp_path / "adapter")
-    loaded = load_classifier(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "vision.json").read_text()
+    assert str(tmp_path) not in text and json.loads(text)["model"] == "model"
+    with pytest.raises(ValueError, match="was a local folder .model.; give the folder as model="):
+        load_classifier(tmp_path / "adapter")
+    loaded = load_classifier(tmp_path / "adapter", task.settings.model)
     files = task.images[1].sources
     batch = next(iter(task.eval_batches()))
     with torch.no_grad():

@@ -10,7 +10,9 @@ from statistics import mean, stdev
 
 import pytest
 from tests import report_cases as cases
+from typer.testing import CliRunner
 
+from cntlora.cli import app
 from cntlora.report import load_records, studies
 from cntlora.report.curves import loss_curve, metric_curve, smooth, steps_to_reach
 from cntlora.report.formats import BEST, SECOND, Cell, Column, Row, Table
@@ -411,3 +413,26 @@ def test_against_lora_what_the_seeds_share_drops_out() -> None:
     assert row_of(table, "lora")[paired].mean == 0.0
     without = main_table(studies([r for r in records if r["method"] != "lora"])[0])
     assert "against LoRA" not in [column.head for column in without.columns]
+
+
+def test_a_record_that_was_edited_is_no_record(tmp_path: Path) -> None:
+    """By its digest; those of before there was one are read."""
+    source = next(
+        path for path in Path(__file__).parents[1].glob("results/**/*.json") if '"digest"' in path.read_text()
+    )
+    record = json.loads(source.read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert len(load_records(tmp_path)) == 1
+    record["mean_loss"] += 1.0
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"run\.json: the record is not what was saved"):
+        load_records(tmp_path)
+    del record["digest"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert len(load_records(tmp_path)) == 1
+
+
+def test_the_command_looks_for_the_folder_first(tmp_path: Path) -> None:
+    for folder, says in ((tmp_path / "nosuch", "nosuch is no folder"), (tmp_path, "nothing to write: give --out")):
+        result = CliRunner().invoke(app, ["report", str(folder)])
+        assert result.exit_code == 1 and says in result.stderr

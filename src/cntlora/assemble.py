@@ -191,7 +191,7 @@ def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
         return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
     try:
         return spectrum(target.M, q, exact)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(
             f"site {site.name}: the estimate has no singular values: it is too large or not finite; raise rtol, or "
             "read more tokens a batch"

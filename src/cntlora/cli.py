@@ -49,8 +49,8 @@ def init(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Your fine-tuning texts: .csv, .tsv, .jsonl or .txt (one a line). Not for pissa, olora and lora, "
-            "which read the weights alone."
+            help="Your fine-tuning texts: .csv, .tsv, .jsonl, .parquet or .txt (one a line). Not for pissa, olora and "
+            "lora, which read the weights alone."
         ),
     ] = None,
     text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
@@ -110,6 +110,8 @@ def init(
 
         if base == "subtract":
             raise ValueError("--base subtract changes the base model, which a file cannot do; use offset, or Python")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file; expected a folder for the adapter")
         if out.exists() and any(out.iterdir()) and not overwrite:
             raise ValueError(f"--out {out} is not empty; choose another folder, or replace it with --overwrite")
         lora = LoraOptions(
@@ -159,7 +161,7 @@ def _initialise(
     from .config import InitConfig
     from .core.family import METHODS
     from .recipes.loading import add_lora, batches_of, load_model
-    from .recipes.text.tables import Table, read_table, shuffled
+    from .recipes.text.tables import Table, shuffled
     from .saving import save_adapter
 
     config = InitConfig(**options)
@@ -169,7 +171,7 @@ def _initialise(
         raise ValueError(f"--data: method {config.method} reads {reads}, so it needs your texts")
     table = Table([], [], [])
     if path is not None:
-        table = shuffled(read_table(path, text=text, label=label), config.seed)
+        table = shuffled(_texts(path, text, label), config.seed)
         table = table.take(range(min(len(table), config.num_batches * sizes[0])))
     base_model, tokenizer, resolved = load_model(name, task, table, config.seed)
     model = add_lora(base_model, resolved, lora, config.seed)
@@ -179,6 +181,16 @@ def _initialise(
     if outputs[1] is not None:
         plan.save(outputs[1])
     return report
+
+
+def _texts(path: Path, text: str, label: str | None) -> Any:
+    """The rows of a file; of at least two classes where there are any."""
+    from .recipes.text.tables import one_class_only, read_table
+
+    table = read_table(path, text=text, label=label)
+    if len(table.names) == 1:
+        raise ValueError(one_class_only(path, label, "class", table.names[0]))
+    return table
 
 
 @app.command()
@@ -194,10 +206,11 @@ def inspect(
         if as_json:
             typer.echo(json.dumps({"sites": [site.to_dict() for site in sites]}, indent=2))
             return
+        from .model_card import spread
         from .summary import text_table
 
         ranks = [site.rank for site in sites]
-        title = f"{adapter} · {len(sites)} sites · ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all"
+        title = f"{adapter} · {len(sites)} sites · ranks {spread(ranks)}, {sum(ranks)} in all"
         heads = ("rank", "alpha", "scaling", "‖s·B·A‖", "σ max", "stable rank", "halves")
         rows = [
             (s.name, str(s.rank), f"{s.alpha:g}", f"{s.scaling:g}", f"{s.norm:.4g}", f"{s.spectral_norm:.4g}",

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from .experiments.sweep import Listener, Sweep
 
 File = Annotated[Path, typer.Argument(help="Experiment file: TOML with differences from the defaults.")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the records, one JSON file a run.  [default: results/NAME]")]
+_OUT = """Folder of the records, one JSON file a run.
+[default: results/NAME; with --data results/NAME-DATA; with --model or --set alone results/NAME-changed]"""
+Out = Annotated[Path | None, typer.Option(help=_OUT)]
 Jobs = Annotated[int, typer.Option(help="Processes side by side; each gets its share of the cores.", min=1)]
 Smoke = Annotated[
     bool,
     typer.Option(
         "--smoke",
-        help="Only try the file out, offline: 2 steps, one rate, one seed, a tiny random model, made-up data.",
+        help="Only try the file out, offline: 2 steps, one rate, one seed, a tiny random model, made-up data; yours, "
+        "if you name it, is read and checked first.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs and what is there already; run nothing.")]
@@ -116,7 +119,8 @@ def compare(
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of records; its subfolders are read too.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for page, tables and figures, or the page itself (.html).")
+        Path | None,
+        typer.Option(help="Folder for page, tables and figures, or the page itself (.html); this or --into."),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
     criterion: Annotated[
@@ -129,7 +133,8 @@ def report(
         float | None, typer.Option(help="Training loss to count steps to.  [default: where plain LoRA ends]")
     ] = None,
     into: Annotated[
-        Path | None, typer.Option(help="Also put the tables between the marks of each study in this Markdown file.")
+        Path | None,
+        typer.Option(help="Put the tables between the marks of each study in this Markdown file; this, --out or both."),
     ] = None,
     by: Annotated[
         str | None,
@@ -140,6 +145,8 @@ def report(
     with one_line_errors():
         from .report import write_into, write_report
 
+        if not results.is_dir():
+            raise ValueError(f"{results} is no folder; give the folder that the records of the runs are in")
         if out is None and into is None:
             raise ValueError("nothing to write: give --out for a page, or --into for the tables in a document")
         for path in write_report(results, out, title, criterion, loss=loss, by=by) if out else ():
@@ -174,14 +181,22 @@ def _changes(changes: list[str] | None, data: str | None, model: str | None) -> 
 
 @contextmanager
 def _tried(experiment: Experiment, options: Options) -> Iterator[Experiment]:
-    """The experiment, or with --smoke its tiny form, whose model and data lie in a temporary folder."""
+    """The experiment, or with --smoke its tiny form, whose model and data lie in a temporary folder.
+
+    Data that is named on the command line is checked before the trial, which does not use it.
+    """
+    from .experiments.own import check_data, sets_data
     from .experiments.settings import smoke
 
     if not options.smoke:
         yield experiment
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield smoke(experiment, Path(folder))
+        tiny = smoke(experiment, Path(folder))
+        if sets_data(options.changes):
+            check_data(experiment.task, tiny.task)
+            typer.echo(f"smoke: {experiment.task.data} can be used; the trial itself is on made-up data", err=True)
+        yield tiny
 
 
 def _listed(name: str, text: str | None, kind: type) -> list[Any] | None:
@@ -201,10 +216,12 @@ def _listed(name: str, text: str | None, kind: type) -> list[Any] | None:
 
 @contextmanager
 def _folder(experiment: Experiment, options: Options) -> Iterator[Path]:
-    """Where the records go: --out, else results/NAME; a temporary folder for a trial."""
+    """Where the records go: --out, else a folder under results; a temporary one for a trial."""
+    from .experiments.own import default_folder
+
     temporary = tempfile.TemporaryDirectory() if options.smoke and options.out is None else nullcontext()
     with temporary as folder:
-        yield Path(folder) if folder else options.out or Path("results") / experiment.name
+        yield Path(folder) if folder else options.out or default_folder(experiment, options.changes)
 
 
 def _list(experiment: Experiment, out: Path, options: Options) -> None:
@@ -235,6 +252,8 @@ def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
         line = bar.add_task("runs", total=None, left="")
 
         def listener(sweep: Sweep, record: dict[str, Any]) -> None:
+            if options.changes and not (options.out or options.smoke) and len(sweep.records) == 1:
+                console.print(f"records go to {out}; --out names another folder", markup=False)
             console.print(_line(sweep, record), markup=False)
             bar.update(line, total=sweep.total, completed=len(sweep.records), left=_left(sweep))
 

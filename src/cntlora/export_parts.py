@@ -13,16 +13,29 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from .inspection import by_pattern, read_folder
-from .saving import PREFIX, WEIGHTS
+from .config import unknown_name
+from .inspection import DIFFUSERS_FILE, by_pattern, read_folder
+from .saving import CONFIG, PREFIX, WEIGHTS
 
-DIFFUSERS_FILE, DIFFUSERS_HEAD = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+DIFFUSERS_HEAD = "lora_adapter_metadata"
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 _BY_NAME = {
     "unet": re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b"),
     "transformer": re.compile(r"(transformer_blocks|single_transformer_blocks)\."),
     "text_encoder": re.compile(r"(text_model\.|encoder\.layers\.\d+\.(self_attn|mlp)\.)"),
 }
+_CLIP_OR_T5 = re.compile(
+    r"((text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\.|text_model\.|(encoder\.)?block\.\d+\.layer\.)"
+)
+_OF_PART = {
+    "unet": _BY_NAME["unet"],
+    "transformer": re.compile(r"((\w+_)?(blocks|refiner|refiner_blocks)\.|layers\.\d+\.(attn|attention)\.to_)"),
+    "text_encoder": _CLIP_OR_T5,
+    "text_encoder_2": _CLIP_OR_T5,
+    "text_encoder_3": _CLIP_OR_T5,
+    "prior": re.compile(r"(\w+_)?blocks\."),
+}
+"""What names of layers of each part begin with; a part that is named has at least one of them."""
 _HALVES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias", "lora_magnitude_vector": "magnitude"}
 
 
@@ -61,16 +74,28 @@ def read_parts(source: Path, component: str | None = None) -> Parts:
 
     Raises:
         ValueError: if there is no such adapter, it holds more than LoRA of linear layers and convolutions, or the part
-            cannot be told and is not named; names what it met.
+            cannot be told and is not named, or none of the names are of the part that is; names what it met.
     """
+    if component is not None and component not in PARTS:
+        raise ValueError(unknown_name("component", component, PARTS))
     if source.suffix == ".safetensors" or (source / DIFFUSERS_FILE).is_file():
         return _read_diffusers(source if source.suffix == ".safetensors" else source / DIFFUSERS_FILE)
+    if not (source / CONFIG).is_file():
+        raise ValueError(
+            f"{source}: no adapter is there; expected a folder with {CONFIG} and {WEIGHTS} (PEFT, `cntlora init`), "
+            f"one with {DIFFUSERS_FILE} (diffusers), or a .safetensors file of diffusers"
+        )
     config, state = read_folder(source)
     named = {key.removeprefix(PREFIX): value for key, value in state.items()}
     parts: Parts = {}
     for name, factors in _sites(named, config, source / WEIGHTS):
         part, inner = _part_of(name, component)
         parts.setdefault(part, {})[inner] = factors
+    if component is not None and not any(_OF_PART[component].match(name) for name in parts[component]):
+        raise ValueError(
+            f"{source}: this is no adapter of a text-to-image model: no site is named like a layer of a {component}, "
+            f"such as {next(iter(parts[component]))}; was another --component meant?"
+        )
     return parts
 
 
@@ -131,6 +156,6 @@ def _part_of(name: str, component: str | None) -> tuple[str, str]:
         if pattern.match(name):
             return part, name
     raise ValueError(
-        f"site {name}: its name does not tell which part of a text-to-image pipeline it is of; name the part, such as "
-        "component unet or text_encoder"
+        f"site {name}: its name does not tell which part of a text-to-image pipeline it is of; if the adapter is of "
+        f"one, name the part with --component (component= in Python): {', '.join(PARTS)}"
     )

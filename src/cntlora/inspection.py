@@ -18,6 +18,8 @@ from torch import Tensor
 from .core.factor import halves_cancel, product_spectrum
 from .saving import PREFIX
 
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
 
 @dataclass(frozen=True)
 class AdapterSite:
@@ -81,6 +83,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: if a file is missing or cut short, or the configuration is not that of a LoRA.
     """
     config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if folder.suffix == ".safetensors" or ((folder / DIFFUSERS_FILE).is_file() and not config_file.is_file()):
+        raise ValueError(
+            f"{folder}: a file of diffusers has no {config_file.name}; expected the folder of a PEFT adapter. `cntlora "
+            "export` reads diffusers' files, and writes them for diffusers or kohya's tools"
+        )
     for file in (config_file, weights):
         if not file.is_file():
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .provenance import start_of
 from .sharded import full, is_sharded, part_of, reshard
 from .sites import Site, factor_of, factor_slots, find_sites
 
@@ -35,7 +36,8 @@ def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
         The number of sites.
 
     Raises:
-        ValueError: if a site has an odd rank, so that it has no two halves, or a second half of B that is zero.
+        ValueError: if a site has an odd rank, so that it has no two halves, or a second half of B that is zero, or the
+            adapter was initialised in this process with another base.
     """
     reshard(model)
     sites, _ = find_sites(model, adapter_name)
@@ -49,6 +51,12 @@ def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
                 f"site {site.name}: the second half of its lora_B is zero, where base 'offset' writes −B; an adapter "
                 "that starts at B = 0 (plain LoRA, eva) has no half to freeze"
             )
+    start = start_of(model, adapter_name)
+    if start is not None and start.base != "offset":
+        how = "starts at B = 0" if start.base == "zero" else f"was initialised with base {start.base!r}"
+        raise ValueError(
+            f"adapter {adapter_name!r} {how}, where all of the rank trains; freeze_offset is for base 'offset' alone"
+        )
     freeze_sites(sites)
     return len(sites)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .kinds import kind_of
 from .provenance import Start
-from .public import is_local, public_name
+from .public import hub_name
 
 BEGIN = "<!-- cntlora: written with the adapter; what stands between the two marks is replaced at the next save -->"
 END = "<!-- /cntlora -->"
@@ -44,7 +44,7 @@ def updated_card(old: str | None, section: str, base_model: str | None) -> str:
 
     Args:
         old: the text that is there, or None.
-        base_model: the configuration's name of the base model, a path or a name on the hub.
+        base_model: what the model was loaded from, a path or a name on the hub; a local folder is not named.
     """
     marked = f"{BEGIN}\n{section}\n{END}"
     if old is None or not old.strip():
@@ -56,12 +56,10 @@ def updated_card(old: str | None, section: str, base_model: str | None) -> str:
 
 
 def _front_matter(base_model: str | None) -> str:
-    """What the hub reads: the library, the tags, and the base model without a path of this machine."""
-    name = public_name(base_model)
+    """What the hub reads: the library, the tags, and the base model if it is on the hub."""
+    name = hub_name(base_model)
     named = name is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
-    tags = ["lora", "cntlora"]
-    if named and not is_local(str(base_model)):
-        tags.insert(0, f"base_model:adapter:{name}")
+    tags = [*([f"base_model:adapter:{name}"] if named else []), "lora", "cntlora"]
     lines = ["---", *([f"base_model: {name}"] if named else []), "library_name: peft", "tags:"]
     return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---", ""])
 
@@ -78,7 +76,7 @@ def card_section(start: Start | None, saved: SavedSites, versions: Mapping[str, 
     rows += _file(saved, versions)
     lines = ["## Initialisation", "", "| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows)]
     lines += ["", "| projection | sites | ranks in the file |", "|---|---|---|"]
-    lines += [f"| {_cell(kind)} | {len(ranks)} | {_spread(ranks)} |" for kind, ranks in _by_kind(saved).items()]
+    lines += [f"| {_cell(kind)} | {len(ranks)} | {spread(ranks)} |" for kind, ranks in _by_kind(saved).items()]
     return "\n".join(lines)
 
 
@@ -113,7 +111,7 @@ def _file(saved: SavedSites, versions: Mapping[str, str]) -> list[tuple[str, str
     scalings = {round(a / (r**0.5 if saved.use_rslora else r), 6) for r, a in saved.shapes.values()}
     scaling = f"{min(scalings, default=1):g}" + (f" to {max(scalings):g}" if len(scalings) > 1 else "")
     return [
-        ("Sites in the file", f"{len(ranks)}, ranks {_spread(ranks)}, {sum(ranks)} in all, scaling {scaling}"),
+        ("Sites in the file", f"{len(ranks)}, ranks {spread(ranks)}, {sum(ranks)} in all, scaling {scaling}"),
         ("Written with", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
 
@@ -125,7 +123,8 @@ def _by_kind(saved: SavedSites) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
-def _spread(ranks: Sequence[int]) -> str:
+def spread(ranks: Sequence[int]) -> str:
+    """ "8", or "4 to 16"."""
     if not ranks:
         return "–"
     return str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"

@@ -5,17 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import sysconfig
 import warnings
 from types import FrameType
 
+_STANDARD = sysconfig.get_path("stdlib") + os.sep
+_PACKAGES = tuple(f"{_STANDARD}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+
 
 def warn_caller(message: str) -> None:
-    """A UserWarning at the first frame outside this package."""
+    """A UserWarning at the first frame outside this package and the standard library."""
     level, frame = 1, sys._getframe()
     outer: FrameType | None = frame
-    while outer is not None and outer.f_globals.get("__name__", "").partition(".")[0] == "cntlora":
+    while outer is not None and _passed_over(outer):
         outer, level = outer.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def _passed_over(frame: FrameType) -> bool:
+    """Whether a frame is of this package, or of the standard library, as `functools.cached_property` is."""
+    file = frame.f_code.co_filename
+    ours = frame.f_globals.get("__name__", "").partition(".")[0] == "cntlora"
+    return ours or (file.startswith(_STANDARD) and not file.startswith(_PACKAGES))
 
 
 _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")

@@ -29,6 +29,11 @@ def public_name(name: str | None) -> str | None:
     return None if last in ("", ".", "..", "~", Path.home().name) else _without_secrets(last)
 
 
+def hub_name(name: str | None) -> str | None:
+    """The name on the hub of a model, or of what lies in the hub's cache; None for another folder or an address."""
+    return None if name and is_local(name) and not _CACHED.search(name) else public_name(name)
+
+
 def is_local(name: str) -> bool:
     """Whether a model's name is a path here or an address, and not a name on the hub."""
     if _LOCAL.match(name) or name.startswith(".") or name.count("/") > 1 or "\\" in name:

@@ -34,11 +34,15 @@ WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "REA
 
 @dataclass(frozen=True)
 class _Files:
-    """What goes into the folder; `section` is that of the model card, None for a folder without one."""
+    """What goes into the folder; `section` is that of the model card, None for a folder without one.
+
+    `base_model` is what the base model was loaded from, maybe a path of this machine: it gets into no file as it is.
+    """
 
     state: dict[str, Tensor]
     config: dict[str, Any]
     section: str | None
+    base_model: str | None
 
 
 def save_adapter(
@@ -112,7 +116,7 @@ def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | No
     values = _file_config(config, shapes, fold_alpha)
     start = start_of(model, adapter) if plan is None else Start.of(plan)
     section = card_section(start, SavedSites(shapes, values["use_rslora"]), _versions())
-    return _Files(state, values, section if card else None)
+    return _Files(state, values, section if card else None, config.base_model_name_or_path)
 
 
 def _state(model: nn.Module, holder: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -214,7 +218,7 @@ def _write_files(folder: Path, files: _Files, card: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(files.config, indent=2, sort_keys=True, default=str), encoding="utf-8")
     if files.section is not None:
         old = card.read_bytes().decode("utf-8", "surrogateescape") if card.is_file() else None
-        text = updated_card(old, files.section, files.config["base_model_name_or_path"])
+        text = updated_card(old, files.section, files.base_model)
         (folder / CARD).write_bytes(text.encode("utf-8", "surrogateescape"))
     for file in folder.iterdir():
         with file.open("rb") as written:

@@ -174,6 +174,6 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".jsonl": _read_jsonl,
-    ".txt": _read_txt,
     ".parquet": _read_parquet,
+    ".txt": _read_txt,
 }

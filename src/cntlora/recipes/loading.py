@@ -178,7 +178,15 @@ def add_lora(model: nn.Module, task: str, options: LoraOptions, seed: int) -> nn
         except ValueError as error:
             linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
             known = ", ".join(sorted(linears))
-            raise ValueError(f"targets: {error} The model's linear layers end in: {known}") from error
+            what = f"the model has no module named {', '.join(targets)}" if _absent(model, targets) else str(error)
+            raise ValueError(f"targets: {what.rstrip('.')}. The model's linear layers end in: {known}") from error
+
+
+def _absent(model: nn.Module, targets: Any) -> bool:
+    """Whether no module has one of the names that were given."""
+    names = [name for name, _ in model.named_modules()]
+    given = [] if targets is None or targets == ["all-linear"] else targets
+    return bool(given) and not any(f".{name}".endswith(f".{target}") for name in names for target in given)
 
 
 def batches_of(tokenizer: Any, table: Table, task: str, batch_size: int, max_length: int) -> EncodedBatches:

@@ -31,6 +31,13 @@ def open_picture(path: str | PathLike[str], size: int | None = None) -> Image.Im
         raise ValueError(f"{path}: expected a picture, but {missing}; replace or remove it") from error
 
 
+def left_out(place: object, count: int, example: object) -> str:
+    """What is said of files that are no pictures by their names."""
+    if count == 1:
+        return f"{place}: 1 file is no picture by its name and left out, {example}"
+    return f"{place}: {count} files are no pictures by their name and left out, such as {example}"
+
+
 def opaque(image: Image.Image) -> Image.Image:
     """RGB, with white behind what is transparent."""
     if not image.has_transparency_data:

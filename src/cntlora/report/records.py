@@ -124,8 +124,8 @@ def load_records(folder: Path) -> list[Record]:
         The records, each with the folder of its file as `folder`: what its samples' files are relative to.
 
     Raises:
-        ValueError: `folder` is none, holds no record, a JSON file is broken, a record lacks what identifies it,
-            or two records are of the same run. Names the file.
+        ValueError: `folder` is none, holds no record, a JSON file is broken, a record lacks what identifies it or was
+            changed after it was written, or two records are of the same run. Names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -213,7 +213,22 @@ def _read(path: Path) -> Record | None:
     wrong = [key for key, kind in _NEEDED.items() if not isinstance(content.get(key), kind)]
     if wrong:
         raise ValueError(f"{path} is a run record without a valid {', '.join(wrong)}; remove it and run that arm again")
+    _check_unchanged(path, content)
     return content
+
+
+def _check_unchanged(path: Path, content: Record) -> None:
+    if "digest" not in content:  # of before records had one
+        return
+    from ..experiments.records import check_digest
+
+    try:
+        check_digest(path, content)
+    except ValueError:
+        raise ValueError(
+            f"{path}: the record is not what was saved (its digest differs), so it was changed; remove it and run "
+            "that arm again"
+        ) from None
 
 
 def _study(name: str, runs: Sequence[Record], criterion: str) -> Study:

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 
 from ..frames import column, raw_column, read_frame
 from ..picture_files import CHECKED, SUFFIXES, opaque, open_picture
-from ..values import one_of
+from ..values import check_held_out, one_of
 from .scenes import Scene
 
 
@@ -178,14 +178,17 @@ def check_pictures(rows: Sequence[CaptionRow]) -> None:
         row.open()
 
 
-def split_rows(rows: Sequence[CaptionRow], eval_size: int, seed: int) -> tuple[list[CaptionRow], list[CaptionRow]]:
-    """Training and held-out rows; each concept keeps its share in both where it has rows enough.
+def split_rows(
+    rows: Sequence[CaptionRow], eval_size: int, seed: int, source: str
+) -> tuple[list[CaptionRow], list[CaptionRow]]:
+    """Training and held-out rows of `source`; each concept keeps its share in both where it has rows enough.
 
     Raises:
-        ValueError: if the rows do not suffice.
+        ValueError: if the rows do not suffice; says what to set.
     """
-    if not 0 < eval_size < len(rows):
-        raise ValueError(f"task.eval_size: expected 1 to {len(rows) - 1} of {len(rows)} rows, got {eval_size}")
+    check_held_out(
+        source, len(rows), "rows", eval_size, apart=None if source.startswith("sample:") else "task.eval_data"
+    )
     concepts = [row.concept for row in rows]
     fewest = min(concepts.count(concept) for concept in set(concepts))
     groups = len(set(concepts))
@@ -214,7 +217,7 @@ def sample_rows(name: str, prompt: str, eval_size: int, seed: int) -> tuple[list
     if name == "concepts":
         train, held_out = concept_scenes()
         return _scene_rows(train, name, prompt), _scene_rows(held_out, name, prompt)
-    return split_rows(_scene_rows(held_out_stamps(), name, prompt), eval_size, seed)
+    return split_rows(_scene_rows(held_out_stamps(), name, prompt), eval_size, seed, f"sample:{name}")
 
 
 def _scene_rows(scenes: Sequence[Scene], name: str, prompt: str) -> list[CaptionRow]:

@@ -147,7 +147,7 @@ class CaptioningTask(Defaults):
         rows = read_captions(s.data, column_names(s))
         if s.eval_data is not None:
             return rows, read_captions(s.eval_data, column_names(s))
-        return split_rows(rows, s.eval_size, s.split_seed)
+        return split_rows(rows, s.eval_size, s.split_seed, s.data)
 
     def check(self) -> None:
         """Reads all rows, decodes up to 2,000 pictures of each part, and lays out a prompt.

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...notices import warn_caller
-from ..picture_files import opaque
+from ..picture_files import left_out, opaque
 from ..samples.downloads import cache_dir
 from .denoisers import encode_pictures, family_of, noise_scheduler, side_of, training_target
 from .small_pictures import SUBJECTS, subject_photos
@@ -44,7 +44,7 @@ def photo_files(data: str) -> list[Path]:
         raise ValueError(f"{data}: no picture is in it ({', '.join(SUFFIXES)}); put 3 to 6 photos of one subject there")
     others = sorted(set(files) - set(photos))
     if others:
-        warn_caller(f"{data}: {len(others)} files are no pictures by their name and left out, such as {others[0].name}")
+        warn_caller(left_out(data, len(others), others[0].name))
     return photos
 
 

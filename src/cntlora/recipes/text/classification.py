@@ -22,9 +22,9 @@ from torch import nn
 from ...config import unknown_name
 from ..loading import load_classifier, load_tokenizer
 from ..task import Defaults, Recipe
-from ..values import at_least, one_of
+from ..values import at_least, check_held_out, one_of
 from .scores import directions, evaluate_sequences
-from .tables import EncodedBatches, Table, by_length, encode_batches, read_table, shuffled
+from .tables import EncodedBatches, Table, by_length, encode_batches, one_class_only, read_table, shuffled
 from .tiny import at_most, tiny_encoder, write_rows
 
 KINDS = ("classification", "regression")
@@ -207,24 +207,32 @@ def load_tables(settings: TextSettings | PairsSettings) -> tuple[Table, Table]:
     regression = s.kind == "regression"
     distinct = sorted(set(table.values)) if regression else table.names
     if len(distinct) < 2:
-        raise ValueError(
-            f"{s.data}: column {s.label!r} has one {'number' if regression else 'class'} only, {distinct[0]!r}; "
-            "there is nothing to learn, expected at least two"
-        )
+        raise ValueError(one_class_only(s.data, s.label, "number" if regression else "class", distinct[0]))
     if s.eval_data is not None:
         return table, _held_out(s, table.names)
-    if not 0 < s.eval_size < len(table):
-        raise ValueError(
-            f"{s.data}: {len(table)} rows, so task.eval_size={s.eval_size} leaves nothing to train on; set it to a "
-            "fifth of the rows or so, or name held-out rows with task.eval_data"
-        )
+    return hold_out(table, str(s.data), s.eval_size, s.split_seed, apart="task.eval_data")
+
+
+def hold_out(table: Table, where: str, eval_size: int, seed: int, *, apart: str | None = None) -> tuple[Table, Table]:
+    """Training rows and held-out rows, each class in both.
+
+    Args:
+        table: all rows.
+        where: their file, for messages.
+        eval_size, seed: see `Table.split`.
+        apart: the setting that names held-out rows of their own, if there is one.
+
+    Raises:
+        ValueError: if there are too few rows, or too few of a class; names the file and what to set.
+    """
+    check_held_out(where, len(table), "rows", eval_size, len(table.names), apart=apart)
     try:
-        return table.split(s.eval_size, s.split_seed)
+        return table.split(eval_size, seed)
     except ValueError as error:
         counts = {name: table.labels.count(i) for i, name in enumerate(table.names)}
         rarest = min(counts, key=counts.__getitem__, default=None)
         hint = "" if rarest is None else f" Its rarest class is {rarest!r} with {counts[rarest]} rows."
-        raise ValueError(f"{s.data}: task.{error}.{hint} Change task.eval_size, or add or remove such rows") from error
+        raise ValueError(f"{where}: task.{error}.{hint} Change task.eval_size, or add or remove such rows") from error
 
 
 def _held_out(settings: TextSettings | PairsSettings, names: list[str]) -> Table:

@@ -30,7 +30,7 @@ from ..frames import column, read_frame
 from ..loading import load_language_model, load_tokenizer
 from ..scoring import modes
 from ..task import Defaults, Recipe
-from ..values import at_least, one_of
+from ..values import at_least, check_held_out, one_of
 from .classification import need
 from .dialogue import Row, Segments, chat_rows, encode_row, response_rows, text_rows
 from .tables import IGNORED
@@ -104,11 +104,7 @@ class LanguageTask(Defaults):
         rows = load_rows(s, str(s.data), self.tokenizer)
         if s.eval_data is not None:
             return rows, load_rows(s, s.eval_data, self.tokenizer)
-        if not s.eval_size < len(rows):
-            raise ValueError(
-                f"{s.data}: {len(rows)} rows, so task.eval_size={s.eval_size} leaves nothing to train on; set it to a "
-                "tenth of the rows or so, or name held-out rows with task.eval_data"
-            )
+        check_held_out(s.data, len(rows), "rows", s.eval_size, apart="task.eval_data")
         train, held_out = train_test_split(range(len(rows)), test_size=s.eval_size, random_state=s.split_seed)
         return [rows[i] for i in train], [rows[i] for i in held_out]
 

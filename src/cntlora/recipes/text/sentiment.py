@@ -89,11 +89,12 @@ class SentimentTask(Defaults):
     def tables(self) -> tuple[Table, Table]:
         """Training tweets and held-out tweets."""
         from ..samples.models import tweets
+        from .classification import hold_out
         from .tables import read_table
 
         s = self.settings
         table = tweets() if s.data is None else read_table(s.data, s.text, s.label)
-        return table.split(s.eval_size, s.split_seed)
+        return hold_out(table, s.data or "sample:tweets", s.eval_size, s.split_seed)
 
     def check(self) -> None:
         """Reads the texts, where they are the user's own."""

@@ -124,7 +124,7 @@ def read_table(
     if str(path).lower().endswith(".txt"):
         for name, value in (("label", label), ("second", second)):
             if value is not None:
-                raise ValueError(f"{path}: a .txt file has no {name}={value!r}; use .csv, .tsv or .jsonl")
+                raise ValueError(f"{path}: a .txt file has no {name}={value!r}; use .csv, .tsv, .jsonl or .parquet")
         text = "text"
     frame = read_frame(path)
     texts = column(frame, text, path)
@@ -134,6 +134,11 @@ def read_table(
     if regression:
         return Table(texts, [], [], seconds, numbers(frame, label, path))
     return Table(texts, *classes(column(frame, label, path)), seconds)
+
+
+def one_class_only(path: object, label: object, kind: str, value: object) -> str:
+    """What is said of data whose labels are all the same."""
+    return f"{path}: column {label!r} has one {kind} only, {value!r}; there is nothing to learn, expected at least two"
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from ...notices import first_line, warn_caller
-from ..picture_files import CHECKED, SUFFIXES, opaque, open_picture
+from ..picture_files import CHECKED, SUFFIXES, left_out, opaque, open_picture
 from ..text.tables import read_table
+from ..values import check_held_out
 
 TABLES = (".csv", ".tsv", ".jsonl")
 _HELD_OUT = ("test", "validation", "val")
@@ -76,16 +77,11 @@ class LabelledImages:
                 f"{self.where}: expected at least two pictures of each class, one to train on and one to hold out, but "
                 f"class {few[0]}" + (f" (and {len(few) - 1} more classes)" if len(few) > 1 else "")
             )
+        check_held_out(self.where, len(self), "pictures", eval_size, len(self.names))
         size = eval_size if eval_size < 1 else int(eval_size)
-        try:
-            train, held_out = train_test_split(
-                range(len(self)), test_size=size, random_state=seed, stratify=list(self.labels)
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"{self.where}: eval_size={eval_size:g} of {len(self)} pictures of {len(self.names)} classes cannot be "
-                f"held out: {error}"
-            ) from error
+        train, held_out = train_test_split(
+            range(len(self)), test_size=size, random_state=seed, stratify=list(self.labels)
+        )
         return self.take(train), self.take(held_out)
 
     def limited(self, size: int | None, seed: int) -> LabelledImages:
@@ -181,7 +177,7 @@ def class_folders(root: Path) -> LabelledImages:
         sources += pictures
         labels += [index] * len(pictures)
     if others:
-        warn_caller(f"{root}: {len(others)} files are no pictures by their name and left out, such as {others[0]}")
+        warn_caller(left_out(root, len(others), others[0]))
     return LabelledImages(sources, labels, tuple(names), str(root))
 
 

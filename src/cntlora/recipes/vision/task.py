@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ...public import is_local, public_name
 from ..scoring import CLASSIFIER_METRICS, classifier_metrics
 from ..task import Defaults, Recipe
 from ..values import one_of
@@ -141,10 +142,14 @@ class VisionTask(Defaults):
         return classifier_metrics(model, batches)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The adapter and the head as PEFT saves them, and `vision.json`: what `load_classifier` needs beside them."""
+        """The adapter and the head as PEFT saves them, and `vision.json`: what `load_classifier` needs beside them.
+
+        Of a base model that is a local folder only its name is kept.
+        """
         super().save(model, folder)
-        keys = ("model", "pooling", "feature_layer", "size", "mean", "std")
-        values = {key: getattr(self.settings, key) for key in keys}
+        s = self.settings
+        keys = ("pooling", "feature_layer", "size", "mean", "std")
+        values = {"model": public_name(s.model), "local": is_local(s.model), **{key: getattr(s, key) for key in keys}}
         text = json.dumps({**values, "names": self.images[0].names}, indent=2, ensure_ascii=False)
         (folder / "vision.json").write_text(text + "\n", encoding="utf-8")
 
@@ -177,11 +182,14 @@ class Classifier:
             return torch.cat([self.model(pixel_values=b["pixel_values"]).logits.softmax(-1) for b in batches])
 
 
-def load_classifier(folder: str | Path) -> Classifier:
-    """What `VisionTask.save` wrote, on the base model that it names.
+def load_classifier(folder: str | Path, model: str | Path | None = None) -> Classifier:
+    """What `VisionTask.save` wrote, on its base model.
+
+    Args:
+        model: the base model, a folder or a name; needed where it was a local folder. None for the one that was named.
 
     Raises:
-        ValueError: if the folder has no `vision.json`, or the base model is not found.
+        ValueError: if the folder has no `vision.json`, or the base model is not named or not found.
     """
     from peft import PeftModel
 
@@ -190,11 +198,12 @@ def load_classifier(folder: str | Path) -> Classifier:
         raise ValueError(f"{folder}: there is no vision.json; expected the folder of a trained image classifier")
     s = json.loads(path.read_text(encoding="utf-8"))
     names = tuple(s["names"])
-    base = build_classifier(
-        s["model"], names, pooling=s["pooling"], feature_layer=s["feature_layer"], head_std=0.0, seed=0
-    )
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
-    return Classifier(model, names, s["size"], tuple(s["mean"]), tuple(s["std"]))
+    if model is None and s.get("local", False):
+        raise ValueError(f"{path}: the base model was a local folder ({s['model']}); give the folder as model=")
+    named = s["model"] if model is None else str(model)
+    base = build_classifier(named, names, pooling=s["pooling"], feature_layer=s["feature_layer"], head_std=0.0, seed=0)
+    trained = PeftModel.from_pretrained(base, str(folder)).eval()
+    return Classifier(trained, names, s["size"], tuple(s["mean"]), tuple(s["std"]))
 
 
 def tiny_settings(settings: Settings, folder: Path) -> Settings:
