@@ -33,6 +33,7 @@ def test_the_tables_of_the_docs_are_those_of_the_records(folder: Path, tmp_path:
     shutil.copytree(folder, changed)
     first = next(path for path in sorted(changed.glob("lora-*.json")))
     record = json.loads(first.read_text())
+    record.pop("digest", None)  # which would refuse what was edited
     first.write_text(json.dumps({**record, "mean_loss": 0.1}))
     write_into(copy, changed)
     assert copy.read_bytes() != DOCS.read_bytes()
