@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ from typer.testing import CliRunner
 from cntlora import InitConfig, adapters, compute_plan, initialize
 from cntlora.cli import app
 from cntlora.interrupts import ended_within, held_back
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, whose children ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def stop(*_: Any, **__: Any) -> None:
