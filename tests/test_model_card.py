@@ -170,7 +170,7 @@ def test_a_local_folder_is_no_base_model_of_the_hub(tmp_path: Path, monkeypatch:
         ("models/of/mine", "mine"),
         (r"C:\Users\alice\tiny", "tiny"),
         ("/home/a/.cache/huggingface/hub/models--org--na-me/snapshots/0f1e2d", "org/na-me"),
-        ("/root/.cache/huggingface/hub/models--gpt2/snapshots/0f1e2d", "gpt2"),
+        ("/home/alice/.cache/huggingface/hub/models--gpt2/snapshots/0f1e2d", "gpt2"),
         ("https://alice:secret@host/models/tiny?token=secret", "tiny"),
         ("", None),
         (None, None),
