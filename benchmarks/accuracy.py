@@ -28,7 +28,7 @@ from benchmarks.workloads import WORKLOADS, Batch, Workload, with_lora
 from torch import Tensor, nn
 
 import cntlora
-from cntlora.plan import write_atomically
+from cntlora.atomic import write_atomically
 
 METHODS = ("cross", "self", "shift")
 LAYERS = {"minilm": (0, 3, 5), "dinov2": (0, 6, 11), "smollm2": (0, 15, 29), "tiny": (0, 1)}

@@ -31,7 +31,7 @@ from benchmarks.tables import markdown, overview, read_records
 from benchmarks.workloads import WORKLOADS
 from transformers.utils import logging as transformers_logging
 
-from cntlora.plan import write_atomically
+from cntlora.atomic import write_atomically
 
 
 def names_of(text: str | None, known: list[str], default: list[str], what: str) -> list[str]:

@@ -26,7 +26,7 @@ from benchmarks.standin import Size, stand_in
 from benchmarks.workloads import forward_pass
 
 import cntlora
-from cntlora.plan import write_atomically
+from cntlora.atomic import write_atomically
 
 SIZE = Size(d=1024, tokens=1280, batches=2, layers=16)
 LIMITS: dict[str, Any] = {

@@ -28,7 +28,7 @@ from benchmarks.parts import measured_rates
 from benchmarks.scaling_tables import rates_markdown, scaling_markdown
 from benchmarks.standin import Size, sweep
 
-from cntlora.plan import write_atomically
+from cntlora.atomic import write_atomically
 
 Plan = list[tuple[Size, str, tuple[int, ...]]]
 

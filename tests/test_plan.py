@@ -16,7 +16,8 @@ from tests.tiny import adapted, base_model, changed, logits, lora_config, state,
 from torch import nn
 
 from cntlora import InitConfig, InitPlan, apply_plan, compute_plan, initialize
-from cntlora.plan import FORMAT, sketch_distance, weight_sketch, write_atomically
+from cntlora.atomic import write_atomically
+from cntlora.plan import FORMAT, sketch_distance, weight_sketch
 from cntlora.sites import find_sites
 
 FIRST = "bert.encoder.layer.0.attention.self.query"

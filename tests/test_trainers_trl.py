@@ -11,7 +11,17 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from tests.tiny import base_model, changed, lora_config, state
-from tests.trainer_cases import QUIET, Logged, assert_plain, assert_trained, copies, logged, text, tokenizer
+from tests.trainer_cases import (
+    QUIET,
+    Logged,
+    assert_plain,
+    assert_trained,
+    assert_trains_from_the_base,
+    copies,
+    logged,
+    text,
+    tokenizer,
+)
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -52,13 +62,7 @@ def test_sft(options: dict[str, Any], tmp_path: Path) -> None:
     plain, ours = sft(tmp_path, **options), sft(tmp_path, **options)
     report = initialize_from_trainer(ours, InitConfig(num_batches=2))
     assert report.batches == 2
-    start = copies(ours.model)
-    for trainer in (plain, ours):
-        trainer.train()
-    losses, ours_losses = logged(plain).values["loss"], logged(ours).values["loss"]
-    assert ours_losses[0] == pytest.approx(losses[0], abs=1e-4)  # the same batch, and the function of the base
-    assert ours_losses[2] != pytest.approx(losses[2], abs=1e-3)  # the control: the starts differ
-    assert_trained(ours.model, start, logged(ours).held)
+    assert_trains_from_the_base(plain, ours)
     ours.save_model(str(tmp_path / "saved"))
     assert_plain(ours.model, tmp_path / "saved")
 

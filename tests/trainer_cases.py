@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from tests.tiny import VOCABULARY, base_model, causal_batches, logits, text_batches
@@ -80,6 +81,17 @@ def assert_trained(model: nn.Module, start: dict[str, Tensor], held: set[int]) -
     assert now.keys() == start.keys() and start
     assert all(id(factor) in held for factor in now.values())
     assert not [name for name in now if torch.equal(now[name].detach(), start[name])]
+
+
+def assert_trains_from_the_base(plain: Any, ours: Any) -> None:
+    """Trains both trainers: the same loss at the first step, others later, and every factor of the second moves."""
+    start = copies(ours.model)
+    for trainer in (plain, ours):
+        trainer.train()
+    losses, ours_losses = logged(plain).values["loss"], logged(ours).values["loss"]
+    assert ours_losses[0] == pytest.approx(losses[0], abs=1e-4)  # the same batch, and the function of the base
+    assert ours_losses[2] != pytest.approx(losses[2], abs=1e-3)  # the control: the starts differ
+    assert_trained(ours.model, start, logged(ours).held)
 
 
 def assert_plain(model: Any, folder: Path, kind: str = "llama", moved: float = 1e-3) -> None:

@@ -126,11 +126,12 @@ def working_weight(site: Site) -> Tensor:
 
 def plan_sites(sites: list[Site], work: Work, seen: Seen, share: Share) -> dict[str, SitePlan]:
     """The plan of every site of this process; with adaptive ranks the spectra come first, the factors after."""
-    config, apart = work.config, not isinstance(work.estimator, InputEstimator)  # its neighbours share what one made
+    config = work.config
+    streams = not isinstance(work.estimator, InputEstimator)  # whose neighbours share what is made for the first
     if not config.adaptive_ranks:
-        return share.each(sites, lambda s: _plan_site(s, work, seen, s.rank, None), apart)
+        return share.each(sites, lambda s: _plan_site(s, work, seen, s.rank, None), streams)
     # twice the usual rank is nearly always enough
-    ranked = share.each(sites, lambda s: _ranked(s, work, seen, max(2 * s.rank, config.min_rank)), apart)
+    ranked = share.each(sites, lambda s: _ranked(s, work, seen, max(2 * s.rank, config.min_rank)), streams)
     budget = sum(s.rank for s in sites) if config.rank_budget is None else config.rank_budget
     while True:
         known = share.everyone({name: (found.variances, found.may_have_more) for name, found in ranked.items()})
@@ -140,8 +141,10 @@ def plan_sites(sites: list[Site], work: Work, seen: Seen, share: Share) -> dict[
         short = [s for s in sites if known[s.name][1] and ranks[s.name] >= len(variances[s.name])]
         if not short:
             break
-        ranked |= share.each(short, partial(_ranked_for, work, seen, {s.name: 2 * ranks[s.name] for s in short}), apart)
-    return share.each(sites, lambda s: _plan_site(s, work, seen, ranks[s.name], ranked[s.name]), apart)
+        ranked |= share.each(
+            short, partial(_ranked_for, work, seen, {s.name: 2 * ranks[s.name] for s in short}), streams
+        )
+    return share.each(sites, lambda s: _plan_site(s, work, seen, ranks[s.name], ranked[s.name]), streams)
 
 
 def _ranked_for(work: Work, seen: Seen, ranks: Mapping[str, int], site: Site) -> _Ranked:

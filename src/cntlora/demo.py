@@ -17,9 +17,9 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .atomic import write_atomically
 from .config import InitConfig
 from .initialize import initialize
-from .plan import write_atomically
 from .recipes.samples.models import minilm_folder
 from .recipes.scoring import classifier_metrics
 from .recipes.text.sentiment import TARGET_MODULES, SentimentTask

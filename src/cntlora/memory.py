@@ -200,8 +200,8 @@ class Budget:
         factored (four k×d in float32, one in float64).
         """
         d, k = site.in_features, site.out_features
-        side_by_side = torch.get_num_threads() if site.device.type == "cpu" and d <= SIDE_BY_SIDE else 1
-        side_by_side = STREAMS if site.device.type == "cuda" else side_by_side
+        threads = torch.get_num_threads() if d <= SIDE_BY_SIDE else 1
+        side_by_side = {"cpu": threads, "cuda": STREAMS}.get(site.device.type, 1)
         digest = 0 if self.of_gradients else 5 * self._item(site) * d * d
         return side_by_side * max(digest, 24 * d * k)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
-from .atomic import write_atomically as write_atomically
+from .atomic import write_atomically
 from .config import InitConfig
 from .sites import Site
 

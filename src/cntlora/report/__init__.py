@@ -46,7 +46,7 @@ def write_report(
     Raises:
         ValueError: see `load_records`, `studies`, `tables_by` and `save_figures`.
     """
-    from ..plan import write_atomically
+    from ..atomic import write_atomically
     from .figures import save_figures
     from .grids import save_grids
     from .methods import styles
@@ -91,7 +91,7 @@ def write_into(
     Raises:
         ValueError: if the document has no such marks (names the study), or see `load_records`, `studies`, `tables_by`.
     """
-    from ..plan import write_atomically
+    from ..atomic import write_atomically
 
     found = studies(load_records(Path(results)), criterion)
     parts = {study.name: _of_document(study, loss) for study in found}

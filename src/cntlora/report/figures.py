@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plan import write_atomically
+from ..atomic import write_atomically
 from .curves import Curve, loss_curve, metric_curve, rates_curve, stretched
 from .methods import BANDS, Style, styles
 from .plots import abscissa

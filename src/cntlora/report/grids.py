@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..plan import write_atomically
+from ..atomic import write_atomically
 from .formats import DASH
 from .pictures import read_picture
 from .records import Study
