@@ -35,6 +35,9 @@ EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
         ("lora_ga", "LoRA-GA"),
         ("peft:adalora", "AdaLoRA"),
         ("self+paired", "CNTLoRA-S (paired)"),
+        ("self+n2+split4", "CNTLoRA-S (2 batches) (batches in 4)"),
+        ("lora+r16", "LoRA (rank 16)"),
+        ("eva+shuffled", "EVA (shuffled data)"),
     ],
 )
 def test_labels_are_the_papers(name: str, label: str) -> None:
@@ -46,7 +49,7 @@ def test_every_base_and_every_modifier_is_a_name() -> None:
     for modifier in MODIFIERS:
         root = modifier.only or "cross"
         arm = parse_arm(f"{root}+{modifier.example}")
-        options = arm.lora if modifier.lora else arm.init
+        options = {"init": arm.init, "lora": arm.lora, "data": arm.data}[modifier.of]
         assert options is not None and modifier.option in options
 
 
@@ -65,6 +68,8 @@ def test_options_reach_the_configuration() -> None:
     assert parse_arm("lora").init is None  # PEFT's own LoRA, though cntlora has a method of that name
     assert parse_arm("shift+C-0.1").init == {"method": "shift", "shift_constant": -0.1}
     assert parse_arm("peft:eva+rslora").peft == "eva"
+    assert parse_arm("self+r4").lora == {"r": 4} and parse_arm("self+n2").init == {"method": "self", "num_batches": 2}
+    assert parse_arm("self+foreign+split2").data == {"content": "foreign", "parts": 2}
 
 
 def test_order_of_modifiers_means_nothing() -> None:
@@ -95,6 +100,11 @@ def test_order_of_modifiers_means_nothing() -> None:
         ("peft:adalora+rslora", "no effect on 'peft:adalora'"),
         ("eva+qr", "no effect"),
         ("dora+dora", "comes twice"),
+        ("self+shuffled+foreign", "both set content"),
+        ("pissa+shuffled", "reads no data"),
+        ("peft:eva+shuffled", "no effect on 'peft:eva'"),
+        ("self+n0", "num_batches"),
+        ("lora+r0", "at least 1"),
         ("self vas", "did you mean"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..batches import to_device
 from ..compute import compute_plan
 from ..plan import InitPlan
 from ..recipes.task import Task
+from .controls import altered
 from .peers import AdaLoraTraining, peft_model
 from .records import Run
 
@@ -55,7 +56,9 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
         return Adapted(model, model, None, 0.0)
     options, config = lora_options(run, task), run.init_config()
     device = next(model.parameters()).device
-    some = [to_device(batch, device) for batch in itertools.islice(batches, e.num_batches)]
+    count = e.num_batches if config is None else config.num_batches
+    some = [to_device(batch, device) for batch in itertools.islice(batches, count)]
+    some = altered(some, task, run.seed, **arm.data)
     torch.manual_seed(run.seed)  # A, and what PEFT's initialisations draw
     start, plan = time.perf_counter(), None
     if arm.peft:
@@ -63,7 +66,7 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
     else:
         adapted = get_peft_model(model, LoraConfig(**options))  # type: ignore[assignment,arg-type]
     if config is not None:
-        plan = compute_plan(adapted, some, config, progress=False)
+        plan = compute_plan(adapted, some, replace(config, num_batches=len(some)), progress=False)
         apply_plan(adapted, plan)
     seconds = time.perf_counter() - start
     if arm.peft == "adalora":
@@ -75,9 +78,10 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
 def lora_options(run: Run, task: Task) -> dict[str, Any]:
     """What `peft.LoraConfig` gets."""
     lora = run.experiment.lora
+    rank = run.arm.lora.get("r", lora.rank)
     return {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": rank,
+        "lora_alpha": lora.alpha * rank / lora.rank,
         "lora_dropout": lora.dropout,
         "target_modules": _targets(lora.targets or task.targets),
         "bias": lora.bias,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..config import InitConfig, unknown_name
 from ..core.family import METHODS, methods
@@ -48,7 +48,8 @@ class Arm:
         name: as parsed, the `method` of its records.
         label: for tables and legends, as in the paper.
         init: options of `InitConfig` that this arm sets (always `method`); None where cntlora takes no part.
-        lora: options of `peft.LoraConfig` that this arm sets: use_dora, use_rslora.
+        lora: options of `peft.LoraConfig` that this arm sets: use_dora, use_rslora, r.
+        data: what its initialisation reads instead of the training data as it is, see `controls.altered`.
         peft: PEFT's own initialisation, one of `PEFT_LABELS`; None for PEFT's default (Kaiming A, B = 0).
         full: all weights train and there is no adapter.
     """
@@ -57,6 +58,7 @@ class Arm:
     label: str
     init: Mapping[str, Any] | None = None
     lora: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     peft: str | None = None
     full: bool = False
 
@@ -64,7 +66,7 @@ class Arm:
     def meaning(self) -> tuple[Any, ...]:
         """Equal for two names of the same arm, such as "dora" and "lora+dora"."""
         init = None if self.init is None else sorted(InitConfig(**self.init).to_dict().items())
-        return str(init), str(sorted(self.lora.items())), self.peft, self.full
+        return str(init), str(sorted(self.lora.items())), str(sorted(self.data.items())), self.peft, self.full
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ class Modifier:
     Attributes:
         pattern: matches the whole text behind the plus; a group holds the value.
         example: for messages.
-        option: of `InitConfig`, or of `LoraConfig` where `lora`.
-        value: that the option gets; None for the pattern's group (a number where it is one).
+        option: of `InitConfig`, of `LoraConfig` or of `controls.altered`, by `of`.
+        value: that the option gets; None for the number in the pattern's group.
         suffix: of the label; {} is the value as written.
         only: the one method that it works with; None for every one of cntlora.
-        lora: an option of LoraConfig, so that PEFT's arms take it too.
+        of: whose option it is; those of "lora" go to PEFT's arms too.
+        number: type of a number in the pattern.
     """
 
     pattern: str
@@ -87,14 +90,15 @@ class Modifier:
     value: Any
     suffix: str
     only: str | None = None
-    lora: bool = False
+    of: Literal["init", "lora", "data"] = "init"
+    number: type = float
 
 
 _NUMBER = r"([0-9]+\.?[0-9]*(?:e-?[0-9]+)?)"
 
 MODIFIERS = (
-    Modifier("dora", "dora", "use_dora", True, " + DoRA", lora=True),
-    Modifier("rslora", "rslora", "use_rslora", True, " + rsLoRA", lora=True),
+    Modifier("dora", "dora", "use_dora", True, " + DoRA", of="lora"),
+    Modifier("rslora", "rslora", "use_rslora", True, " + rsLoRA", of="lora"),
     Modifier("qr", "qr", "decomposition", "qr", "-QR"),
     Modifier("qr_pivoted", "qr_pivoted", "decomposition", "qr_pivoted", "-QR (pivoted)"),
     Modifier(f"p{_NUMBER}", "p0.75", "p", None, "-{}"),
@@ -106,6 +110,11 @@ MODIFIERS = (
     Modifier(f"strength{_NUMBER}", "strength1", "strength", None, " (strength {})"),
     Modifier(f"rtol{_NUMBER}", "rtol1e-3", "rtol", None, " (rtol {})"),
     *(Modifier(base, base, "base", base, f" ({base})") for base in ("offset", "paired", "subtract", "keep")),
+    Modifier("r([0-9]+)", "r4", "r", None, " (rank {})", of="lora", number=int),
+    Modifier("n([0-9]+)", "n1", "num_batches", None, " ({} batches)", number=int),
+    Modifier("split([0-9]+)", "split4", "parts", None, " (batches in {})", of="data", number=int),
+    Modifier("shuffled", "shuffled", "content", "shuffled", " (shuffled data)", of="data"),
+    Modifier("foreign", "foreign", "content", "foreign", " (other data)", of="data"),
     Modifier("vas", "vas", "adaptive_ranks", True, " + VAS"),
 )
 
@@ -143,16 +152,17 @@ def parse_arm(name: str) -> Arm:
     root, *implied = _ALIASES.get(base, base).split("+")
     found = [_modifier(name, text) for text in (*implied, *texts)]
     _check(name, root, found)
-    lora = {m.option: True for m, _ in found if m.lora}
-    options = {m.option: value for m, value in found if not m.lora}
+    lora, options, data = ({m.option: value for m, value in found if m.of == of} for of in ("lora", "init", "data"))
     label = _label(root, found, [*implied, *texts])
+    if lora.get("r", 1) < 1:
+        raise ValueError(f"method {name!r}: +r: expected a rank of at least 1, got {lora['r']}")
     if root == "full":
         return Arm(name, label, full=True)
     if root == "lora":
         return Arm(name, label, lora=lora)
     if root.startswith("peft:"):
         return Arm(name, label, lora=lora, peft=root.removeprefix("peft:"))
-    arm = Arm(name, label, {"method": root, **options}, lora)
+    arm = Arm(name, label, {"method": root, **options}, lora, data)
     try:
         InitConfig(**{"method": root, **options})
     except (ValueError, TypeError) as error:
@@ -165,7 +175,7 @@ def _modifier(name: str, text: str) -> tuple[Modifier, Any]:
     for modifier in MODIFIERS:
         match = re.fullmatch(modifier.pattern, text)
         if match:
-            return modifier, float(match[1]) if modifier.value is None else modifier.value
+            return modifier, modifier.number(match[1]) if modifier.value is None else modifier.value
     raise ValueError(unknown_name(f"method {name!r}: modifier", text, [m.example for m in MODIFIERS]))
 
 
@@ -179,11 +189,13 @@ def _check(name: str, root: str, found: list[tuple[Modifier, Any]]) -> None:
             what = "comes twice" if other is modifier else f"and +{other.example} both set {modifier.option}"
             raise ValueError(f"method {name!r}: {shown} {what}; keep one of them")
         seen[modifier.option] = modifier
-        if root in ("full", "peft:adalora") or (not modifier.lora and (root == "lora" or root.startswith("peft:"))):
-            allowed = [] if root in ("full", "peft:adalora") else [f"+{m.example}" for m in MODIFIERS if m.lora]
+        if root in ("full", "peft:adalora") or (modifier.of != "lora" and (root == "lora" or root.startswith("peft:"))):
+            allowed = [] if root in ("full", "peft:adalora") else [f"+{m.example}" for m in MODIFIERS if m.of == "lora"]
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}; it takes {allowed or 'no modifier'}")
         if modifier.option == "base" and root in METHODS and METHODS[root].zero_start:
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}, which starts at B = 0; leave it out")
+        if modifier.of == "data" and root in METHODS and METHODS[root].reads == "weights":
+            raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}, which reads no data; leave it out")
         if modifier.only not in (None, root):
             raise ValueError(f"method {name!r}: {shown} works with {modifier.only!r} only; leave it out")
     if "p" in seen and "decomposition" in seen:

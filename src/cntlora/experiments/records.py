@@ -65,6 +65,8 @@ class Run:
             "num_batches": e.num_batches if self.arm.peft else None,  # of cntlora's arms it is in "init"
             "train": {**asdict(e.train), "learning_rate": self.learning_rate, "seed": self.seed},
         }
+        if self.arm.data:
+            config["init_data"] = dict(self.arm.data)
         plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
         return {**plain, "task": {key: _named(value) for key, value in plain["task"].items()}}
 
