@@ -35,7 +35,8 @@ def batches(rank: int, count: int = 2) -> list[dict[str, Tensor]]:
 
 def config_of(method: str, base: str = "keep", count: int = 2, **options: Any) -> InitConfig:
     rtol = {"rtol": 1e-6} if method in ("cross", "self") else {}
-    return InitConfig(method=method, base=base, num_batches=count, **rtol, **options)
+    step = {"strength": 0.1} if method == "descent" else {}  # its search looks at the first batches of each process
+    return InitConfig(**{"method": method, "base": base, "num_batches": count, **rtol, **step, **options})
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

@@ -326,6 +326,21 @@ def lora_ga_factors(G: np.ndarray, r: int, gamma: float = 16.0) -> tuple[np.ndar
     return c * (U * signs)[:, r : 2 * r], c * (Vt.T * signs).T[:r]
 
 
+def descent_delta(W: np.ndarray, X: np.ndarray, G: np.ndarray, r: int, damping: float) -> np.ndarray:
+    """ΔW (k, d) of rank r, up to the number that all sites share: targets W X − η ∂L/∂Y, least squares, by hand.
+
+    η is the mean square of the outputs; the rank is cut where ‖(ΔW − D) S‖_F is least, S the symmetric root of C.
+    """
+    W, X, G = _f64(W), _f64(X), _f64(G)
+    C = X @ X.T / X.shape[1]
+    C = C + damping * np.trace(C) / len(C) * np.eye(len(C))
+    full = -np.mean((W @ X) ** 2) * np.linalg.solve(C, G.T).T
+    values, vectors = np.linalg.eigh(C)
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    U, S, Vt = np.linalg.svd(full @ root, full_matrices=False)
+    return (U[:, :r] * S[:r]) @ Vt[:r] @ np.linalg.inv(root)
+
+
 def lora_one_delta(G: np.ndarray, gamma: float = 128.0) -> np.ndarray:
     """LoRA-One, algorithm 1: Delta W = -G / (gamma s_1), s_1 the largest singular value of the gradient G (k, d)."""
     G = _f64(G)

@@ -57,7 +57,8 @@ def cntlora(*arguments: object) -> tuple[int, str, str]:
 
 def init(model_folder: Path, data: Path, out: Path, *more: object) -> tuple[int, str, str]:
     fixed = ("--targets", "query,value", "--rank", 4, "--batch-size", 8, "--num-batches", 3, "--label", "label")
-    return cntlora("init", model_folder, "--data", data, "--out", out, *fixed, *more)
+    method = () if "--method" in more else ("--method", "self")
+    return cntlora("init", model_folder, "--data", data, "--out", out, *fixed, *method, *more)
 
 
 def test_init_writes_a_folder_that_plain_peft_loads(model_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -73,6 +74,22 @@ def test_init_writes_a_folder_that_plain_peft_loads(model_folder: Path, data: Pa
     A = weights["base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"]
     assert A.shape == (8, 32) and torch.equal(A[:4], A[4:]) and A.any()
     assert InitPlan.load(tmp_path / "plan.safetensors").config.fold_alpha
+
+
+def test_without_a_method_it_is_descent_where_there_is_a_loss(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    fixed = ("--data", data, "--targets", "query,value", "--rank", 4, "--batch-size", 8, "--num-batches", 3, "--json")
+    made = {}
+    for name, more in {"classes": ("--label", "label"), "encoder": ("--task", "encoder")}.items():
+        code, out, err = cntlora("init", model_folder, "--out", tmp_path / name, *fixed, *more)
+        assert code == 0, err
+        made[name] = json.loads(out)
+    assert made["classes"]["config"]["method"] == "descent" and made["encoder"]["config"]["method"] == "self"
+    assert made["classes"]["step"]["loss_after"] < made["classes"]["step"]["loss_before"]
+    assert {site["file_rank"] for site in made["classes"]["sites"].values()} == {4}
+    code, _, err = cntlora(
+        "init", model_folder, "--out", tmp_path / "no", *fixed, "--task", "encoder", "--method", "descent"
+    )
+    assert code == 1 and "needs a loss" in err
 
 
 def test_keep_moves_the_function(model_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -212,7 +229,8 @@ def test_help_names_every_method() -> None:
 
     commands: Any = get_command(app)
     (method,) = [p for p in commands.commands["init"].params if p.name == "method"]
-    assert set(methods()) == set(re.findall(r"[a-z_]+", method.help)) - {"or", "a", "peer"}
+    listed, _, _ = method.help.partition("[default")
+    assert set(methods()) == set(re.findall(r"[a-z_]+", listed)) - {"or", "a", "peer"}
 
 
 # --- what `init` leaves ---------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from cntlora import InitConfig, assemble, compute_plan, distributed, initialize
 from cntlora.distributed import _linked, deal
 from cntlora.sites import find_sites
+from cntlora.sizing import SEARCHED
 
-METHODS = ("cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one", "pissa")
+METHODS = ("cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one", "pissa", "descent")
 UNSEEN = "bert.encoder.layer.1.attention.self.value"
 Batch = dict[str, Any]
 
@@ -44,7 +45,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def call(method: str) -> dict[str, Any]:
-    return {"loss": loss} if method in ("lora_ga", "lora_one") else {"forward": forward}
+    return {"loss": loss} if method in ("lora_ga", "lora_one", "descent") else {"forward": forward}
 
 
 def products(plan: Any) -> dict[str, Tensor]:
@@ -68,8 +69,9 @@ def same_everywhere(model: nn.Module, report: Any) -> bool:
 
 
 def compared(method: str, rank: int, world: int, adaptive: bool) -> dict[str, Any]:
-    rtol = {"rtol": 1e-6} if method in ("cross", "self", "shift") else {}
-    config = InitConfig(method=method, base="keep", num_batches=3 * world, adaptive_ranks=adaptive, **rtol)
+    own: dict[str, Any] = {"rtol": 1e-6} if method in ("cross", "self", "shift") else {}
+    own |= {"strength": 0.1} if method == "descent" else {}  # its search looks at the first batches of each process
+    config = InitConfig(method=method, base="keep", num_batches=3 * world, adaptive_ranks=adaptive, **own)
     everything = [batch for other in range(world) for batch in own_batches(other)]
     batches: Any = None if method == "pissa" else own_batches(rank)
     model, made, original = adapted(dtype=torch.float64), [], assemble._plan_site
@@ -113,6 +115,14 @@ def job_four(rank: int, world: int, folder: Path) -> Any:
     return {**results, "one site": {"same": same_everywhere(model, report), "sites": len(report.sites)}}
 
 
+def job_step(rank: int, world: int, folder: Path) -> Any:
+    """The size of descent's step is searched by all together, on equally many batches of each."""
+    connect(rank, world, folder)
+    model = adapted()
+    report = initialize(model, own_batches(rank), InitConfig(method="descent"), loss=loss)
+    return {"same": same_everywhere(model, report), "step": dict(report.step), "batches": len(own_batches(rank))}
+
+
 def job_traffic(rank: int, world: int, folder: Path) -> Any:
     """Sizes of the sums that are sent, and the names whose sums this process keeps."""
     connect(rank, world, folder)
@@ -139,7 +149,7 @@ def job_traffic(rank: int, world: int, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("shared")
-    return run(__file__, folder, {"job_methods": 2, "job_four": 4, "job_traffic": 2})
+    return run(__file__, folder, {"job_methods": 2, "job_four": 4, "job_traffic": 2, "job_step": 2})
 
 
 @pytest.mark.parametrize("job", ["job_methods", "job_four"])
@@ -161,6 +171,14 @@ def test_each_site_is_factored_once(results: Any, job: str) -> None:
         parts = [rank[f"{method}-False"]["made"] for rank in results[job]]
         assert sorted(name for part in parts for name in part) == sorted(results[job][0][f"{method}-False"]["sites"])
         assert sum(bool(part) for part in parts) >= 2
+
+
+def test_the_size_of_a_step_is_found_together(results: Any) -> None:
+    fewest = min(rank["batches"] for rank in results["job_step"])
+    for rank in results["job_step"]:
+        assert rank["same"] and rank["step"] == results["job_step"][0]["step"]
+        assert rank["step"]["loss_after"] < rank["step"]["loss_before"]
+        assert rank["step"]["batches"] == 2 * min(fewest, SEARCHED)
 
 
 def test_more_processes_than_sites(results: Any) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from cntlora import distributed, initialize, layouts, lockstep, sharded
 from cntlora.sites import find_sites
 
-METHODS = ("cross", "self", "shift", "eva", "corda", "lora_ga", "pissa", "lora")
+METHODS = ("cross", "self", "shift", "descent", "eva", "corda", "lora_ga", "pissa", "lora")
 VARIANTS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
     "paired": {"base": "paired"},
@@ -124,6 +124,15 @@ def job_passes(rank: int, world: int, folder: Path) -> Any:
     return results
 
 
+def job_step(rank: int, world: int, folder: Path) -> Any:
+    """The search of descent, whose trials gather the weights in step."""
+    connect(rank, world, folder)
+    model = shard(model_of())
+    report = initialize(model, batches(rank), config_of("descent", strength=None))
+    sharded.reshard(model)
+    return dict(report.step)
+
+
 def job_count(rank: int, world: int, folder: Path) -> Any:
     """The control of the count: what is held is counted."""
     connect(rank, world, folder)
@@ -137,7 +146,7 @@ def job_count(rank: int, world: int, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    jobs = ("job_methods", "job_passes", "job_count")
+    jobs = ("job_methods", "job_passes", "job_count", "job_step")
     return run(__file__, tmp_path_factory.mktemp("fsdp"), dict.fromkeys(jobs, 2))
 
 
@@ -158,6 +167,11 @@ def test_no_process_holds_two_whole_weights(results: Any, name: str) -> None:
         assert rank[name]["live"] == 1
         assert rank[name]["gathered"] >= 12 or name == "gpt2"
     assert [rank["live"] for rank in results["job_count"]] == [3, 3]  # the control
+
+
+def test_the_size_of_a_step_is_found_on_a_sharded_model(results: Any) -> None:
+    one, other = results["job_step"]
+    assert one == other and one["loss_after"] < one["loss_before"] and one["batches"] == 4
 
 
 @pytest.mark.parametrize("method", ["self", "shift"])

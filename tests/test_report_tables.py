@@ -123,6 +123,13 @@ class TestBestLearningRate:
         assert studies(self.rates())[0].best["lora"].learning_rate == 0.003
         assert studies(self.rates(mean_loss=1.4))[0].best["lora"].learning_rate == 0.001
 
+    def test_a_rate_with_fewer_seeds_does_not_compete(self) -> None:
+        lucky = cases.record("lora", 0.006, 0, mean_loss=0.1)
+        assert studies([*self.rates(), lucky])[0].best["lora"].learning_rate == 0.003
+        assert studies([*self.rates(), lucky, cases.record("lora", 0.006, 1, mean_loss=0.1)])[0].best[
+            "lora"
+        ].learning_rate == pytest.approx(0.006)  # the control
+
     @pytest.mark.parametrize("status", ["diverged", "failed"])
     def test_a_broken_seed_never_beats_a_whole_learning_rate(self, status: str) -> None:
         assert studies(self.rates(status=status, mean_loss=None))[0].best["lora"].learning_rate == 0.001

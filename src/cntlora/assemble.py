@@ -49,7 +49,7 @@ class Work:
     def absorb(self, index: int, groups: Groups) -> None:
         """The distinct inputs of one batch, each with the sites that saw it."""
         start = time.perf_counter()
-        if METHODS[self.config.method].reads == "inputs":
+        if isinstance(self.estimator, InputReader):
             self.take(self, [group for group in groups if isinstance(group[1], Moments)], self.weight(index))
         share = (time.perf_counter() - start) / max(1, sum(len(names) for names, _ in groups))
         for names, X in groups:

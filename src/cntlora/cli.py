@@ -57,15 +57,20 @@ def init(
     label: Annotated[str | None, typer.Option(help="Column of the classes, for classification.")] = None,
     task: Annotated[str, typer.Option(help="auto, causal-lm, classification or encoder.")] = "auto",
     method: Annotated[
-        str, typer.Option(help="self, cross, shift; or a peer: eva, corda, lora_ga, lora_one, pissa, olora, lora.")
-    ] = "self",
+        str | None,
+        typer.Option(
+            help="descent, self, cross, shift; or a peer: eva, corda, lora_ga, lora_one, pissa, olora, lora.  "
+            "[default: descent, or self for an encoder, which has no loss]"
+        ),
+    ] = None,
     base: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="offset: file of rank 2r that starts at zero; paired: the same within rank r; keep: the function "
-            "moves by B·A, as the paper has it. (subtract changes the base model and needs the Python call.)"
+            "moves by B·A. (subtract changes the base model and needs the Python call.)  [default: keep for descent, "
+            "else offset]"
         ),
-    ] = "offset",
+    ] = None,
     rank: Annotated[int, typer.Option(help="Rank that trains.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha.  [default: 2 x rank]")] = None,
     targets: Annotated[
@@ -164,16 +169,20 @@ def _initialise(
     from .recipes.text.tables import Table, shuffled
     from .saving import save_adapter
 
-    config = InitConfig(**options)
+    given = options["method"] or "descent"
+    if options["method"] is not None:
+        InitConfig(**options)  # before the model is loaded, wrong options are found
     path, text, label = source
-    reads = METHODS[config.method].reads
+    reads = METHODS[given].reads
     if path is None and reads != "weights":
-        raise ValueError(f"--data: method {config.method} reads {reads}, so it needs your texts")
+        raise ValueError(f"--data: method {given} reads {reads}, so it needs your texts")
     table = Table([], [], [])
     if path is not None:
-        table = shuffled(_texts(path, text, label), config.seed)
-        table = table.take(range(min(len(table), config.num_batches * sizes[0])))
-    base_model, tokenizer, resolved = load_model(name, task, table, config.seed)
+        table = shuffled(_texts(path, text, label), options["seed"])
+        table = table.take(range(min(len(table), options["num_batches"] * sizes[0])))
+    base_model, tokenizer, resolved = load_model(name, task, table, options["seed"])
+    without_loss = options["method"] is None and resolved == "encoder"
+    config = InitConfig(**{**options, "method": "self" if without_loss else given})
     model = add_lora(base_model, resolved, lora, config.seed)
     plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes) if path else None, config)
     report = apply_plan(model, plan)

@@ -211,6 +211,7 @@ def collect(
     token_mask: TokenMask = None,
     on_output: Callable[[int, Any], None] | None = None,
     step: Callable[[], None] = lambda: None,
+    inputs: bool = True,
     totals: bool = False,
     admits: Admits = lambda site, known: True,
 ) -> Seen:
@@ -220,8 +221,8 @@ def collect(
         on_batch: receives the moments of all distinct inputs after each forward pass.
         forward: how to call the model with a batch; by default by the kind of the batch.
         token_mask: which tokens count, see `batches.token_masks`.
-        on_output: receives the index of each batch and what the model gave for it, while gradients are enabled; the
-            inputs are then only counted.
+        on_output: receives the index of each batch and what the model gave for it, while gradients are enabled.
+        inputs: whether the moments of the inputs are taken; else their tokens are only counted.
         step: called after each batch (progress).
         totals: whether the moments hold Σ x too.
         admits: which sites are read, see `memory.Budget`; the tokens of the others are counted.
@@ -235,16 +236,9 @@ def collect(
     device = device_of(model)
 
     def new(site: Site) -> Stats:
-        return TokenCount() if on_output else Moments(site.in_features, gram, totals=totals)
+        return Moments(site.in_features, gram, totals=totals) if inputs else TokenCount()
 
-    with (
-        as_found(model, batches),
-        bypassed(sites),
-        left_unpacked(model),
-        read_eagerly(model),
-        torch.set_grad_enabled(on_output is not None),
-    ):
-        model.eval()
+    with reading_mode(model, sites, batches), torch.set_grad_enabled(on_output is not None):
         for index, batch in enumerate(first_batches(batches, num_batches)):
             moved = to_device(batch, device)
             watcher = _Watcher(new, admits, _usable_masks(moved, token_mask, index), index)
@@ -257,6 +251,14 @@ def collect(
     if seen.batches == 0:
         raise ValueError("batches: expected at least one batch, got none; is the loader empty, or already used up?")
     return seen
+
+
+@contextmanager
+def reading_mode(model: nn.Module, sites: list[Site], batches: Iterable[Any]) -> Iterator[None]:
+    """Inside, the model is in evaluation mode, its fresh adapters are left out, and all is as found afterwards."""
+    with as_found(model, batches), bypassed(sites), left_unpacked(model), read_eagerly(model):
+        model.eval()
+        yield
 
 
 def _usable_masks(batch: Any, rule: TokenMask, index: int) -> list[Tensor]:

@@ -16,14 +16,15 @@ from .batches import Forward, TokenMask
 from .checks import report_missing
 from .collect import Seen
 from .config import InitConfig
+from .core.estimator import GradientReader
 from .core.family import METHODS
-from .core.solve import GradientEstimator
 from .memory import MaxMemory
 from .passes import Again, Passes
 from .plan import InitPlan
 from .reading import Loss, Reading, Request, read
 from .sharded import is_split
 from .sites import Site
+from .sizing import sized
 from .version import VERSION
 
 
@@ -49,8 +50,8 @@ def compute_plan(
             None for the methods that read the weights alone (lora, pissa, olora), which never look at it.
         config: the choices; None for the defaults.
         forward: how to call the model, `forward(model, batch)`; None for model(**batch), (*batch) or (batch).
-        loss: for the methods that read gradients (lora_ga, lora_one): `loss(model, batch)`, a scalar; None for the loss
-            in the model's own output, which transformers models give when the batch has labels.
+        loss: for the methods that read gradients (descent, lora_ga, lora_one): `loss(model, batch)`, a scalar; None for
+            the loss in the model's own output, which transformers models give when the batch has labels.
         token_mask: which tokens count: None for the attention mask in the batch, "labels" for those with a label
             besides, "none" for all, or a function of the batch.
         adapter_name: of the adapter, where the model has several.
@@ -75,7 +76,8 @@ def compute_plan(
         model, batches, config, forward, loss, token_mask, adapter_name, on_missing, progress, max_memory,
         weights=weights,
     )  # fmt: skip
-    return plan_from(read(request))
+    found = read(request)
+    return sized(plan_from(found), found)
 
 
 def plan_from(reading: Reading, share: Share | None = None, again: Again | None = None) -> InitPlan:
@@ -113,7 +115,7 @@ def _starved(sites: list[Site], seen: Seen, work: Work, share: Share) -> dict[st
     if reads == "weights":
         return {}
     starved = {s.name: _starved_reason(s.name, seen) for s in sites if not seen.site_batches.get(s.name)}
-    if isinstance(work.estimator, GradientEstimator):
+    if isinstance(work.estimator, GradientReader):
         heard = share.everyone({s.name: work.estimator.has_gradient(s.name) for s in share.mine(sites)})
         silent = [s.name for s in sites if s.name not in starved and not heard[s.name]]
         starved |= dict.fromkeys(silent, "the loss does not depend on it: its gradient is zero in every batch")

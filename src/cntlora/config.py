@@ -36,25 +36,28 @@ class InitConfig:
     An option that has no effect on the method is an error where it is not at its default.
 
     Attributes:
-        method: constraint set: "cross" (eq. 4), "self" (eq. 12) or "shift" (eq. 17), or a published peer: "lora",
-            "pissa", "olora", "eva", "corda", "lora_ga", "lora_one"; see `cntlora.methods()`.
+        method: constraint set: "cross" (eq. 4), "self" (eq. 12) or "shift" (eq. 17), "descent" (eq. 4 with targets a
+            step down the loss), or a published peer: "lora", "pissa", "olora", "eva", "corda", "lora_ga", "lora_one";
+            see `cntlora.methods()`.
         base: what keeps the model's function at the start. "offset": rank 2r, the negative half frozen, starts at
             zero; "paired": the same at rank r with r/2 directions, both halves train; "subtract": W ← W − s·B·A;
-            "keep": the paper's letter, the function moves by s·B·A. r is the rank that trains in all of them. Methods
+            "keep": the paper's letter, the function moves by s·B·A. None for the method's own: "keep" for descent,
+            "offset" for the others. r is the rank that trains in all of them. Methods
             that start at B = 0 (lora, eva) keep the function as it is and need none of them: all write rank r.
         decomposition: "svd", "qr" as printed in the paper, or "qr_pivoted" (column pivoting, reveals the rank). olora
             is QR in any case.
         p: share of the singular values that goes to A (B gets 1 − p), in [0, 1]. SVD only.
         strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say. None for the method's own: 2 for
             the paper's modes (the α = 2r of its runs), 1 for pissa and corda, and the layer's scaling s for olora,
-            lora_ga and lora_one, whose sources do not divide by it.
+            lora_ga and lora_one, whose sources do not divide by it. Of descent it is the largest ‖scaling·B·A‖/‖W‖ of
+            all sites, and None is the one that lowers the loss on the first batches most.
         gram: G as the "sum" over tokens (the paper) or the "mean".
         root: square root in self mode, "paper" (D^(−½) Pᵀ), "symmetric" (P D^(−½) Pᵀ) or "cholesky" (L⁻¹ of G = L Lᵀ,
             the fastest).
         rtol: singular values at or under rtol·σ_max are dropped by †. None for max(d, b)·eps of float64.
         shift_constant: C in shift mode: a multiple of the identity, or "gaussian".
         center: eva: subtract the mean token, as its own code does; False for eq. 39 as printed.
-        damping: corda: the input covariance gets damping·mean(diag C)·I before it is inverted.
+        damping: corda, descent: the input covariance gets damping·mean(diag C)·I before it is inverted.
         num_batches: how many batches are read from the data, from its start; fewer if there are fewer. Where several
             processes run, each reads so many of its own, and B of eq. 18 is their number together.
         batch_weights: w_j of eq. 18, one a batch; None for 1 each.
@@ -73,7 +76,7 @@ class InitConfig:
     """
 
     method: str = "self"
-    base: str = "offset"
+    base: str | None = None
     decomposition: str = "svd"
     p: float = 0.5
     strength: float | None = None
@@ -96,7 +99,7 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed and not (name == "base" and self.base is None):
                 raise ValueError(unknown_name(name, getattr(self, name), allowed))
         if self.batch_weights is not None:
             object.__setattr__(self, "batch_weights", _weights(self.batch_weights))
@@ -149,9 +152,19 @@ class InitConfig:
             raise ValueError(f"{given[0]} has no effect without adaptive_ranks=True; set it, or leave {given[0]} out")
 
     @property
+    def searches(self) -> bool:
+        """Whether the size of the start is found by the loss, for which the first batches are kept."""
+        return METHODS[self.method].sized and self.strength is None
+
+    @property
     def effective_base(self) -> str:
         """The base policy in force: methods that start at B = 0 need none, which is what "keep" does."""
-        return "keep" if METHODS[self.method].zero_start else self.base
+        return "keep" if METHODS[self.method].zero_start else self.stated_base
+
+    @property
+    def stated_base(self) -> str:
+        """The base policy that is given, else the method's own."""
+        return METHODS[self.method].base if self.base is None else self.base
 
     @property
     def effective_decomposition(self) -> str:
@@ -159,9 +172,12 @@ class InitConfig:
         return METHODS[self.method].decomposition if self.decomposition == "svd" else self.decomposition
 
     def strength_at(self, scaling: float) -> float:
-        """The strength in force at a layer of this scaling: the one given, else the method's own."""
+        """The strength in force at a layer of this scaling: the one given, else the method's own.
+
+        1 where the size of the start is found when the factors are there.
+        """
         own = METHODS[self.method].strength
-        if self.strength is not None:
+        if self.strength is not None and not METHODS[self.method].sized:
             return float(self.strength)
         return scaling if own is None else own
 

@@ -100,7 +100,7 @@ def _run(
     batches, held_out = task.train_batches(seed), task.eval_batches()
     start = time.perf_counter()
     if name == "cntlora":
-        initialize(model, batches, InitConfig(method="self"))
+        initialize(model, batches, InitConfig(method="descent"))
     init_seconds = time.perf_counter() - start if name == "cntlora" else 0.0
     say(f"{name}: learning rate {LEARNING_RATES[name]:g}, initialised in {init_seconds:.1f} s")
     torch.manual_seed(seed)

@@ -86,7 +86,7 @@ def scalar_loss(output: Any, index: int) -> Tensor:
     """The loss in what a model gave: itself, `output.loss`, `output["loss"]`, or the first of a tuple.
 
     Raises:
-        ValueError: if there is none, or it does not depend on the weights.
+        ValueError: if there is none, it is not finite, or, where gradients are enabled, it does not depend on weights.
     """
     loss = output
     if isinstance(output, Mapping):
@@ -101,7 +101,7 @@ def scalar_loss(output: Any, index: int) -> Tensor:
             f"({type(output).__name__}) has none; put labels into the batches, or give loss=, a function of the model "
             "and the batch that returns a scalar"
         )
-    if not loss.requires_grad:
+    if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(
             f"batch {index}: the loss does not depend on the weights of the adapted layers, so it has no gradient; is "
             "the model called under torch.no_grad(), or the adapter on layers that do not reach the loss?"

@@ -21,6 +21,7 @@ from .memory import MaxMemory
 from .reading import Loss, Request, read
 from .sharded import partitioned, recover, reshard, shards
 from .sites import lora_layers
+from .sizing import sized
 from .summary import InitReport
 from .trainers import check_trainer, closed, left_as_found, training_arguments
 from .zero3 import gathering, is_partitioned
@@ -71,7 +72,7 @@ def initialize(
     try:
         with closed(batches):
             found = agreed(attempt(lambda: read(request)), "the end of its data")
-        plan = plan_from(found) if alone() and not sharded else plan_together(found)
+        plan = sized(plan_from(found) if alone() and not sharded else plan_together(found), found)
     except BaseException:
         recover(model, sharded)
         raise

@@ -91,14 +91,16 @@ class Budget:
 
     Attributes:
         limits: bytes by place, see `parse_limits`.
-        of_gradients: whether gradients (k, d) are summed, and not d×d statistics of the inputs; they come for all sites
-            at once, so that there is one pass only.
+        of_gradients: whether gradients (k, d) are summed; they come for all sites at once, so that there is one pass
+            only.
+        of_inputs: whether d×d statistics of the inputs are summed.
         own_sums: whether each site may need a sum (k, d) of its own besides (shift mode).
         held: what is noted for the report.
     """
 
     limits: Mapping[str, float]
     of_gradients: bool = False
+    of_inputs: bool = True
     own_sums: bool = False
     held: Held = field(default_factory=Held)
     admitted: set[str] = field(default_factory=set)
@@ -184,16 +186,14 @@ class Budget:
         return self.limits[place] * (USABLE if place == "device" else 1.0)
 
     def _sums(self, site: Site, known: bool) -> int:
-        if self.of_gradients:
-            return 4 * site.in_features * site.out_features
         own = self._item(site) * site.in_features * site.out_features if self.own_sums else 0
-        return own + (0 if known else self._item(site) * site.in_features**2)
+        own += 4 * site.in_features * site.out_features if self.of_gradients else 0
+        return own + (self._item(site) * site.in_features**2 if self.of_inputs and not known else 0)
 
     def _moments(self, site: Site) -> int:
         """Of one batch: at most d rows are kept, and else d×d; of gradients, the gradient."""
-        if self.of_gradients:
-            return site.stored.element_size() * site.in_features * site.out_features
-        return self._item(site) * site.in_features**2
+        gradient = site.stored.element_size() * site.in_features * site.out_features if self.of_gradients else 0
+        return gradient + (self._item(site) * site.in_features**2 if self.of_inputs else 0)
 
     def _working_room(self, site: Site) -> int:
         """In which one input is digested (five d×d, the tokens in the dtype of accumulation among them) and one site is
@@ -202,7 +202,7 @@ class Budget:
         d, k = site.in_features, site.out_features
         threads = torch.get_num_threads() if d <= SIDE_BY_SIDE else 1
         side_by_side = {"cpu": threads, "cuda": STREAMS}.get(site.device.type, 1)
-        digest = 0 if self.of_gradients else 5 * self._item(site) * d * d
+        digest = 5 * self._item(site) * d * d if self.of_inputs else 0
         return side_by_side * max(digest, 24 * d * k)
 
     def _item(self, site: Site) -> int:

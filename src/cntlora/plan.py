@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .atomic import write_atomically
 from .config import InitConfig
 from .sites import Site
 
-FORMAT = 4
+FORMAT = 5
 _KEY, _DIGEST = "cntlora_plan", "cntlora_digest"
 
 
@@ -97,6 +97,8 @@ class InitPlan:
         batches: batches read; seconds: of the whole computation; forward_seconds: of its data pass.
         versions: of cntlora and torch.
         memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
+        step: where the size of the start was found by the loss: "size" (the largest ‖scaling·B·A‖/‖W‖ of all sites),
+            "loss_before", "loss_after" and the "batches" that they are the mean of, and "trials"; else empty.
     """
 
     sites: Mapping[str, SitePlan]
@@ -107,6 +109,7 @@ class InitPlan:
     forward_seconds: float
     versions: Mapping[str, str]
     memory: Mapping[str, int]
+    step: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, first under a temporary name. No pickle, no path inside."""
@@ -129,6 +132,7 @@ class InitPlan:
             "forward_seconds": self.forward_seconds,
             "versions": dict(self.versions),
             "memory": dict(self.memory),
+            "step": dict(self.step),
             "digests": {key: _digest(tensor) for key, tensor in tensors.items()},
         }
         text = json.dumps(head)
@@ -176,7 +180,7 @@ class InitPlan:
                 raise ValueError(f"the model adapts {name!r}, the plan has nothing for it; {_OTHER_MODEL}")
 
 
-_REST = ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory")
+_REST = ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory", "step")
 
 
 def _site_of(name: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SitePlan:

@@ -59,7 +59,7 @@ class Start:
         tokens = [site.tokens for site in plan.sites.values()] or [0]
         return cls(
             method=config.method,
-            base="zero" if METHODS[config.method].zero_start else config.base,
+            base="zero" if METHODS[config.method].zero_start else config.stated_base,
             options=options,
             reads=reads,
             batches=plan.batches,

@@ -18,9 +18,8 @@ from .batches import Forward, TokenMask, first_batches
 from .checks import check_adapter, usable_sites
 from .collect import Seen, collect
 from .config import InitConfig
-from .core.estimator import InputReader
+from .core.estimator import GradientReader, InputReader
 from .core.family import METHODS
-from .core.solve import GradientEstimator
 from .gradients import weight_gradients
 from .memory import Budget, MaxMemory, parse_limits
 from .sharded import reshard
@@ -123,7 +122,12 @@ def read(request: Request) -> Reading:
     method = METHODS[config.method]
     work = Work(method.estimator(lambda name: working_weight(by_name[name]), config), config, by_name)
     work.take = request.take or work.take
-    budget = Budget(limits, of_gradients=method.reads == "gradients", own_sums=config.method == "shift")
+    budget = Budget(
+        limits,
+        of_gradients=method.reads == "gradients",
+        of_inputs=isinstance(work.estimator, InputReader),
+        own_sums=config.method == "shift",
+    )
     reading = Reading(request, sites, skipped, work, budget, started)
     try:
         reading.again(sites)
@@ -139,18 +143,19 @@ def _read(reading: Reading, sites: list[Site]) -> Seen:
     config, reads = work.config, METHODS[work.config.method].reads
     if reads == "weights":
         return Seen()
-    _check_request(request, config.method, reads)
+    inputs = isinstance(work.estimator, InputReader)
+    _check_request(request, config.method, reads, inputs)
     with ExitStack() as stack:
         backward, forward = None, request.forward
         if reads == "gradients":
             backward = stack.enter_context(weight_gradients(request.model, sites, _gradient_sink(work)))
             forward = request.loss or forward
-        totals = isinstance(work.estimator, InputReader) and work.estimator.totals
+        totals = isinstance(work.estimator, InputReader) and work.estimator.totals  # `inputs`, as mypy wants it
         step = stack.enter_context(_progress(config.num_batches, request.progress))
         seen = collect(
-            request.model, sites, _kept(request, config.num_batches, reading.budget), work.absorb,
+            request.model, sites, _batches(request, config, reading.budget), work.absorb,
             num_batches=config.num_batches, gram=config.gram, forward=forward, token_mask=request.token_mask,
-            on_output=backward, step=step, totals=totals, admits=reading.budget.admits,
+            on_output=backward, step=step, inputs=inputs, totals=totals, admits=reading.budget.admits,
         )  # fmt: skip
     if config.batch_weights is not None and len(config.batch_weights) != seen.batches:
         raise ValueError(
@@ -159,15 +164,15 @@ def _read(reading: Reading, sites: list[Site]) -> Seen:
     return seen
 
 
-def _kept(request: Request, count: int, budget: Budget) -> Iterable[Any]:
-    """The batches; kept where there may be another pass, since a loader that shuffles would give others then."""
+def _batches(request: Request, config: InitConfig, budget: Budget) -> Iterable[Any]:
+    """The batches; kept where they are needed again, since a loader that shuffles would give others then."""
     assert request.batches is not None
-    if budget.limited and not isinstance(request.batches, _Kept):
-        request.batches = _Kept(request.batches, count)
+    if (budget.limited or config.searches) and not isinstance(request.batches, Kept):
+        request.batches = Kept(request.batches, config.num_batches)
     return request.batches
 
 
-class _Kept:
+class Kept:
     """Gives the first batches of a source, and later the very same again; else it is the source."""
 
     def __init__(self, source: Iterable[Any], count: int) -> None:
@@ -187,10 +192,10 @@ class _Kept:
             yield batch
 
 
-def _check_request(request: Request, method: str, reads: str) -> None:
+def _check_request(request: Request, method: str, reads: str, reads_inputs: bool) -> None:
     if request.batches is None:
         raise ValueError(f"batches: method {method!r} reads {reads}, so it needs some; give a DataLoader or a list")
-    if reads == "gradients" and request.token_mask is not None:
+    if not reads_inputs and request.token_mask is not None:
         raise ValueError(
             f"token_mask: has no effect with method {method!r}, which reads gradients: the loss decides which "
             "tokens count (label padding −100); leave it out"
@@ -199,7 +204,7 @@ def _check_request(request: Request, method: str, reads: str) -> None:
 
 def _gradient_sink(work: Work) -> Callable[[int, str, Tensor], None]:
     estimator = work.estimator
-    assert isinstance(estimator, GradientEstimator)
+    assert isinstance(estimator, GradientReader)
 
     def sink(index: int, name: str, G: Tensor) -> None:
         estimator.add_gradient(name, G, work.weight(index))

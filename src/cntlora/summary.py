@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .config import InitConfig
@@ -23,6 +23,7 @@ class InitReport:
         skipped: sites left as plain LoRA, and why.
         batches: batches read. seconds, forward_seconds: of the whole, and of the data pass with its statistics.
         memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
+        step: of descent, see `InitPlan`; else empty.
     """
 
     config: InitConfig
@@ -32,12 +33,13 @@ class InitReport:
     seconds: float
     forward_seconds: float
     memory: Mapping[str, int]
+    step: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: InitPlan) -> InitReport:
         """The report of a plan."""
         sites = {name: site_dict(site) for name, site in plan.sites.items()}
-        rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory))
+        rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory), dict(plan.step))
         return cls(plan.config, sites, dict(plan.skipped), *rest)
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,11 +52,12 @@ class InitReport:
             "seconds": self.seconds,
             "forward_seconds": self.forward_seconds,
             "memory": dict(self.memory),
+            "step": dict(self.step),
         }
 
     def __str__(self) -> str:
         c = self.config
-        start = f"base {c.base}" if c.effective_base == c.base else "B = 0"
+        start = f"base {c.effective_base}" if c.effective_base == c.stated_base else "B = 0"
         total = sum(site["rank"] for site in self.sites.values())
         title = (
             f"{c.method} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
@@ -64,9 +67,18 @@ class InitReport:
         lines = [text_table(title, heads, [(name, *_cells(s)) for name, s in self.sites.items()])]
         if any(_starving(s) for s in self.sites.values()):
             lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
+        lines += [_taken(self.step)] if self.step else []
         lines += _places(self.memory)
         lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _taken(step: Mapping[str, float]) -> str:
+    """The step that the start takes, and what it does to the loss."""
+    losses = ""
+    if "loss_before" in step:
+        losses = f"; loss {step['loss_before']:.4f} → {step['loss_after']:.4f} on {step['batches']:.0f} batches"
+    return f"step: ‖s·B·A‖/‖W‖ is {step['size']:.3g} at the site where it is largest{losses}"
 
 
 def _places(memory: Mapping[str, int]) -> list[str]:

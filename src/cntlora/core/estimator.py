@@ -78,6 +78,17 @@ class InputReader(Estimator, Protocol):
         """Adds a digest times w_j."""
 
 
+@runtime_checkable
+class GradientReader(Estimator, Protocol):
+    """An estimator that reads the gradient of the loss by the weights; it may read inputs besides."""
+
+    def add_gradient(self, name: str, G: Tensor, weight: float) -> None:
+        """Adds ∂L/∂W (k, d) of one batch, times w_j."""
+
+    def has_gradient(self, name: str) -> bool:
+        """Whether a gradient other than zero has come."""
+
+
 def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], Any]], weight: float) -> None:
     """Adds one batch, times w_j: for every distinct input the sites that saw it, and its `Moments`.
 

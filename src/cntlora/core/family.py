@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from .constraints import cross_map, cross_quick, self_map, self_quick
+from .descent import DescentEstimator, descent_factors
 from .estimator import Estimator
 from .factor import Spectrum, qr_factors, svd_factors
 from .peers import (
@@ -89,10 +90,13 @@ class Method:
         factors: makes B (k, r) and A (r, d).
         strength: default of `InitConfig.strength`: scaling·B·A = strength·[ΔW]_r; None for the layer's scaling s,
             where the source does not divide by it (B·A = [ΔW]_r).
-        reads: "inputs" of the layers, "gradients" of the loss by W, or "weights" alone.
+        reads: "inputs" of the layers, "gradients" of the loss by W (of inputs too, where its estimator is an
+            `InputReader`), or "weights" alone.
         zero_start: whether B = 0, so that the function starts unchanged whatever becomes of W.
         width: singular triplets that it uses, as a multiple of r.
         ranked: whether it has a spectrum to share ranks out by.
+        base: its own, where `InitConfig.base` is at its default.
+        sized: whether the size of the start is found by the loss (`cntlora.sizing`), and `strength` is that size.
         decomposition: its own, where `InitConfig.decomposition` is at its default.
         options: those of `InitConfig` that have an effect on it, of `METHOD_OPTIONS`.
     """
@@ -107,6 +111,8 @@ class Method:
     zero_start: bool = False
     width: int = 1
     ranked: bool = True
+    base: str = "offset"
+    sized: bool = False
     decomposition: Literal["svd", "qr"] = "svd"
     options: frozenset[str] = frozenset()
 
@@ -150,16 +156,24 @@ def _shift(weight_of: WeightOf, o: Options) -> Estimator:
 def _corda_sums(weight_of: WeightOf, o: Options) -> Estimator:
     return InputEstimator(
         lambda gram, total, tokens: damped_inverse(gram / tokens, o.damping),
-        lambda name, C: corda_target(weight_of(name).to(C[0]), *C),
+        lambda name, batches, C: corda_target(weight_of(name).to(C[0]), *C),
     )
+
+
+def _descent_sums(weight_of: WeightOf, o: Options) -> Estimator:
+    return DescentEstimator(weight_of, o.damping)
 
 
 def _eva_sums(weight_of: WeightOf, o: Options) -> Estimator:
     return InputEstimator(
         lambda gram, total, tokens: eva_target(gram, total, tokens, o.center, o.exact_svd),
-        lambda name, target: target,
+        lambda name, batches, target: target,
         o.center,
     )
+
+
+def _descent(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
+    return descent_factors(*product_factors(goal, o))
 
 
 def _weights(make: Callable[[Tensor], Target] | None) -> Callable[[WeightOf, Options], Estimator]:
@@ -184,6 +198,9 @@ METHODS: dict[str, Method] = {
                _self, product_factors, strength=2.0, options=_ESTIMATE | {"root"}),
         Method("shift", "output covariances differ by a constant", "Das et al. 2025, eq. 17",
                _shift, product_factors, strength=2.0, options=_ESTIMATE | {"shift_constant"}),
+        Method("descent", "outputs one step down the loss, of a size that the loss finds",
+               "cntlora, eq. 4 with targets W X − η ∂L/∂Y", _descent_sums, _descent,
+               reads="gradients", base="keep", sized=True, options=frozenset({"strength", "damping", "batch_weights"})),
         Method("lora", "A random, B zero", "Hu et al. 2021; eq. 22",
                _weights(None), _lora, reads="weights", zero_start=True, ranked=False),
         Method("pissa", "principal singular triplets of W", "Meng et al. 2024; eq. 24",

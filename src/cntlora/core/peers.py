@@ -42,6 +42,11 @@ def pissa_target(W: Tensor) -> Target:
     return Target(M=W, is_delta=True)
 
 
+def damped(C: Tensor, damping: float) -> Tensor:
+    """C̃ = C + damping·mean(diag C)·I."""
+    return C + damping * C.diagonal().mean() * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
+
+
 def damped_inverse(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """C̃ = C + damping·mean(diag C)·I and its inverse, for `corda_target`.
 
@@ -51,15 +56,14 @@ def damped_inverse(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if C̃ is singular.
     """
-    ridge = damping * float(C.diagonal().mean())
-    damped = C + ridge * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
-    L, info = torch.linalg.cholesky_ex(damped)
+    whole = damped(C, damping)
+    L, info = torch.linalg.cholesky_ex(whole)
     if int(info) != 0:
         raise ValueError(
             f"damping: C + {damping:g}·mean(diag C)·I is singular, so that CorDA has no inverse; raise damping, or "
             "read more tokens"
         )
-    return damped, torch.cholesky_inverse(L)
+    return whole, torch.cholesky_inverse(L)
 
 
 def corda_target(W: Tensor, C: Tensor, inverse: Tensor) -> Target:

@@ -205,14 +205,14 @@ class InputEstimator(Generic[Shared]):
 
     Args:
         share: X Xᵀ (d, d), Σ x (d,), n → what does not depend on W, once for neighbours that share their input.
-        make: site name and that → its target.
+        make: site name, batches in which it saw a token, and that → its target.
         totals: whether Σ x is wanted; else it is zero.
     """
 
     def __init__(
         self,
         share: Callable[[Tensor, Tensor, float], Shared],
-        make: Callable[[str, Shared], Target],
+        make: Callable[[str, int, Shared], Target],
         totals: bool = False,
     ) -> None:
         self.share, self.make, self.totals = share, make, totals
@@ -246,7 +246,7 @@ class InputEstimator(Generic[Shared]):
             _, shared, rank = self._last
             if rank is not None:
                 self.ranks[name] = rank
-        return self.make(name, shared)
+        return self.make(name, batches, shared)
 
     def _shared(self, packed: Tensor) -> tuple[Shared, int | None]:
         gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
@@ -260,28 +260,39 @@ class InputEstimator(Generic[Shared]):
         return self.ranks.get(name)
 
 
-class GradientEstimator:
-    """Methods of the gradient of the loss by W, its mean over batches (LoRA-GA, LoRA-One)."""
+class GradientSums:
+    """∂L/∂W of every site, summed over batches (a `GradientReader`)."""
 
-    def __init__(self, make: Callable[[Tensor], Target]) -> None:
-        self.make = make
-        self.sums = SharedSums()
-        self.accumulated: tuple[SharedSums, ...] = (self.sums,)
-        self.ranks: dict[str, int] = {}
+    def __init__(self) -> None:
+        self.gradients = SharedSums()
 
     def add_gradient(self, name: str, G: Tensor, weight: float) -> None:
         """Adds ∂L/∂W (k, d) of one batch, times w_j."""
-        self.sums.add([name], G.to(torch.promote_types(G.dtype, torch.float32), copy=True), weight)
+        self.gradients.add([name], G.to(torch.promote_types(G.dtype, torch.float32), copy=True), weight)
 
     def has_gradient(self, name: str) -> bool:
         """Whether a gradient other than zero has come."""
-        total = self.sums.get(name)
+        total = self.gradients.get(name)
         return total is not None and bool(total.any())
 
-    def target(self, name: str, batches: int, initial: str) -> Target:
-        total = self.sums.get(name)
+    def mean_gradient(self, name: str, batches: int) -> Tensor:
+        """The mean of ∂L/∂W (k, d) over so many batches."""
+        total = self.gradients.get(name)
         assert total is not None, f"{name} has no gradient"
-        return self.make(total / batches)
+        return total / batches
+
+
+class GradientEstimator(GradientSums):
+    """Methods of the gradient of the loss by W, its mean over batches (LoRA-GA, LoRA-One)."""
+
+    def __init__(self, make: Callable[[Tensor], Target]) -> None:
+        super().__init__()
+        self.make = make
+        self.accumulated: tuple[SharedSums, ...] = (self.gradients,)
+        self.ranks: dict[str, int] = {}
+
+    def target(self, name: str, batches: int, initial: str) -> Target:
+        return self.make(self.mean_gradient(name, batches))
 
     def effective_rank(self, name: str) -> int | None:
         return None

@@ -19,6 +19,7 @@ LABELS = {
     "cross": "CNTLoRA-X",
     "self": "CNTLoRA-S",
     "shift": "CNTLoRA-Sh",
+    "descent": "CNTLoRA-D",
     "pissa": "PiSSA",
     "olora": "OLoRA",
     "eva": "EVA",

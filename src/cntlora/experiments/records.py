@@ -61,7 +61,7 @@ class Run:
         config = {
             "task": {**asdict(e.task), **data_digests(e.task)},
             "lora": None if self.arm.full else {**asdict(e.lora), **self.arm.lora, "init": self.arm.peft},
-            "init": None if init is None else init.to_dict(),
+            "init": None if init is None else {**init.to_dict(), "base": init.stated_base},
             "num_batches": e.num_batches if self.arm.peft else None,  # of cntlora's arms it is in "init"
             "train": {**asdict(e.train), "learning_rate": self.learning_rate, "seed": self.seed},
         }

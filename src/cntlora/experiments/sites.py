@@ -84,7 +84,7 @@ def _start_norm(site: Site) -> float:
 def trainable_parameters(model: nn.Module, plan: InitPlan | None) -> int:
     """Elements that training changes: those that require gradients, without the frozen half of base "offset"."""
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if plan is None or plan.config.base != "offset":
+    if plan is None or plan.config.effective_base != "offset":
         return total
     frozen = sum((s.file_rank - s.rank) * (s.A.shape[1] + s.B.shape[0]) for s in plan.sites.values())
     return total - frozen

@@ -11,7 +11,7 @@ PEERS = (
     *("full", "lora", "adalora", "pissa", "olora", "eva", "corda", "lora_ga", "lora_one"),
     *("dora", "rslora", "eva+dora"),
 )
-OURS = ("cross", "self", "shift")
+OURS = ("cross", "self", "shift", "descent")
 GROUNDS = ("#ffffff", "#14161a")  # of the page, light and dark
 LEGIBLE = 2.2  # least contrast of a colour with both
 BANDS = 8  # with more methods than this, bands of spread would hide the lines
@@ -34,6 +34,7 @@ _HUES = {
     "lora_one": "#7c6f5a",
     "dora": "#3fa396",
     "rslora": "#cc6677",
+    "descent": "#b5179e",  # last, so that the others keep their markers
 }
 _MARKERS = (
     *("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "pentagon", "hexagon"),
@@ -57,7 +58,7 @@ class Style:
 
 
 def group_of(method: str) -> str:
-    """ "ours" (cross, self, shift and their variants), "peers" (of the paper), "peft" (peft:…) or "other"."""
+    """ "ours" (cross, self, shift, descent and their variants), "peers" (of the paper), "peft" (peft:…) or "other"."""
     if method.startswith("peft:"):
         return "peft"
     if method.startswith(OURS):

@@ -157,7 +157,8 @@ def studies(records: Iterable[Record], criterion: str = MEAN_LOSS) -> list[Study
     Args:
         criterion: "mean_loss" (training loss, mean over all steps), a held-out metric at the last evaluation, or
             "main": each study's own main metric. A learning rate's value is the mean over seeds; the best one wins,
-            the smaller learning rate in a tie; one at which any seed diverged or failed never beats a whole one.
+            the smaller learning rate in a tie; one at which any seed diverged or failed never beats a whole one, and
+            one with fewer seeds than another of the method does not compete.
 
     Raises:
         ValueError: a study has no metric of the name `criterion`.
@@ -243,10 +244,16 @@ def _study(name: str, runs: Sequence[Record], criterion: str) -> Study:
         known = ", ".join([MEAN_LOSS, MAIN, *metrics])
         raise ValueError(f"{name} has no {criterion!r} to choose by; expected one of {known}")
     best = {
-        method: min((g for g in groups if g.method == method), key=lambda g: _badness(g, criterion, metrics))
+        method: min(_fullest(groups, method), key=lambda g: _badness(g, criterion, metrics))
         for method in ordered(group.method for group in groups)
     }
     return Study(name, groups, _labels(best, runs), metrics, main, criterion, best)
+
+
+def _fullest(groups: Iterable[Group], method: str) -> list[Group]:
+    """A method's groups that have the most seeds: one that has fewer may only have had the easier ones."""
+    own = [group for group in groups if group.method == method]
+    return [group for group in own if len(group.runs) == max(len(other.runs) for other in own)]
 
 
 def _badness(group: Group, criterion: str, metrics: Mapping[str, str]) -> tuple[bool, float, float]:

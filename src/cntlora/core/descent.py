@@ -1,0 +1,82 @@
+"""Descent mode, beyond the paper: the paper's cross-domain constraint with targets one step down the loss.
+
+Equation 4 asks for W_tar X = W X_src. Here the outputs Y = W X are asked to move down the loss: W_tar X = Y − η ∂L/∂Y.
+Its least-squares solution of least change is ΔW = −η (∂L/∂Y) X† = −η (∂L/∂Y Xᵀ)(X Xᵀ)†, and ∂L/∂Y Xᵀ is the gradient
+∂L/∂W that autograd gives. Of rank r the best is the one that is nearest in the outputs, ‖(ΔW − B·A) X‖_F.
+
+η is one number times the mean square of a site's outputs: so the step lowers the loss most, to first order, for what
+the relative changes of all sites' outputs add up to (in squares), and does not depend on the units of any output. The
+number is found by the loss on the first batches (`cntlora.sizing`).
+
+Layout: G = ∂L/∂W (k, d), the mean over batches; C = X Xᵀ / n (d, d) over all tokens of all batches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .peers import Target, damped
+from .solve import GradientSums, InputEstimator, WeightOf
+
+ROW_NORM = 1 / math.sqrt(3)
+"""Norm of a row of A: that of plain LoRA's, uniform in ±1/√d, so that learning rates are of the same size."""
+
+
+def whitening(C: Tensor, damping: float) -> Tensor:
+    """L⁻¹ (d, d) of C + damping·mean(diag C)·I = L Lᵀ: L⁻¹ X / √n has orthonormal rows, up to the damping.
+
+    Raises:
+        ValueError: if that matrix is singular.
+    """
+    L, info = torch.linalg.cholesky_ex(damped(C, damping))
+    if int(info) != 0:
+        raise ValueError(
+            f"damping: C + {damping:g}·mean(diag C)·I is singular, so that the constraint has no solution; raise "
+            "damping, or read more tokens"
+        )
+    return torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
+
+
+def mean_square(W: Tensor, C: Tensor) -> Tensor:
+    """Of the outputs W x: tr(W C Wᵀ)/k (), over tokens and output features."""
+    return ((W @ C) * W).sum() / W.shape[0]
+
+
+def descent_target(G: Tensor, inverse: Tensor, eta: Tensor | float = 1.0) -> Target:
+    """[ΔW]_r = [M]_r L⁻¹ with M = −η G L⁻ᵀ, the nearest of rank r to ΔW = −η G C⁻¹ in ‖(ΔW − B·A) X‖_F.
+
+    ‖D X‖_F² / n = ‖D L‖_F² for C = L Lᵀ, and ΔW L = −η G L⁻ᵀ: its truncated SVD times L⁻¹ is the best of that rank.
+
+    Args:
+        inverse: L⁻¹ of `whitening`.
+        eta: of this site, up to a factor that is common to all.
+    """
+    return Target(M=-eta * (G.to(inverse) @ inverse.mT), right=inverse)
+
+
+def descent_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product B·A with orthonormal rows in A, times ROW_NORM; the size of the step is all in B."""
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return (B @ U) * (S / ROW_NORM), ROW_NORM * Vh
+
+
+class DescentEstimator(InputEstimator[tuple[Tensor, Tensor]], GradientSums):
+    """X Xᵀ and n of all inputs together, and ∂L/∂W, its mean over batches.
+
+    Args:
+        damping: of C, in units of the mean of its diagonal.
+    """
+
+    def __init__(self, weight_of: WeightOf, damping: float) -> None:
+        GradientSums.__init__(self)
+        InputEstimator.__init__(self, lambda gram, total, n: (gram / n, whitening(gram / n, damping)), self._made)
+        self.weight_of = weight_of
+        self.accumulated = (self.sums, self.gradients)
+
+    def _made(self, name: str, batches: int, shared: tuple[Tensor, Tensor]) -> Target:
+        C, inverse = shared
+        eta = mean_square(self.weight_of(name).to(C), C)
+        return descent_target(self.mean_gradient(name, batches), inverse, eta)

@@ -1,0 +1,226 @@
+"""Descent mode: its equation, what makes it the best step of its rank, and how its size is found."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import reference
+from tests.cases import SIZES, Mlp, added, array, draw, inputs_of, mlp, relative_error, token_batches, wrapped
+from tests.tiny import KINDS, adapted, changed, one_shot, state, text_batches
+from torch import Tensor, nn
+
+from cntlora import InitConfig, InitReport, compute_plan, initialize
+from cntlora.core.descent import ROW_NORM, descent_factors, descent_target, mean_square, whitening
+from cntlora.gradients import scalar_loss
+from cntlora.sizing import FIRST, LEAST, MOST, SEARCHED, search
+
+DESCENT = InitConfig(method="descent")
+
+
+def squares(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def gradients(base: nn.Module, batches: list[Tensor]) -> dict[str, np.ndarray]:
+    base = copy.deepcopy(base)
+    for batch in batches:
+        (squares(base, batch) / len(batches)).backward()
+    return {name: array(base.get_submodule(name).weight.grad) for name in Mlp.targets}
+
+
+# --- the equation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 2e-3)])
+def test_the_product_is_the_least_squares_step_up_to_one_number(dtype: torch.dtype, tolerance: float) -> None:
+    base, batches = mlp(dtype=dtype), token_batches(SIZES, dtype=dtype)
+    X, G = inputs_of(base, batches), gradients(base, batches)
+    plan = compute_plan(
+        wrapped(base), batches, InitConfig(method="descent", strength=0.1), loss=squares, progress=False
+    )
+    factors = []
+    for name, site in plan.sites.items():
+        W = array(base.get_submodule(name).weight)
+        want = reference.descent_delta(W, np.hstack(X[name]), G[name], site.rank, damping=0.01)
+        factors.append(float(np.sum(added(site) * want) / np.sum(want**2)))
+        assert relative_error(added(site), factors[-1] * want) < tolerance, name
+        other = reference.descent_delta(W, np.hstack(X[name]), array(draw(6, *W.shape)), site.rank, damping=0.01)
+        assert relative_error(added(site), factors[-1] * other) > 0.3  # the control: another gradient
+    assert max(factors) / min(factors) - 1 < tolerance and min(factors) > 0
+    assert max(s.start_norm / s.weight_norm for s in plan.sites.values()) == pytest.approx(0.1)
+
+
+def test_no_product_of_that_rank_is_nearer_in_the_outputs() -> None:
+    X, G, r = draw(1, 12, 40), draw(2, 9, 12), 3
+    C = X @ X.mT / 40
+    full = -G @ torch.linalg.inv(C)
+    target = descent_target(G, whitening(C, 0.0))
+    U, S, Vh = torch.linalg.svd(target.M)
+    best = (U[:, :r] * S[:r]) @ Vh[:r] @ target.right
+    distance = float(torch.linalg.matrix_norm((full - best) @ X))
+    for seed in range(20):
+        near = best + 1e-3 * draw(seed, 9, r) @ draw(seed + 99, r, 12)
+        u, s, v = torch.linalg.svd(near)
+        assert float(torch.linalg.matrix_norm((full - (u[:, :r] * s[:r]) @ v[:r]) @ X)) >= distance
+    u, s, v = torch.linalg.svd(full)  # the control: cut where ΔW itself is nearest, which its inputs do not know of
+    assert float(torch.linalg.matrix_norm((full - (u[:, :r] * s[:r]) @ v[:r]) @ X)) > 1.01 * distance
+
+
+def test_the_factors_have_plain_loras_rows_in_a_and_the_step_in_b() -> None:
+    B, A = draw(1, 9, 3), draw(2, 3, 12)
+    up, down = descent_factors(B, A)
+    assert relative_error(up @ down, B @ A) < 1e-12
+    assert relative_error(down @ down.mT, ROW_NORM**2 * torch.eye(3).double()) < 1e-6
+    assert relative_error(A @ A.mT, ROW_NORM**2 * torch.eye(3)) > 0.1
+    random = (2 * torch.rand(64, 400, generator=torch.Generator().manual_seed(0)) - 1) / 400**0.5
+    assert float(random.norm(dim=1).mean()) == pytest.approx(ROW_NORM, rel=0.02)
+
+
+def test_the_units_of_a_layers_outputs_do_not_matter() -> None:
+    """y → 10 y, undone behind the layer: G becomes G / 10, and the relative step is the same."""
+    X, G, W = draw(1, 12, 40), draw(2, 9, 12), draw(3, 9, 12)
+    C = X @ X.mT / 40
+    inverse = whitening(C, 0.01)
+
+    def step(W: Tensor, G: Tensor, eta: Any) -> Tensor:
+        target = descent_target(G, inverse, eta)
+        return target.M @ target.right / torch.linalg.matrix_norm(W)
+
+    assert relative_error(step(10 * W, G / 10, mean_square(10 * W, C)), step(W, G, mean_square(W, C))) < 1e-12
+    assert relative_error(step(10 * W, G / 10, 1.0), step(W, G, 1.0)) > 0.9  # the control
+
+
+def test_a_singular_input_without_damping_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match="damping: .* singular"):
+        whitening(torch.zeros(3, 3, dtype=torch.float64), 0.01)
+
+
+# --- the size -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best", [3 * LEAST, 0.004, 0.02, 0.1, 0.3])
+def test_the_search_finds_the_lowest_loss(best: float) -> None:
+    found = search(lambda size: 1 + (math.log2(size / best) ** 2 if size else 200.0))
+    assert found["size"] == pytest.approx(best, rel=1e-6) or (best < 4 * LEAST and found["size"] < 2 * best)
+    assert found["loss_after"] < found["loss_before"] and found["trials"] <= 13
+
+
+def test_the_search_stays_within_bounds_and_survives_overflow() -> None:
+    assert search(lambda size: 1 - size)["size"] == MOST
+    rising = search(lambda size: 1 + size)
+    assert rising["size"] == LEAST and rising["loss_after"] == pytest.approx(1, abs=1e-3)
+    broken = search(lambda size: math.nan if size > 4 * FIRST else 1 - size)
+    assert FIRST <= broken["size"] <= 4 * FIRST * 2**0.5 and math.isfinite(broken["loss_after"])
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_the_step_lowers_the_loss_that_it_reports(kind: str) -> None:
+    model, batches = adapted(kind), KINDS[kind].batches()
+    report = initialize(model, batches, DESCENT, progress=False)
+    count = min(SEARCHED, len(batches))
+    model.eval()
+    with torch.no_grad():
+        after = sum(float(model(**batch).loss) for batch in batches[:count]) / count
+    assert report.step["batches"] == count
+    assert after == pytest.approx(report.step["loss_after"], rel=1e-4)
+    assert after < report.step["loss_before"] - 1e-3
+    assert "step: ‖s·B·A‖/‖W‖ is" in str(report) and report.to_dict()["step"] == report.step
+    with torch.no_grad():  # the control: the same step the other way
+        for name, p in model.named_parameters():
+            p.mul_(-1 if "lora_B" in name else 1)
+        assert sum(float(model(**batch).loss) for batch in batches[:count]) / count > report.step["loss_before"]
+
+
+def test_a_strength_is_the_size_and_costs_no_trial() -> None:
+    calls: list[Any] = []
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        calls.append(batch)
+        return model(**batch)
+
+    batches = text_batches()
+    plan = compute_plan(adapted(), batches, InitConfig(method="descent", strength=0.2), loss=loss, progress=False)
+    assert plan.step == {"size": 0.2} and len(calls) == len(batches)
+    assert max(s.start_norm / s.weight_norm for s in plan.sites.values()) == pytest.approx(0.2)
+    searched = compute_plan(adapted(), batches, DESCENT, loss=loss, progress=False)
+    assert len(calls) == 2 * len(batches) + searched.step["trials"] * min(SEARCHED, len(batches))
+
+
+def test_dora_starts_at_the_same_function() -> None:
+    batches = text_batches()
+    plain, dora = (adapted("bert", use_dora=use) for use in (False, True))
+    for model in (plain, dora):
+        initialize(model, batches, DESCENT, progress=False)
+    one, other = (model.eval()(**batches[0]).logits for model in (plain, dora))
+    assert relative_error(other, one) < 1e-5
+
+
+def test_the_model_the_data_and_the_generators_are_as_found() -> None:
+    model, batches = adapted(), text_batches(6)
+    model.train()
+    before, torch_state = state(model), torch.random.get_rng_state()
+    rest: Iterator[Any] = one_shot(batches)
+    plan = compute_plan(model, rest, InitConfig(method="descent", num_batches=4), progress=False)
+    assert not changed(before, model) and model.training
+    assert torch.equal(torch.random.get_rng_state(), torch_state)
+    assert len(list(rest)) == 2 and plan.batches == 4
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    again = compute_plan(model, batches, InitConfig(method="descent", num_batches=4), progress=False)
+    assert all(torch.equal(again.sites[n].B, s.B) for n, s in plan.sites.items())
+
+
+def test_hooks_go_also_when_a_trial_fails() -> None:
+    model, batches = adapted(), text_batches()
+    calls = []
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) > len(batches):
+            raise RuntimeError("out of luck")
+        return model(**batch)
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        compute_plan(model, batches, DESCENT, loss=loss, progress=False)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_loss_that_draws_noise_draws_the_same_in_every_trial() -> None:
+    drawn: list[Tensor] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        noise = torch.randn(3)
+        if not torch.is_grad_enabled():
+            drawn.append(noise)
+        return squares(model, batch) + 0 * noise.sum()
+
+    compute_plan(wrapped(mlp()), token_batches(SIZES)[:1], DESCENT, loss=loss, progress=False)
+    assert len(drawn) > 2 and all(torch.equal(noise, drawn[0]) for noise in drawn)
+
+
+def test_plans_keep_the_step() -> None:
+    from cntlora import InitPlan
+
+    plan = compute_plan(adapted(), text_batches(), DESCENT, progress=False)
+    assert InitPlan.from_bytes(plan.to_bytes()).step == plan.step != {}
+    assert not compute_plan(adapted(), text_batches(), InitConfig(), progress=False).step
+    assert "step:" not in str(InitReport.of(compute_plan(adapted(), text_batches(), InitConfig(), progress=False)))
+
+
+def test_the_base_is_the_methods_own_unless_given() -> None:
+    assert DESCENT.effective_base == "keep" and InitConfig().effective_base == "offset"
+    assert InitConfig(method="descent", base="offset").effective_base == "offset"
+    assert InitConfig(method="eva").effective_base == "keep" and InitConfig(method="eva").stated_base == "offset"
+
+
+def test_outside_of_gradients_a_loss_needs_none() -> None:
+    with torch.no_grad():
+        assert float(scalar_loss(torch.tensor(2.0), 0)) == 2
+    with pytest.raises(ValueError, match="does not depend on the weights"):
+        scalar_loss(torch.tensor(2.0), 0)
