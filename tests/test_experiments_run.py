@@ -29,8 +29,8 @@ from cntlora.experiments.tasks import TASKS, make_task, task_kind
 WORDS = ["<pad>", "<unk>", "good", "fine", "bad", "poor", "film", "book", "is", "very", "the", "not"]
 FIELDS = [
     "schema", "experiment", "task", "method", "label", "learning_rate", "seed", "status", "error", "config", "metrics",
-    "main_metric", "command", "init_seconds", "train_seconds", "peak_memory_mib", "trainable_parameters", "mean_loss", "losses",
-    "seconds", "evaluations", "samples", "start", "sites", "versions", "git", "machine",
+    "main_metric", "init_seconds", "train_seconds", "peak_memory_mib", "trainable_parameters", "mean_loss", "losses",
+    "seconds", "evaluations", "samples", "start", "sites", "versions", "git", "command", "machine",
 ]  # fmt: skip
 SITE_FIELDS = [
     "kind", "depth", "rank", "file_rank", "singular_values", "delta_norm", "weight_norm", "start_norm", "tokens",
