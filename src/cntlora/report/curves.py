@@ -91,6 +91,12 @@ def steps_to_reach(group: Group, loss: float) -> int | None:
     return next((round(x) for x, y in zip(curve.x, curve.mean, strict=True) if y <= loss), None)
 
 
+def seconds_to_reach(group: Group, loss: float) -> float | None:
+    """As `steps_to_reach`, in seconds of the initialisation and of training, averaged over seeds."""
+    curve = loss_curve(group, clock=True)
+    return next((x for x, y in zip(curve.x, curve.mean, strict=True) if y <= loss), None)
+
+
 def reference_loss(study: Study) -> float | None:
     """The smoothed training loss at the end of plain LoRA at its own best learning rate; None without such runs."""
     curve = loss_curve(study.best["lora"]) if "lora" in study.best else None

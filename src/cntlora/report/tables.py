@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from .curves import reference_loss, steps_to_reach
+from .curves import reference_loss, seconds_to_reach, steps_to_reach
 from .formats import Cell, Column, Direction, Row, Table
 from .methods import group_of
 from .records import MEAN_LOSS, Estimate, Group, Record, Study, finite, kinds
@@ -48,7 +48,8 @@ def main_table(study: Study, loss: float | None = None) -> Table:
     columns += [Column("mean training loss", "min", spec)]
     columns += [Column("against LoRA", "min", f"+{spec}")] if "lora" in study.best else []
     columns += [metric_column(study, metric) for metric in study.metrics]
-    columns += [Column(f"steps to {loss:{spec}}", "min", "d")] if loss is not None else []
+    if loss is not None:
+        columns += [Column(f"steps to {loss:{spec}}", "min", "d"), Column(f"s to {loss:{spec}}", "min", ".1f")]
     columns += [Column("init s", spec=".1f"), Column("train s", spec=".1f"), Column("peak MiB", spec=",d")]
     columns += [Column("trainable", spec=",d")]
     rows = [_row(study, group, _main_cells(study, group, loss)) for group in study.best.values()]
@@ -58,7 +59,8 @@ def main_table(study: Study, loss: float | None = None) -> Table:
             " Against LoRA: difference of the mean training loss of runs with the same seed, head, data and order."
         )
     if loss is not None:
-        caption += f" Steps until the smoothed training loss, averaged over seeds, is at or below {loss:{spec}}."
+        caption += " Steps, and seconds with the initialisation, until the smoothed training loss, averaged over seeds, is "
+        caption += f"at or below {loss:{spec}}."
     return _table(study, "best", "Methods at their best learning rate", columns, rows, caption + _broken(study))
 
 
@@ -169,7 +171,9 @@ def _main_cells(study: Study, group: Group, loss: float | None) -> list[Cell]:
     if "lora" in study.best:
         cells += [Cell.of(group.against(study.best["lora"]), competes=whole)]
     cells += [Cell.of(group.final(metric), competes=whole) for metric in study.metrics]
-    cells += [Cell(mean=steps_to_reach(group, loss), competes=whole)] if loss is not None else []
+    if loss is not None:
+        reached = (steps_to_reach(group, loss), seconds_to_reach(group, loss))
+        cells += [Cell(mean=value, competes=whole) for value in reached]
     costs = ("init_seconds", "train_seconds", "peak_memory_mib", "trainable_parameters")
     return cells + [_cost(group.estimate(cost), spread=cost.endswith("seconds")) for cost in costs]
 
