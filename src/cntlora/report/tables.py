@@ -59,8 +59,10 @@ def main_table(study: Study, loss: float | None = None) -> Table:
             " Against LoRA: difference of the mean training loss of runs with the same seed, head, data and order."
         )
     if loss is not None:
-        caption += " Steps, and seconds with the initialisation, until the smoothed training loss, averaged over seeds, is "
-        caption += f"at or below {loss:{spec}}."
+        caption += (
+            " Steps, and seconds with the initialisation, until the smoothed training loss, averaged over seeds, "
+        )
+        caption += f"is at or below {loss:{spec}}."
     return _table(study, "best", "Methods at their best learning rate", columns, rows, caption + _broken(study))
 
 
