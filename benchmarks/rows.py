@@ -14,6 +14,7 @@ from benchmarks.workloads import Batch, Workload, forward_pass, with_lora
 from torch import nn
 
 import cntlora
+from cntlora.core.family import METHODS
 
 FLOOR = "forward pass"
 OURS: dict[str, dict[str, Any]] = {
@@ -24,6 +25,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cross + VAS": {"method": "cross", "adaptive_ranks": True},
     "self + VAS": {"method": "self", "adaptive_ranks": True},
     "shift + VAS": {"method": "shift", "adaptive_ranks": True},
+    "descent": {"method": "descent"},
     "eva": {"method": "eva"},
     "corda": {"method": "corda"},
     "lora_ga": {"method": "lora_ga"},
@@ -84,7 +86,7 @@ class Bench:
 
     def plan(self, model: nn.Module, options: dict[str, Any]) -> cntlora.InitPlan:
         """Our initialisation, worked out but not applied."""
-        reads_gradients = options["method"] in ("lora_ga", "lora_one")
+        reads_gradients = METHODS[options["method"]].reads == "gradients"
         return cntlora.compute_plan(
             model,
             self.batches,

@@ -45,10 +45,7 @@ def test_pixels_move_together_in_all_channels() -> None:
     assert torch.equal(moved[0, 1] - moved[0, 0], torch.full((16,), 16.0))
 
 
-def test_foreign_text_keeps_first_and_last_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cntlora.recipes.samples import texts
-
-    monkeypatch.setattr(texts, "tales", lambda: type("T", (), {"texts": ["once upon a time"] * 5}))
+def test_foreign_text_keeps_first_and_last_tokens() -> None:
     before = _batches()[0]
     (batch,) = altered([before], _Task(), 0, content="foreign")  # type: ignore[arg-type]
     changed = batch["input_ids"] != before["input_ids"]

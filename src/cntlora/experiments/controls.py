@@ -24,7 +24,8 @@ def altered(batches: Sequence[Batch], task: Task, seed: int, content: str = "", 
         task: whose tokenizer "foreign" needs.
         seed: of the shuffling.
         content: "" as they are; "shuffled": every batch's tokens (or every picture's pixels) in a random order, and
-            its labels too; "foreign": fairy tales in the place of its texts, token for token.
+            its labels too; "foreign": the reference manual of Python in the place of its texts, token
+            for token.
         parts: every batch is cut into so many of equal size, as far as its rows go.
 
     Raises:
@@ -62,12 +63,12 @@ def _real(batch: Batch) -> Tensor:
 
 
 def _foreign_ids(task: Task) -> Tensor:
-    from ..recipes.samples.texts import tales
+    from pydoc_data.topics import topics  # of Python itself, so that nothing is downloaded
 
     tokenizer = getattr(task, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("+foreign: gives the initialisation other texts, and this task has no tokenizer")
-    text = "\n".join(tales().texts[:400])
+    text = "\n".join(topics[name] for name in sorted(topics))[:400_000]
     return torch.tensor(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
 
 
