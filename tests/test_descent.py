@@ -224,3 +224,34 @@ def test_outside_of_gradients_a_loss_needs_none() -> None:
         assert float(scalar_loss(torch.tensor(2.0), 0)) == 2
     with pytest.raises(ValueError, match="does not depend on the weights"):
         scalar_loss(torch.tensor(2.0), 0)
+
+
+def test_convolutions_take_the_step_too() -> None:
+    from peft import LoraConfig
+    from tests.tiny import denoise, unet, unet_batches
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return denoise(model, batch).square().mean()
+
+    model, batches = unet(), unet_batches()
+    model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "conv1", "conv2"]))
+    report = initialize(model, batches, DESCENT, loss=loss, progress=False)
+    model.eval()
+    with torch.no_grad():
+        after = sum(float(loss(model, batch)) for batch in batches) / len(batches)
+    assert after == pytest.approx(report.step["loss_after"], rel=1e-4) and after < report.step["loss_before"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_the_step_too(dtype: torch.dtype) -> None:
+    report = initialize(adapted("bert", dtype=dtype), text_batches(), DESCENT, progress=False)
+    assert report.step["loss_after"] < report.step["loss_before"] - 0.01
+
+
+def test_a_trainer_gives_its_own_loss(tmp_path: Any) -> None:
+    from tests.test_trainers import trainer_for
+
+    from cntlora import initialize_from_trainer
+
+    report = initialize_from_trainer(trainer_for(adapted(), tmp_path), DESCENT)
+    assert report.step["loss_after"] < report.step["loss_before"]
