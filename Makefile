@@ -33,7 +33,7 @@ bench: setup  ## cost, scaling, accuracy and memory of the initialisation; an ho
 results: setup  ## docs/results.md and the page of the comparison again, from the records in results/
 	$(BIN)/cntlora report results/tweets_100 --into docs/results.md
 	$(BIN)/cntlora report results/tweets_tolerance --into docs/results.md
-	for study in vision_emoji vision_fashion_mnist vision_textiles pairs language; do \
+	for study in tweets_descent tweets_modes vision_emoji vision_fashion_mnist vision_textiles pairs language; do \
 		$(BIN)/cntlora report results/$$study --into docs/results.md || exit 1; done
 	$(BIN)/cntlora report results/dreambooth --into docs/results.md --out results/dreambooth --title "DreamBooth on a small model: a rainbow lorikeet"
 	$(BIN)/cntlora report results/dreambooth_dog --into docs/results.md --out results/dreambooth_dog --title "DreamBooth on a small model: a husky"
