@@ -191,6 +191,18 @@ def test_hooks_go_also_when_a_trial_fails() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_trial_whose_loss_overflows_is_one_too_far() -> None:
+    model, batches = wrapped(mlp()), token_batches(SIZES)[:1]
+    pristine = float(squares(model, batches[0]).detach())
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        value = squares(model, batch)
+        return value if float(value.detach()) > 0.9 * pristine else value * math.inf
+
+    plan = compute_plan(model, batches, DESCENT, loss=loss, progress=False)
+    assert 0.9 * pristine < plan.step["loss_after"] < plan.step["loss_before"] == pytest.approx(pristine)
+
+
 def test_a_loss_that_draws_noise_draws_the_same_in_every_trial() -> None:
     drawn: list[Tensor] = []
 

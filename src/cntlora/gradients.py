@@ -82,11 +82,11 @@ def _backward(loss: Tensor, weights: list[Tensor]) -> float:
     return 1.0
 
 
-def scalar_loss(output: Any, index: int) -> Tensor:
+def loss_in(output: Any, index: int) -> Tensor:
     """The loss in what a model gave: itself, `output.loss`, `output["loss"]`, or the first of a tuple.
 
     Raises:
-        ValueError: if there is none, it is not finite, or, where gradients are enabled, it does not depend on weights.
+        ValueError: if there is none.
     """
     loss = output
     if isinstance(output, Mapping):
@@ -101,6 +101,16 @@ def scalar_loss(output: Any, index: int) -> Tensor:
             f"({type(output).__name__}) has none; put labels into the batches, or give loss=, a function of the model "
             "and the batch that returns a scalar"
         )
+    return loss
+
+
+def scalar_loss(output: Any, index: int) -> Tensor:
+    """The loss in what a model gave, ready for a backward pass.
+
+    Raises:
+        ValueError: if there is none, it is not finite, or, where gradients are enabled, it does not depend on weights.
+    """
+    loss = loss_in(output, index)
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(
             f"batch {index}: the loss does not depend on the weights of the adapted layers, so it has no gradient; is "

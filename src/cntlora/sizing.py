@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .adapters import shaped_like
-from .agreement import alone, gathered
+from .agreement import agreed, alone, attempt, gathered
 from .batches import default_forward, device_of, to_device, unwrapped
 from .collect import reading_mode
 from .core.factor import halves_cancel
 from .core.family import METHODS
-from .gradients import scalar_loss
+from .gradients import loss_in
 from .plan import InitPlan, SitePlan
 from .reading import Reading
 from .sites import Site
@@ -113,14 +113,11 @@ class _LossAt:
         self.added.factor = factor
         torch.manual_seed(self.seed)  # a loss that draws noise draws the same each time
         call = self.request.loss or self.request.forward or default_forward
-        losses = [self._one(call(self.model, batch), index) for index, batch in enumerate(self.kept)]
+        losses = agreed(
+            attempt(lambda: [float(loss_in(call(self.model, batch), index)) for index, batch in enumerate(self.kept)])
+        )
         everyone = [losses] if alone() else gathered(losses)
         return sum(map(math.fsum, everyone)) / max(1, sum(map(len, everyone)))
-
-    @staticmethod
-    def _one(output: Any, index: int) -> float:
-        loss = scalar_loss(output, index)
-        return float(loss)
 
 
 class _Added:
