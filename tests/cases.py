@@ -6,6 +6,7 @@ Layout as in the paper: W (k, d), X (d, b); cntlora is fed the transpose of X, o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,3 +257,16 @@ def inputs_of(base: nn.Module, batches: Sequence[Tensor], names: Sequence[str] =
 def added(site: Any) -> np.ndarray:
     """scaling·B·A (k, d) of a planned site, multiplied in float64."""
     return site.scaling * array(site.B) @ array(site.A)
+
+
+def squares(model: nn.Module, batch: Tensor) -> Tensor:
+    """A loss for modules that have none."""
+    return model(batch).square().mean()
+
+
+def gradients(base: nn.Module, batches: list[Tensor]) -> dict[str, np.ndarray]:
+    """The mean over batches of ∂L/∂W (k, d) on the bare base model, by autograd alone."""
+    base = copy.deepcopy(base)
+    for batch in batches:
+        (squares(base, batch) / len(batches)).backward()
+    return {name: array(base.get_submodule(name).weight.grad) for name in Mlp.targets}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,19 @@ import numpy as np
 import pytest
 import torch
 from tests import reference
-from tests.cases import SIZES, Mlp, added, array, draw, inputs_of, mlp, relative_error, token_batches, wrapped
+from tests.cases import (
+    SIZES,
+    added,
+    array,
+    draw,
+    gradients,
+    inputs_of,
+    mlp,
+    relative_error,
+    squares,
+    token_batches,
+    wrapped,
+)
 from tests.tiny import KINDS, adapted, changed, one_shot, state, text_batches
 from torch import Tensor, nn
 
@@ -21,17 +32,6 @@ from cntlora.gradients import scalar_loss
 from cntlora.sizing import FIRST, LEAST, MOST, SEARCHED, search
 
 DESCENT = InitConfig(method="descent")
-
-
-def squares(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(batch).square().mean()
-
-
-def gradients(base: nn.Module, batches: list[Tensor]) -> dict[str, np.ndarray]:
-    base = copy.deepcopy(base)
-    for batch in batches:
-        (squares(base, batch) / len(batches)).backward()
-    return {name: array(base.get_submodule(name).weight.grad) for name in Mlp.targets}
 
 
 # --- the equation -------------------------------------------------------------------------------------------

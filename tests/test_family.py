@@ -15,10 +15,12 @@ from tests.cases import (
     added,
     array,
     draw,
+    gradients,
     inputs_of,
     lora,
     mlp,
     relative_error,
+    squares,
     token_batches,
     wrapped,
 )
@@ -34,19 +36,6 @@ PRODUCT = ("pissa", "olora", "corda", "lora_ga", "lora_one")
 ZERO = ("lora", "eva")
 PEERS = (*PRODUCT, *ZERO)
 R, ALPHA = 3, 6.0  # of `cases.lora`: s = 2
-
-
-def squares(model: nn.Module, batch: Tensor) -> Tensor:
-    """A loss for modules that have none."""
-    return model(batch).square().mean()
-
-
-def gradients(base: nn.Module, batches: list[Tensor]) -> dict[str, np.ndarray]:
-    """The mean over batches of ∂L/∂W (k, d) on the bare base model, by autograd alone."""
-    base = copy.deepcopy(base)
-    for batch in batches:
-        (squares(base, batch) / len(batches)).backward()
-    return {name: array(base.get_submodule(name).weight.grad) for name in Mlp.targets}
 
 
 def expected(method: str, W: np.ndarray, X: list[np.ndarray], G: np.ndarray, s: float) -> np.ndarray:
