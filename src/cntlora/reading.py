@@ -150,7 +150,7 @@ def _read(reading: Reading, sites: list[Site]) -> Seen:
         if reads == "gradients":
             backward = stack.enter_context(weight_gradients(request.model, sites, _gradient_sink(work)))
             forward = request.loss or forward
-        totals = isinstance(work.estimator, InputReader) and work.estimator.totals  # `inputs`, as mypy wants it
+        totals = isinstance(work.estimator, InputReader) and work.estimator.totals
         step = stack.enter_context(_progress(config.num_batches, request.progress))
         seen = collect(
             request.model, sites, _batches(request, config, reading.budget), work.absorb,
@@ -167,12 +167,12 @@ def _read(reading: Reading, sites: list[Site]) -> Seen:
 def _batches(request: Request, config: InitConfig, budget: Budget) -> Iterable[Any]:
     """The batches; kept where they are needed again, since a loader that shuffles would give others then."""
     assert request.batches is not None
-    if (budget.limited or config.searches) and not isinstance(request.batches, Kept):
-        request.batches = Kept(request.batches, config.num_batches)
+    if (budget.limited or config.searches) and not isinstance(request.batches, _Kept):
+        request.batches = _Kept(request.batches, config.num_batches)
     return request.batches
 
 
-class Kept:
+class _Kept:
     """Gives the first batches of a source, and later the very same again; else it is the source."""
 
     def __init__(self, source: Iterable[Any], count: int) -> None:

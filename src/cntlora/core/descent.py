@@ -63,6 +63,11 @@ def descent_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return (B @ U) * (S / ROW_NORM), ROW_NORM * Vh
 
 
+def _of_input(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """What all sites that see an input share: C and L⁻¹."""
+    return C, whitening(C, damping)
+
+
 class DescentEstimator(InputEstimator[tuple[Tensor, Tensor]], GradientSums):
     """X Xᵀ and n of all inputs together, and ∂L/∂W, its mean over batches.
 
@@ -72,7 +77,7 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor]], GradientSums):
 
     def __init__(self, weight_of: WeightOf, damping: float) -> None:
         GradientSums.__init__(self)
-        InputEstimator.__init__(self, lambda gram, total, n: (gram / n, whitening(gram / n, damping)), self._made)
+        InputEstimator.__init__(self, lambda gram, total, n: _of_input(gram / n, damping), self._made)
         self.weight_of = weight_of
         self.accumulated = (self.sums, self.gradients)
 
