@@ -75,6 +75,40 @@ def test_every_run_gets_a_record_and_none_is_repeated(tmp_path: Path) -> None:
     assert more.total == 4 and calls(tmp_path).total() == 8  # the control: what is new does run
 
 
+def graded_run(run: Run, out: Path) -> dict[str, Any]:
+    """As `fake_run`, with a loss that depends on the learning rate, and on the method which one is best."""
+    best = {"lora": 3e-3, "self": 1e-2}.get(run.method, 1e-3)
+    loss = abs(run.learning_rate - best) if run.seed == 0 else 1.0
+    diverged = run.method == "self" and run.learning_rate == 1e-2
+    return {**fake_run(run, out), "mean_loss": None if diverged else loss}
+
+
+def test_the_other_seeds_run_at_the_best_rates_of_the_first(tmp_path: Path) -> None:
+    grid = {"learning_rates": [1e-3, 3e-3, 1e-2], "seeds": [0, 1, 2], "best": 1}
+    experiment, out, totals = experiment_of(tmp_path, **grid), tmp_path / "out", []
+    first = plan_sweep(experiment, out)
+    assert {run.seed for run in first.pending} == {0} and len(first.pending) == 6 and first.later == 4
+    sweep = run_sweep(experiment, out, jobs=2, run=graded_run, listener=lambda s, _: totals.append(s.total))
+    later = {name for name in calls(tmp_path) if not name.endswith("seed0")}
+    best = ["lora-lr0.003", "self-lr0.003"]  # of self 1e-2 has no loss
+    assert later == {f"{name}-seed{seed}" for name in best for seed in (1, 2)}
+    assert calls(tmp_path).total() == len(sweep.records) == sweep.total == 10 and set(totals) == {10}
+    again = run_sweep(experiment, out, run=graded_run)
+    assert again.total == 0 and len(again.present) == 10
+    two = replace(experiment, sweep=replace(experiment.sweep, best=2))
+    assert {run.name for run in plan_sweep(two, out).pending} == {
+        f"{name}-lr0.001-seed{seed}" for name in ("lora", "self") for seed in (1, 2)
+    }
+    whole = replace(experiment, sweep=replace(experiment.sweep, best=0))
+    assert len(plan_sweep(whole, out).pending) == 8  # the control
+
+
+def test_what_fails_in_the_first_round_neither_ends_a_sweep_nor_runs_twice(tmp_path: Path) -> None:
+    grid = {"methods": ["self"], "learning_rates": RATES, "seeds": [11, 12], "best": 1}
+    sweep = run_sweep(experiment_of(tmp_path, **grid), tmp_path / "out", run=fake_run, retry_failed=True)
+    assert sweep.count("failed") == 2 and calls(tmp_path).total() == 2
+
+
 def test_every_run_has_a_process_of_its_own(tmp_path: Path) -> None:
     run_sweep(experiment_of(tmp_path), tmp_path / "out", run=fake_run)
     pids = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]

@@ -230,13 +230,18 @@ def _list(experiment: Experiment, out: Path, options: Options) -> None:
 
     todo = plan_sweep(experiment, out, retry_failed=options.retry_failed, replace=options.replace)
     pending = {run.name for run in todo.pending}
-    names = [run.name for run in runs_of(experiment)]
+    listed = pending | {run.name for run in todo.done}
+    names = [run.name for run in runs_of(experiment) if run.name in listed]
     if options.as_json:
-        typer.echo(json.dumps({"out": str(out), "pending": sorted(pending), "present": len(todo.present)}, indent=2))
+        counts = {"present": len(todo.present), "later": todo.later}
+        typer.echo(json.dumps({"out": str(out), "pending": sorted(pending), **counts}, indent=2))
         return
     for name in names:
         typer.echo(f"{'to run' if name in pending else 'present':8} {name}")
     typer.echo(f"{len(names)} runs: {len(todo.present)} present in {out}, {len(pending)} to run")
+    if todo.later:
+        best = experiment.sweep.best
+        typer.echo(f"and up to {todo.later} of the other seeds, at each method's {best} best rates of the first")
 
 
 def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:

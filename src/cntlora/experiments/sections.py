@@ -132,12 +132,14 @@ class SweepSettings:
         methods: names of arms, see `cntlora.experiments.arms.parse_arm`.
         learning_rates: the largest of a run, reached after the warm-up.
         seeds: of the new head, of the factor A, of the order of the data and of dropout.
+        best: the lowest seed is run at every learning rate, the others at the `best` best of them; 0 for all at all.
         overrides: by method, another grid for it.
     """
 
     methods: tuple[str, ...] = ("lora", "self")
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
+    best: int = 0
     overrides: Mapping[str, Override] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,6 +149,7 @@ class SweepSettings:
             if same:
                 raise ValueError(f"sweep.methods: {same.name!r} and {arm.name!r} are the same arm; keep one of them")
         _check_grid("sweep", self)
+        at_least("sweep", self, best=0)
         for name, override in self.overrides.items():
             parse_arm(name)
             _check_grid(f"sweep.overrides.{name}", override)

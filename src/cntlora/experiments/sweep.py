@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .narrowing import narrowed
 from .processes import Pool, RunFunction
 from .records import Run, check_record, path_of, read_record, remove_checkpoints, remove_leftovers, runs_of
 from .settings import Experiment
@@ -31,11 +32,13 @@ class Todo:
         pending: to be run.
         present: records that are there already.
         done: their runs.
+        later: how many more there will be once those of the first seed are there, see `narrowed`.
     """
 
     pending: Sequence[Run]
     present: Sequence[dict[str, Any]]
     done: Sequence[Run] = ()
+    later: int = 0
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Sweep:
     """Where a sweep stands.
 
     Attributes:
-        total: runs to be done now, without those that had a record before.
+        total: runs to be done now, without those that had a record before; with `[sweep] best` at most so many.
         records: of the runs done now, in the order in which they ended.
         present: records that were there before.
         jobs: processes side by side.
@@ -95,15 +98,18 @@ def plan_sweep(
     Raises:
         ValueError: if a file is no record, or of other settings; names the file and the setting.
     """
+    runs = runs_of(experiment)
+    known = {run.name: _present(path_of(out, run), run, replace) for run in runs}
+    runs, later = narrowed(runs, experiment.sweep.best, lambda run: known[run.name])
     pending, present, done = [], [], []
-    for run in runs_of(experiment):
-        record = _present(path_of(out, run), run, replace)
+    for run in runs:
+        record = known[run.name]
         if record is None or (retry_failed and record["status"] == "failed"):
             pending.append(run)
         else:
             present.append(record)
             done.append(run)
-    return Todo(pending, present, done)
+    return Todo(pending, present, done, later)
 
 
 def _present(path: Path, run: Run, replace: bool) -> dict[str, Any] | None:
@@ -157,17 +163,22 @@ def run_sweep(
         todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace)
         for one, record in zip(todo.done, todo.present, strict=True):  # a kill may have left its checkpoints
             remove_checkpoints(out, one, record)
-        sweep = Sweep(len(todo.pending), todo.present, jobs)
+        sweep = Sweep(len(todo.pending) + todo.later, todo.present, jobs)
         if todo.pending:
             make_task(experiment.task).check()  # before any training, and once instead of in every run
 
-            def ended(record: dict[str, Any]) -> None:
-                sweep.records.append(record)
-                if listener:
-                    listener(sweep, record)
+        def ended(record: dict[str, Any]) -> None:
+            sweep.records.append(record)
+            if listener:
+                listener(sweep, record)
 
-            pending = [dataclasses.replace(one, save_adapter=save_adapters) for one in todo.pending]
-            Pool(out, jobs, run, ended).work(pending)
+        names: set[str] = set()
+        while pending := [one for one in todo.pending if one.name not in names]:  # what failed now is not tried again
+            names |= {one.name for one in pending}
+            pool = Pool(out, jobs, run, ended)
+            pool.work([dataclasses.replace(one, save_adapter=save_adapters) for one in pending])
+            if todo.later:
+                todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace)
         return sweep
 
 
