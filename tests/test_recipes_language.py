@@ -215,10 +215,36 @@ def test_held_out_rows_of_their_own(tmp_path: Path, model: str) -> None:
     assert [len(part) for part in task.rows] == [6, 1]
 
 
+def test_the_perplexity_of_other_text_is_what_training_forgets(tmp_path: Path, model: str) -> None:
+    other = written(tmp_path, "a bad bad day\na bad day\n", "other.txt")
+    settings = LanguageSettings(model=model, data=written(tmp_path, GOOD), eval_size=1, general_data=other)
+    task = LanguageTask(settings)
+    found = task.evaluate(task.build_model(0), task.eval_batches())
+    alone = LanguageTask(LanguageSettings(model=model, data=other, eval_data=other))
+    assert list(found) == list(task.metrics) and list(alone.metrics) == ["loss", "perplexity"]
+    assert found["general_perplexity"] == pytest.approx(
+        alone.evaluate(task.build_model(0), alone.eval_batches())["perplexity"]
+    )
+    assert found["general_perplexity"] != pytest.approx(found["perplexity"])  # the control: it is other text
+    fewer = LanguageTask(LanguageSettings(model=model, data=other, general_data=other, general_size=1))
+    assert len(fewer.general_rows) == 1
+    tiny = RECIPE.make(RECIPE.tiny(settings, tmp_path / "tiny"))
+    tiny.check()
+    assert "general_perplexity" in tiny.metrics
+
+
+def test_other_text_that_cannot_be_used_is_named_before_training(tmp_path: Path, model: str) -> None:
+    other = written(tmp_path, [{"question": "a"}], "other.jsonl")
+    settings = LanguageSettings(model=model, data=written(tmp_path, GOOD), eval_size=1, general_data=other)
+    with pytest.raises(ValueError, match=r"other.jsonl: expected a column"):
+        LanguageTask(settings).check()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"model": None}, "task.model"),
+        ({"general_size": 0}, "task.general_size"),
         ({"data": None}, "task.data"),
         ({"max_length": 1}, "task.max_length"),
         ({"dtype": "float16"}, "task.dtype"),

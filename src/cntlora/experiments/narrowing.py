@@ -25,7 +25,8 @@ def narrowed(runs: Sequence[Run], best: int, record_of: RecordOf) -> tuple[list[
     """
     if not best:
         return list(runs), 0
-    kept, later = set(), 0
+    kept: set[str] = set()
+    later = 0
     for _, group in groupby(sorted(runs, key=lambda run: run.method), key=lambda run: run.method):
         own = list(group)  # `runs_of` has the lowest seed first, and sorting is stable
         first = [run for run in own if run.seed == own[0].seed]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class LanguageSettings:
         eval_size: held-out rows.
         split_seed: of the split into training and held-out rows, the same for every run.
         eval_data: held-out rows in a file of their own, as `data`; then eval_size is not used.
+        general_data: text of another kind, as `data`, whose perplexity is measured too, to see what training forgets.
+        general_size: its rows, the first ones.
         dtype: of the frozen model, "float32" or "bfloat16".
         samples: held-out prompts that are continued when samples are taken.
         sample_tokens: tokens of a continuation.
@@ -70,6 +72,8 @@ class LanguageSettings:
     eval_size: int = 100
     split_seed: int = 0
     eval_data: str | None = None
+    general_data: str | None = None
+    general_size: int = 100
     dtype: str = "float32"
     samples: int = 3
     sample_tokens: int = 40
@@ -78,7 +82,7 @@ class LanguageSettings:
     def __post_init__(self) -> None:
         need(self, model="a hub name or folder", data="a file with your rows, such as a .jsonl")
         at_least("task", self, batch_size=1, max_length=2, eval_size=1, split_seed=0, samples=0, sample_tokens=1)
-        at_least("task", self, sample_prompt=1)
+        at_least("task", self, sample_prompt=1, general_size=1)
         one_of("task.dtype", self.dtype, ("float32", "bfloat16"))
 
 
@@ -90,7 +94,12 @@ class LanguageTask(Defaults):
     targets: tuple[str, ...] = ()
     peft_type: str | None = "CAUSAL_LM"
     main_metric: str = "perplexity"
-    metrics: Mapping[str, str] = field(default_factory=lambda: {"loss": "min", "perplexity": "min"})
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        """Loss and perplexity, and the perplexity of other text where the settings name some."""
+        names = ("loss", "perplexity", *(["general_perplexity"] if self.settings.general_data else []))
+        return dict.fromkeys(names, "min")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -108,9 +117,15 @@ class LanguageTask(Defaults):
         train, held_out = train_test_split(range(len(rows)), test_size=s.eval_size, random_state=s.split_seed)
         return [rows[i] for i in train], [rows[i] for i in held_out]
 
+    @cached_property
+    def general_rows(self) -> list[Row]:
+        """Rows of the other text; none where there is none."""
+        s = self.settings
+        return load_rows(s, s.general_data, self.tokenizer)[: s.general_size] if s.general_data else []
+
     def check(self) -> None:
         """Reads and tokenises the rows."""
-        _ = self.rows
+        _ = self.rows, self.general_rows
 
     def build_model(self, seed: int) -> nn.Module:
         """The model; nothing in it is new."""
@@ -124,12 +139,15 @@ class LanguageTask(Defaults):
 
     def eval_batches(self) -> Iterable[Mapping[str, Any]]:
         """The held-out rows, the short ones first."""
-        return self._batches(sorted(self.rows[1], key=lambda row: len(row.input_ids)))
+        return self._sorted(self.rows[1])
 
     def evaluate(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Mean loss over all learned tokens (nats) and its exponential."""
+        """Mean loss over all learned tokens (nats) and its exponential, and that of the other text."""
         loss = token_loss(model, batches)
-        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        found = {"loss": loss, "perplexity": _perplexity(loss)}
+        if self.general_rows:
+            found["general_perplexity"] = _perplexity(token_loss(model, self._sorted(self.general_rows)))
+        return found
 
     def sample(self, model: nn.Module, step: int, folder: Path) -> list[dict[str, Any]]:
         """The most likely continuations of the first held-out prompts, token by token."""
@@ -152,6 +170,9 @@ class LanguageTask(Defaults):
                 found.append({"kind": "text", "name": name, "file": None, "text": text})
         return found
 
+    def _sorted(self, rows: list[Row]) -> DataLoader[Any]:
+        return self._batches(sorted(rows, key=lambda row: len(row.input_ids)))
+
     def _batches(self, rows: list[Row]) -> DataLoader[Any]:
         from transformers import DataCollatorForSeq2Seq
 
@@ -162,6 +183,10 @@ class LanguageTask(Defaults):
         ]
         # the generator is never used, but without one each pass draws from the global state
         return DataLoader(features, self.settings.batch_size, collate_fn=pad, generator=torch.Generator())
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def token_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
@@ -237,7 +262,8 @@ def tiny(settings: LanguageSettings, folder: Path) -> LanguageSettings:
         model=tiny_language_model(folder / "model", texts),
         data=write_rows(folder / "rows.jsonl", rows),
         eval_data=None,
-        **at_most(settings, eval_size=8, batch_size=4, max_length=32, samples=1, sample_tokens=4),
+        general_data=None if settings.general_data is None else write_rows(folder / "general.jsonl", rows[::-1]),
+        **at_most(settings, eval_size=8, general_size=8, batch_size=4, max_length=32, samples=1, sample_tokens=4),
     )
 
 
