@@ -95,3 +95,30 @@ def accuracy_table(record: dict[str, Any]) -> str:
         "max(d, b)·eps·λ_max (near 1 the estimate is ill-posed; shift mode does not invert G). "
     )
     return f"{words}{machine_line(record['machine'])}\n\n{table(head, rows)}"
+
+
+def starts_table(task: dict[str, Any]) -> str:
+    """The starts of one task, see benchmarks/starts.py."""
+    rows = [
+        [
+            start["label"],
+            number(start["size"]) if start["size"] else "0",
+            f"{start['loss_after'] - start['loss_before']:+.3f}".replace("-", "−"),
+            number(start["curvature"]).replace("-", "−"),
+        ]
+        for start in task["starts"].values()
+    ]
+    return table(["start", "‖s·B·A‖/‖W‖", "Δ loss", "curvature"], rows)
+
+
+def inputs_table(tasks: dict[str, Any]) -> str:
+    """What the inputs of the tasks are like, medians over sites."""
+    head = ["task", "features", "tokens a batch", "rank of G", "condition of G", "above 10⁻³ of the largest",
+            "effective rank", "of the sum over batches"]  # fmt: skip
+    keys = ("features", "tokens", "rank", "condition", "kept", "effective_rank", "effective_rank_of_sum")
+    rows = []
+    for task in tasks.values():
+        facts = task["inputs"]
+        cells = [f"{facts[key]:.0e}" if key == "condition" else number(facts[key]) for key in keys]
+        rows.append([task["title"], *cells])
+    return table(head, rows)

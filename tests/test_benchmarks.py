@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks import accuracy, exact, init_cost, measure, parts, predict, scaling, standin, tables, workloads
+from benchmarks import accuracy, exact, init_cost, measure, parts, predict, scaling, standin, starts, tables, workloads
 from benchmarks.peers import rows_alone
 from benchmarks.rows import FLOOR, ROWS, Bench, Job
 from tests import reference
 from torch import Tensor, nn
+
+from cntlora.experiments.settings import load_experiment, smoke
 
 TINY = workloads.WORKLOADS["tiny"]
 
@@ -328,3 +330,33 @@ def test_the_stand_in_has_an_input_of_its_own_at_every_layer() -> None:
     assert [x.shape for x in seen] == [(5, 8)] * 3
     assert len({x.data_ptr() for x in seen}) == 3
     assert len(batches) == 2
+
+
+# --- why starts differ ----------------------------------------------------------------------------------------
+
+
+def test_what_the_inputs_are_like_is_read_from_the_eigenvalues_of_their_G() -> None:
+    basis = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    one = basis[:, :3] * torch.tensor([2.0, 1.0, 0.01], dtype=torch.float64)  # eigenvalues of G: 4, 1, 1e-4
+    found = starts.spectrum_facts([one, basis[:, 3:]])
+    assert (found["features"], found["tokens"], found["rank"], found["kept"]) == (5, 3, 3, 2)
+    assert found["condition"] == pytest.approx(4e4)
+    assert found["effective_rank"] == pytest.approx(5**2 / 17, rel=1e-3)
+    assert found["effective_rank_of_sum"] == pytest.approx(7**2 / 19, rel=1e-3)
+
+
+def test_the_starts_of_a_tiny_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "made").mkdir()
+    tiny = smoke(load_experiment(Path(__file__).parents[1] / "experiments" / "tweets_modes.toml"), tmp_path / "made")
+    monkeypatch.setattr(starts, "load_experiment", lambda file: tiny)
+    starts.main(["any.toml", "--methods", "lora,self,cross+keep", "--threads", "1", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "starts.json").read_text())["tasks"]["tweets_modes"]
+    lora, own, kept = (record["starts"][name] for name in ("lora", "self", "cross+keep"))
+    assert lora["size"] == 0 and own["size"] > 0.01
+    for start, moves in ((lora, False), (own, False), (kept, True)):
+        assert (start["loss_after"] == pytest.approx(start["loss_before"], abs=1e-5)) != moves
+        assert start["curvature"] != 0
+    assert "| CNTLoRA-S |" in capsys.readouterr().out and record["inputs"]["rank"] >= 1
+    with pytest.raises(SystemExit):
+        starts.main(["any.toml", "--methods", "lroa", "--out", str(tmp_path)])
+    assert "did you mean" in capsys.readouterr().err

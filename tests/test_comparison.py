@@ -12,7 +12,15 @@ from tests.cases import SIZES, array, lora, mlp, relative_error, token_batches, 
 from tests.tiny import adapted, changed, state, text_batches, train
 
 import cntlora
-from cntlora import InitConfig, compare_adapters, initialize, save_adapter, snapshot, start_diagnostics
+from cntlora import (
+    InitConfig,
+    compare_adapters,
+    initialize,
+    save_adapter,
+    snapshot,
+    start_curvature,
+    start_diagnostics,
+)
 from cntlora.core.factor import product_inner, product_spectrum
 from cntlora.kinds import depth_of, kind_of
 from cntlora.sites import find_sites
@@ -155,6 +163,35 @@ def test_the_norms_are_those_of_autograd_and_the_model_is_left_as_found() -> Non
         start_diagnostics(model, {k: v for k, v in batch.items() if k != "labels"})
 
 
+@pytest.mark.parametrize("base", ["keep", "offset"])
+def test_the_curvature_is_that_of_the_whole_hessian(base: str) -> None:
+    model, batch = wrapped(mlp()), token_batches(SIZES)[0]
+    initialize(model, token_batches(SIZES), InitConfig(base=base), progress=False)
+
+    def loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(model(batch)).square().mean()
+
+    before, state_of_rng = state(model), torch.get_rng_state()
+    found = start_curvature(model, batch, loss=loss, iterations=300)
+    assert not changed(before, model) and torch.equal(state_of_rng, torch.get_rng_state())
+    trained = [(s, n, s.rank // 2 if base == "offset" else s.rank) for s in find_sites(model)[0] for n in "AB"]
+    factors = [getattr(site, name) for site, name, _ in trained]
+    value = loss(model, batch)
+    gradients = torch.autograd.grad(value, factors, create_graph=True)
+    kept = [g[:h] if name == "A" else g[:, :h] for g, (_, name, h) in zip(gradients, trained, strict=True)]
+    rows = []
+    for entry in torch.cat([g.flatten() for g in kept]):
+        second = torch.autograd.grad(entry, factors, retain_graph=True)
+        cut = [g[:h] if name == "A" else g[:, :h] for g, (_, name, h) in zip(second, trained, strict=True)]
+        rows.append(torch.cat([g.flatten() for g in cut]))
+    values = torch.linalg.eigvalsh(torch.stack(rows))
+    largest = float(values[values.abs().argmax()])
+    assert found == pytest.approx(largest, rel=0.03)
+    assert start_curvature(model, batch, loss=lambda m, b: 2 * loss(m, b)) == pytest.approx(2 * found, rel=0.03)
+    with pytest.raises(ValueError, match="needs a loss"):
+        start_curvature(model, batch)
+
+
 def test_a_model_in_ddp_can_go_on_training(process_group: None) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
@@ -176,4 +213,4 @@ def test_adalora_is_refused_by_name() -> None:
 
 
 def test_they_are_public() -> None:
-    assert {"compare_adapters", "snapshot", "start_diagnostics"} <= set(cntlora.__all__)
+    assert {"compare_adapters", "snapshot", "start_curvature", "start_diagnostics"} <= set(cntlora.__all__)

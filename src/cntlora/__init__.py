@@ -14,7 +14,7 @@ from .comparison import AdapterComparison, compare_adapters, snapshot
 from .compute import compute_plan
 from .config import InitConfig
 from .core.family import methods
-from .diagnostics import StartDiagnostics, start_diagnostics
+from .diagnostics import StartDiagnostics, start_curvature, start_diagnostics
 from .initialize import initialize, initialize_from_trainer
 from .masks import freeze_offset
 from .plan import InitPlan, SitePlan
@@ -39,5 +39,6 @@ __all__ = [
     "methods",
     "save_adapter",
     "snapshot",
+    "start_curvature",
     "start_diagnostics",
 ]
