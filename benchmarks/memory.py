@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from benchmarks.machine import RESULTS, describe, memory_mib, reset_peak
-from benchmarks.standin import Size, stand_in
+from benchmarks.standin import Size, letter, stand_in
 from benchmarks.workloads import forward_pass
 
 import cntlora
@@ -41,13 +41,13 @@ LIMITS: dict[str, Any] = {
 def own_row(limit: str, size: Size, method: str) -> dict[str, Any]:
     """One row, in this process."""
     small, few = stand_in(replace(size, d=300, layers=2))  # loads libraries and starts threads, which do not count
-    cntlora.compute_plan(small, few, cntlora.InitConfig(method=method), progress=False)
+    cntlora.compute_plan(small, few, letter(method), progress=False)
     model, batches = stand_in(size)
     forward_pass(model, batches[:1])
     before = memory_mib("VmRSS")
     reset_peak()
     start = time.perf_counter()
-    config = cntlora.InitConfig(method=method)
+    config = letter(method)
     plan = cntlora.compute_plan(model, batches, config, progress=False, max_memory=LIMITS[limit])
     seconds = time.perf_counter() - start
     peak = memory_mib("VmHWM") - before

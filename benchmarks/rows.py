@@ -18,13 +18,15 @@ from cntlora.core.family import METHODS
 
 FLOOR = "forward pass"
 OURS: dict[str, dict[str, Any]] = {
-    "cross": {"method": "cross"},
+    "cross": {"method": "cross", "rtol": 0.0},
     "self": {"method": "self"},
     "self (Cholesky)": {"method": "self", "root": "cholesky"},
-    "shift": {"method": "shift"},
-    "cross + VAS": {"method": "cross", "adaptive_ranks": True},
+    "shift": {"method": "shift", "rtol": 0.0},
+    "cross + VAS": {"method": "cross", "rtol": 0.0, "adaptive_ranks": True},
     "self + VAS": {"method": "self", "adaptive_ranks": True},
-    "shift + VAS": {"method": "shift", "adaptive_ranks": True},
+    "shift + VAS": {"method": "shift", "rtol": 0.0, "adaptive_ranks": True},
+    "cross (rtol 1e-3)": {"method": "cross"},
+    "shift (rtol 1e-3)": {"method": "shift"},
     "descent": {"method": "descent"},
     "eva": {"method": "eva"},
     "corda": {"method": "corda"},

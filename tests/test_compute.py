@@ -98,7 +98,7 @@ def test_a_plan_equals_the_reference(mode: Mode, dtype: torch.dtype, record_prop
     ]
     for adapter, options, arguments in settings:
         model = wrapped(mlp(dtype=dtype), lora(**adapter))
-        config = InitConfig(**mode.options, **KEEP, **options)
+        config = InitConfig(**{**mode.options, **KEEP, **options})
         plan = plan_of(model, batches, config)
         assert list(plan.sites) == list(Mlp.targets)
         r = adapter.get("r", 3)
@@ -693,8 +693,20 @@ def test_the_tolerance_reported_is_the_one_in_force(mode: Mode) -> None:
         k, d = site.B.shape[0], site.A.shape[1]
         largest = k if mode.options["method"] == "shift" else 28  # tokens of the largest batch, not of all
         assert site.rtol == default_rtol(d, largest, torch.float64), name
-    given = plan_of(wrapped(mlp()), batches, InitConfig(**mode.options, rtol=1e-3))
+    given = plan_of(wrapped(mlp()), batches, InitConfig(**{**mode.options, "rtol": 1e-3}))
     assert {site.rtol for site in given.sites.values()} == {1e-3}
+
+
+@pytest.mark.parametrize(("method", "own"), [("cross", 1e-3), ("shift", 1e-3), ("self", 0.0)])
+def test_the_tolerance_of_a_method_is_its_default(method: str, own: float) -> None:
+    """1e-3 for cross and shift, as the study says; self keeps that of rounding, the letter."""
+    batches = token_batches(SIZES)
+    plans = {
+        rtol: plan_of(wrapped(mlp()), batches, InitConfig(method=method, rtol=rtol)) for rtol in (None, own, 0.0, 0.3)
+    }
+    assert same(plans[None], plans[own])
+    assert not same(plans[None], plans[0.3], tolerance=1e-3)  # the control: a tolerance has an effect
+    assert same(plans[None], plans[0.0], tolerance=1e-9) == (own == 0.0)
 
 
 # --- variable adapter structure -----------------------------------------------------------------------------

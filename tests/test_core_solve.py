@@ -50,7 +50,15 @@ def test_delta_equals_the_reference(case: Case, mode: Mode, dtype: torch.dtype, 
     options = product(("sum", "mean"), RTOLS[mode.options["method"]], ("pretrained", "zero"), (None, weights))
     errors = {}
     for gram, rtol, initial, w in options:
-        config = InitConfig(**mode.options, gram=gram, rtol=rtol, initial_weight=initial, batch_weights=w)
+        config = InitConfig(
+            **{
+                **mode.options,
+                "gram": gram,
+                "rtol": rtol or mode.options.get("rtol"),
+                "initial_weight": initial,
+                "batch_weights": w,
+            }
+        )
         got = delta(config, case.W, case.batches)
         expected = reference_delta(mode, W, batches, gram_kind=gram, rtol=rtol, initial=initial, weights=w)
         errors[gram, rtol, initial, w] = relative_error(got, expected)

@@ -70,8 +70,8 @@ class Work:
         """The tolerance of † at a site, of its largest batch where that depends on the batch; None without †."""
         if "rtol" not in METHODS[self.config.method].options:
             return None
-        if self.config.rtol is not None:
-            return self.config.rtol
+        if self.config.effective_rtol is not None:
+            return self.config.effective_rtol
         other = site.out_features if self.config.method == "shift" else self.largest_batch[site.name]
         return default_rtol(site.in_features, other, DTYPE)
 

@@ -88,7 +88,9 @@ def init(
     max_rank: Annotated[int | None, typer.Option(help="Largest rank of a site, with --adaptive-ranks.")] = None,
     gram: Annotated[str, typer.Option(help="sum or mean over the tokens of a batch.")] = "sum",
     root: Annotated[str, typer.Option(help="Square root in self mode: paper, symmetric or cholesky.")] = "paper",
-    rtol: Annotated[float | None, typer.Option(help="Relative cut-off of the pseudo-inverse.")] = None,
+    rtol: Annotated[
+        float | None, typer.Option(help="Cut-off of the pseudo-inverse; 0 for rounding. Cross, shift: 1e-3.")
+    ] = None,
     shift_constant: Annotated[str, typer.Option(help="C of shift mode: a number, or gaussian.")] = "1",
     center: Annotated[bool, typer.Option(help="eva: subtract the mean token.")] = True,
     damping: Annotated[float, typer.Option(help="corda: relative damping of the input covariance.")] = 0.01,

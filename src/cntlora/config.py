@@ -54,7 +54,9 @@ class InitConfig:
         gram: G as the "sum" over tokens (the paper) or the "mean".
         root: square root in self mode, "paper" (D^(−½) Pᵀ), "symmetric" (P D^(−½) Pᵀ) or "cholesky" (L⁻¹ of G = L Lᵀ,
             the fastest).
-        rtol: singular values at or under rtol·σ_max are dropped by †. None for max(d, b)·eps of float64.
+        rtol: singular values at or under rtol·σ_max are dropped by †. None for the method's own: 1e-3 for cross and
+            shift, which blow up at less (docs/results.md), and rounding for self. 0 for rounding, max(d, b)·eps of the
+            statistics' dtype, as NumPy has it: the paper's letter.
         shift_constant: C in shift mode: a multiple of the identity, or "gaussian".
         center: eva: subtract the mean token, as its own code does; False for eq. 39 as printed.
         damping: corda, descent: the input covariance gets damping·mean(diag C)·I before it is inverted.
@@ -112,7 +114,7 @@ class InitConfig:
         if self.strength is not None:
             _number("strength", self.strength, 0.0, math.inf, "1 starts at [ΔW]_r itself", open_low=True)
         if self.rtol is not None:
-            _number("rtol", self.rtol, 0.0, 1.0, "None takes max(d, b)·eps")
+            _number("rtol", self.rtol, 0.0, 1.0, "0 takes max(d, b)·eps")
         if self.shift_constant != "gaussian":
             if isinstance(self.shift_constant, str):
                 raise ValueError(unknown_name("shift_constant", self.shift_constant, ["gaussian", "or a number"]))
@@ -167,6 +169,11 @@ class InitConfig:
         return METHODS[self.method].base if self.base is None else self.base
 
     @property
+    def effective_rtol(self) -> float | None:
+        """The tolerance of † in force: the one given, else the method's own; None for that of rounding."""
+        return METHODS[self.method].rtol if self.rtol is None else self.rtol or None
+
+    @property
     def effective_decomposition(self) -> str:
         """The decomposition in force: the one given, else the method's own."""
         return METHODS[self.method].decomposition if self.decomposition == "svd" else self.decomposition
@@ -186,6 +193,10 @@ class InitConfig:
         values = asdict(self)
         values["batch_weights"] = None if self.batch_weights is None else list(self.batch_weights)
         return values
+
+    def stated(self) -> dict[str, Any]:
+        """As `to_dict`, with base and tolerance in force where they are left to the method."""
+        return {**self.to_dict(), "base": self.stated_base, "rtol": self.effective_rtol}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> InitConfig:

@@ -41,7 +41,7 @@ class Options(Protocol):
     @property
     def root(self) -> str: ...
     @property
-    def rtol(self) -> float | None: ...
+    def effective_rtol(self) -> float | None: ...
     @property
     def shift_constant(self) -> float | str: ...
     @property
@@ -98,6 +98,7 @@ class Method:
         base: its own, where `InitConfig.base` is at its default.
         sized: whether the size of the start is found by the loss (`cntlora.sizing`), and `strength` is that size.
         decomposition: its own, where `InitConfig.decomposition` is at its default.
+        rtol: its own tolerance of †, where `InitConfig.rtol` is at its default; None for that of rounding.
         options: those of `InitConfig` that have an effect on it, of `METHOD_OPTIONS`.
     """
 
@@ -114,6 +115,7 @@ class Method:
     base: str = "offset"
     sized: bool = False
     decomposition: Literal["svd", "qr"] = "svd"
+    rtol: float | None = None
     options: frozenset[str] = frozenset()
 
 
@@ -141,16 +143,18 @@ def _lora_ga(goal: Goal, o: Options) -> tuple[Tensor, Tensor]:
 
 
 def _cross(weight_of: WeightOf, o: Options) -> Estimator:
-    return MapEstimator(weight_of, partial(cross_map, rtol=o.rtol), partial(cross_quick, rtol=o.rtol))
+    rtol = o.effective_rtol
+    return MapEstimator(weight_of, partial(cross_map, rtol=rtol), partial(cross_quick, rtol=rtol))
 
 
 def _self(weight_of: WeightOf, o: Options) -> Estimator:
-    quick = partial(self_quick, rtol=o.rtol) if o.root == "cholesky" else None
-    return MapEstimator(weight_of, partial(self_map, root=o.root, rtol=o.rtol), quick)
+    rtol = o.effective_rtol
+    quick = partial(self_quick, rtol=rtol) if o.root == "cholesky" else None
+    return MapEstimator(weight_of, partial(self_map, root=o.root, rtol=rtol), quick)
 
 
 def _shift(weight_of: WeightOf, o: Options) -> Estimator:
-    return ShiftEstimator(weight_of, o.shift_constant, o.rtol, o.seed)
+    return ShiftEstimator(weight_of, o.shift_constant, o.effective_rtol, o.seed)
 
 
 def _corda_sums(weight_of: WeightOf, o: Options) -> Estimator:
@@ -193,11 +197,11 @@ METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         Method("cross", "equal outputs, inputs correlated with the source's", "Das et al. 2025, eq. 4",
-               _cross, product_factors, strength=2.0, options=_ESTIMATE),
+               _cross, product_factors, strength=2.0, rtol=1e-3, options=_ESTIMATE),
         Method("self", "equal output covariances, whitened source", "Das et al. 2025, eq. 12",
                _self, product_factors, strength=2.0, options=_ESTIMATE | {"root"}),
         Method("shift", "output covariances differ by a constant", "Das et al. 2025, eq. 17",
-               _shift, product_factors, strength=2.0, options=_ESTIMATE | {"shift_constant"}),
+               _shift, product_factors, strength=2.0, rtol=1e-3, options=_ESTIMATE | {"shift_constant"}),
         Method("descent", "outputs one step down the loss, of a size that the loss finds",
                "cntlora, eq. 4 with targets W X − η ∂L/∂Y", _descent_sums, _descent,
                reads="gradients", base="keep", sized=True, options=frozenset({"strength", "damping", "batch_weights"})),

@@ -61,7 +61,7 @@ class Run:
         config = {
             "task": {**asdict(e.task), **data_digests(e.task)},
             "lora": None if self.arm.full else {**asdict(e.lora), **self.arm.lora, "init": self.arm.peft},
-            "init": None if init is None else {**init.to_dict(), "base": init.stated_base},
+            "init": None if init is None else init.stated(),
             "num_batches": e.num_batches if self.arm.peft else None,  # of cntlora's arms it is in "init"
             "train": {**asdict(e.train), "learning_rate": self.learning_rate, "seed": self.seed},
         }
@@ -157,7 +157,7 @@ _MISSING = object()
 
 def _defaults(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Dotted key → default of every option."""
-    init = InitConfig(method=config["init"]["method"]).to_dict() if config["init"] else {}
+    init = InitConfig(method=config["init"]["method"]).stated() if config["init"] else {}
     task = {f.name: f.default for f in fields(run.experiment.task) if f.default is not MISSING}
     digests = dict.fromkeys(data_digests(run.experiment.task))
     sections = {"task": {**task, **digests}, "lora": asdict(LoraSettings()), "train": asdict(TrainSettings())}
