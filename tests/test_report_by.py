@@ -118,3 +118,17 @@ def test_it_is_on_the_page_in_the_tables_and_between_its_marks(tmp_path: Path) -
     assert re.search(r"\| CNTLoRA-X \| \*\*59\.090\*\*", text) and "old" not in text and text.endswith("b\n")
     with pytest.raises(ValueError, match="rank128: begin"):
         write_into(document, tmp_path / "table7")
+
+
+def test_a_mark_that_says_brief_gets_the_best_and_the_learning_rates_alone(tmp_path: Path) -> None:
+    cases.write([record("rank32", 32, method, 1.0) for method in ("lora", "eva")], tmp_path / "records")
+    texts = {}
+    for kind in ("begin", "begin brief"):
+        document = tmp_path / "doc.md"
+        document.write_text(f"a\n<!-- rank32: {kind} -->\nold\n<!-- rank32: end -->\nb\n")
+        for _ in range(2):  # the mark stays, so that the second time gives the same
+            write_into(document, tmp_path / "records")
+        texts[kind] = re.findall(r"^### .*", document.read_text(), re.MULTILINE)
+        assert f"<!-- rank32: {kind} -->" in document.read_text() and "old" not in document.read_text()
+    heads = ["### Methods at their best learning rate", "### Mean training loss at every learning rate"]
+    assert texts["begin brief"] == heads and texts["begin"][:2] == heads and len(texts["begin"]) > 2

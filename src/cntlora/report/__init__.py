@@ -14,6 +14,7 @@ from pathlib import Path
 from .by import tables_by
 from .formats import Table
 from .records import MEAN_LOSS, Study, load_records, studies
+from .tables import brief_tables
 
 __all__ = ["load_records", "studies", "write_into", "write_report"]
 _LATEX_HEAD = "% needs \\usepackage{booktabs,graphicx}; made by cntlora report\n"
@@ -82,7 +83,8 @@ def write_into(
 ) -> None:
     """Puts the Markdown tables of every study between its two marks in a document, in place of what is there.
 
-    The marks of a study NAME are the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+    The marks of a study NAME are the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`; with
+    `<!-- NAME: begin brief -->` only the methods at their best and the learning rates are put.
 
     Args:
         by: a setting that the experiments differ by: only the tables over it are put, between the marks of the folder's
@@ -94,12 +96,13 @@ def write_into(
     from ..atomic import write_atomically
 
     found = studies(load_records(Path(results)), criterion)
-    parts = {study.name: _of_document(study, loss) for study in found}
+    parts = {study.name: (_of_document(study, loss), brief_tables(study, loss)) for study in found}
     if by:
-        parts = {f"{Path(results).resolve().name} by {by}": tables_by(found, by)}
+        parts = {f"{Path(results).resolve().name} by {by}": (tables_by(found, by),) * 2}
     text = document.read_text(encoding="utf-8")
-    for name, tables in parts.items():
-        begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
+    for name, (whole, brief) in parts.items():
+        begin, short, end = (f"<!-- {name}: {which} -->" for which in ("begin", "begin brief", "end"))
+        begin, tables = (short, brief) if short in text else (begin, whole)
         before, opened, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (opened and closed):

@@ -35,6 +35,11 @@ def all_tables(study: Study, loss: float | None = None) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
+def brief_tables(study: Study, loss: float | None = None) -> list[Table]:
+    """Those of `all_tables` that say which method is best, and at which learning rate, and what failed."""
+    return [t for t in (main_table(study, loss), sensitivity_table(study, MEAN_LOSS), failures_table(study)) if t.rows]
+
+
 def main_table(study: Study, loss: float | None = None) -> Table:
     """Each method at its best learning rate.
 
