@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cntlora.experiments.controls import altered
+from cntlora.experiments.controls import altered, read
 
 
 class _Tokenizer:
@@ -62,3 +62,16 @@ def test_parts_hold_all_rows_once() -> None:
     assert [len(part["labels"]) for part in parts] == [2, 1, 1]
     assert torch.equal(torch.cat([part["input_ids"] for part in parts]), _batches()[0]["input_ids"])
     assert len(altered(_batches(), _Task(), 0, parts=9)) == 4  # type: ignore[arg-type]
+
+
+def test_unseen_batches_lie_behind_those_of_the_training() -> None:
+    batches = [{"labels": torch.tensor([i, i])} for i in range(9)]
+
+    def numbers(**options: Any) -> list[int]:
+        found = read(iter(batches), 3, 5, _Task(), 0, **options)  # type: ignore[arg-type]
+        return [int(batch["labels"][0]) for batch in found]
+
+    assert numbers() == [0, 1, 2] and numbers(unseen=True) == [5, 6, 7]
+    assert numbers(unseen=True, parts=2) == [5, 5, 6, 6, 7, 7]
+    with pytest.raises(ValueError, match=r"\+unseen: expected 3 batches behind the 7 .* got 2"):
+        read(batches, 3, 7, _Task(), 0, unseen=True)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from ..batches import to_device
 from ..compute import compute_plan
 from ..plan import InitPlan
 from ..recipes.task import Task
-from .controls import altered
+from .controls import read
 from .peers import AdaLoraTraining, peft_model
 from .records import Run
 
@@ -57,8 +56,8 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
     options, config = lora_options(run, task), run.init_config()
     device = next(model.parameters()).device
     count = e.num_batches if config is None else config.num_batches
-    some = [to_device(batch, device) for batch in itertools.islice(batches, count)]
-    some = altered(some, task, run.seed, **arm.data)
+    used = steps * e.train.gradient_accumulation
+    some = [to_device(batch, device) for batch in read(batches, count, used, task, run.seed, **arm.data)]
     torch.manual_seed(run.seed)  # A, and what PEFT's initialisations draw
     start, plan = time.perf_counter(), None
     if arm.peft:

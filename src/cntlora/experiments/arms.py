@@ -50,7 +50,7 @@ class Arm:
         label: for tables and legends, as in the paper.
         init: options of `InitConfig` that this arm sets (always `method`); None where cntlora takes no part.
         lora: options of `peft.LoraConfig` that this arm sets: use_dora, use_rslora, r.
-        data: what its initialisation reads instead of the training data as it is, see `controls.altered`.
+        data: what its initialisation reads instead of the training data as it is, see `controls.read`.
         peft: PEFT's own initialisation, one of `PEFT_LABELS`; None for PEFT's default (Kaiming A, B = 0).
         full: all weights train and there is no adapter.
     """
@@ -77,7 +77,7 @@ class Modifier:
     Attributes:
         pattern: matches the whole text behind the plus; a group holds the value.
         example: for messages.
-        option: of `InitConfig`, of `LoraConfig` or of `controls.altered`, by `of`.
+        option: of `InitConfig`, of `LoraConfig` or of `controls.read`, by `of`.
         value: that the option gets; None for the number in the pattern's group.
         suffix: of the label; {} is the value as written.
         only: the one method that it works with; None for every one of cntlora.
@@ -114,6 +114,7 @@ MODIFIERS = (
     Modifier("r([0-9]+)", "r4", "r", None, " (rank {})", of="lora", number=int),
     Modifier("n([0-9]+)", "n1", "num_batches", None, " ({} batches)", number=int),
     Modifier("split([0-9]+)", "split4", "parts", None, " (batches in {})", of="data", number=int),
+    Modifier("unseen", "unseen", "unseen", True, " (unseen batches)", of="data"),
     Modifier("shuffled", "shuffled", "content", "shuffled", " (shuffled data)", of="data"),
     Modifier("foreign", "foreign", "content", "foreign", " (other data)", of="data"),
     Modifier("vas", "vas", "adaptive_ranks", True, " + VAS"),

@@ -5,7 +5,8 @@ The training is the same in any case; only the batches that the initialisation s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +15,39 @@ from torch import Tensor
 from ..recipes.task import Task
 
 Batch = Mapping[str, Any]
+
+
+def read(
+    batches: Iterable[Batch],
+    count: int,
+    used: int,
+    task: Task,
+    seed: int,
+    *,
+    unseen: bool = False,
+    content: str = "",
+    parts: int = 1,
+) -> list[Batch]:
+    """What an initialisation reads: the first `count` batches, with which the training begins too.
+
+    Args:
+        batches: of the task, in the order of the training.
+        count: batches to read.
+        used: batches that the training comes to.
+        unseen: those behind the used ones instead, so that no training loss is of what the initialisation has seen.
+        task, seed, content, parts: see `altered`.
+
+    Raises:
+        ValueError: if there are too few batches for `unseen`, or see `altered`.
+    """
+    first = used if unseen else 0
+    found = list(islice(batches, first, first + count))
+    if unseen and len(found) < count:
+        raise ValueError(
+            f"+unseen: expected {count} batches behind the {used} that the training uses, got {len(found)}; give more "
+            "data, or lower init.num_batches or train.steps"
+        )
+    return altered(found, task, seed, content, parts)
 
 
 def altered(batches: Sequence[Batch], task: Task, seed: int, content: str = "", parts: int = 1) -> list[Batch]:
