@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 from tests import report_cases as cases
@@ -18,6 +19,7 @@ from cntlora.report.curves import loss_curve, metric_curve, smooth, steps_to_rea
 from cntlora.report.formats import BEST, SECOND, Cell, Column, Row, Table
 from cntlora.report.methods import GROUNDS, LEGIBLE, PEERS, contrast, ordered, styles
 from cntlora.report.records import Estimate, Study
+from cntlora.report.seen import seen_steps
 from cntlora.report.tables import (
     all_tables,
     drift_table,
@@ -420,6 +422,23 @@ def test_against_lora_what_the_seeds_share_drops_out() -> None:
     assert row_of(table, "lora")[paired].mean == 0.0
     without = main_table(studies([r for r in records if r["method"] != "lora"])[0])
     assert "against LoRA" not in [column.head for column in without.columns]
+
+
+def test_later_leaves_out_the_batches_that_the_initialisation_had_seen() -> None:
+    """0.5 ahead on the three batches that it read, 0.1 behind on all others."""
+    config: dict[str, Any] = {"init": {"num_batches": 3}, "num_batches": None, "train": {"gradient_accumulation": 1}}
+    plain = cases.record("lora", 0.003, 0, losses=[1.0] * 10, mean_loss=1.0)
+    ahead = {"losses": [0.5] * 3 + [1.1] * 7, "mean_loss": 0.92}
+    records = [plain, cases.record("eva", 0.003, 0, **ahead) | {"config": config}]
+    table = main_table(studies(records)[0])
+    whole, later = (row_of(table, "eva")[column_of(table, head)].mean for head in ("against LoRA", "later"))
+    assert whole == pytest.approx(-0.08) and later == pytest.approx(0.1)
+    for method, read in (("eva", 3), ("eva+dora", 3), ("eva+unseen", 0), ("eva+foreign", 0), ("pissa", 0), ("lora", 0)):
+        assert seen_steps({"method": method, "config": config}) == read, method
+    of_peft = {"init": None, "num_batches": 8, "train": {"gradient_accumulation": 3}}
+    assert seen_steps({"method": "peft:eva", "config": of_peft}) == 3  # 8 batches are two updates and a part
+    assert seen_steps({"method": "peft:pissa", "config": of_peft}) == 0
+    assert seen_steps({"method": "of another code", "config": {}}) == 0
 
 
 def test_a_record_that_was_edited_is_no_record(tmp_path: Path) -> None:

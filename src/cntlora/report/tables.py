@@ -9,6 +9,7 @@ from .curves import reference_loss, seconds_to_reach, steps_to_reach
 from .formats import Cell, Column, Direction, Row, Table
 from .methods import group_of
 from .records import MEAN_LOSS, Estimate, Group, Record, Study, finite, kinds
+from .seen import later_against
 
 BROKEN, CHOSEN = "†", "‡"
 _NAMES = {
@@ -51,7 +52,8 @@ def main_table(study: Study, loss: float | None = None) -> Table:
     spec = number_spec(group.estimate(MEAN_LOSS) for group in study.best.values())
     columns = [Column("Method"), Column("lr", spec="g"), Column("seeds", spec="d")]
     columns += [Column("mean training loss", "min", spec)]
-    columns += [Column("against LoRA", "min", f"+{spec}")] if "lora" in study.best else []
+    if "lora" in study.best:
+        columns += [Column(head, "min", f"+{spec}") for head in ("against LoRA", "later")]
     columns += [metric_column(study, metric) for metric in study.metrics]
     if loss is not None:
         columns += [Column(f"steps to {loss:{spec}}", "min", "d"), Column(f"s to {loss:{spec}}", "min", ".1f")]
@@ -61,7 +63,8 @@ def main_table(study: Study, loss: float | None = None) -> Table:
     caption = f"Chosen by the {criterion_words(study)}. {_SEEDS} Held-out metrics are of the last evaluation."
     if "lora" in study.best:
         caption += (
-            " Against LoRA: difference of the mean training loss of runs with the same seed, head, data and order."
+            " Against LoRA: difference of the mean training loss of runs with the same seed, head, data and order. "
+            "Later: behind the steps whose batches the initialisation had read, which are the first of the training."
         )
     if loss is not None:
         caption += (
@@ -176,7 +179,8 @@ def _main_cells(study: Study, group: Group, loss: float | None) -> list[Cell]:
     cells = [Cell(mean=group.learning_rate), Cell(mean=len(group.runs)) if whole else Cell(seeds)]
     cells += [Cell.of(group.estimate(MEAN_LOSS), competes=whole)]
     if "lora" in study.best:
-        cells += [Cell.of(group.against(study.best["lora"]), competes=whole)]
+        plain = study.best["lora"]
+        cells += [Cell.of(value, competes=whole) for value in (group.against(plain), later_against(group, plain))]
     cells += [Cell.of(group.final(metric), competes=whole) for metric in study.metrics]
     if loss is not None:
         reached = (steps_to_reach(group, loss), seconds_to_reach(group, loss))
