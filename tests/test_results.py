@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("plotly", reason="the page needs the extra `report`")
+from benchmarks import overview
+
 from cntlora.report import load_records, write_into, write_report
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +39,17 @@ def test_the_tables_of_the_docs_are_those_of_the_records(folder: Path, tmp_path:
     first.write_text(json.dumps({**record, "mean_loss": 0.1}))
     write_into(copy, changed)
     assert copy.read_bytes() != DOCS.read_bytes()
+
+
+def test_the_tables_of_the_advice_are_those_of_the_records(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    assert overview.filled(text, RESULTS) == text
+    shutil.copytree(RESULTS, tmp_path / "results")  # the control: one changed record changes the tables
+    first = next(path for path in sorted((tmp_path / "results" / "pairs").glob("descent-lr0.001-*.json")))
+    record = json.loads(first.read_text())
+    record.pop("digest", None)
+    first.write_text(json.dumps({**record, "mean_loss": 0.1}))
+    assert overview.filled(text, tmp_path / "results") != text
 
 
 @pytest.mark.slow

@@ -63,18 +63,16 @@ def start_curvature(
     loss: Callable[[nn.Module, Any], Any] | None = None,
     adapter_name: str = "default",
     iterations: int = 30,
-    step: float = 1e-3,
 ) -> float:
     """The eigenvalue of largest magnitude of the Hessian of the loss of one batch by the factors that train.
 
-    By power iteration from the gradient; H v is a central difference of gradients at ±step times the norm of all
-    factors. Gradient descent with a learning rate above 2 over the value diverges along that direction. The model is
-    left as found.
+    By power iteration from the gradient; H v is a central difference of gradients, so near that they differ by a few
+    percent of the gradient at most, however large the factors are. Gradient descent with a learning rate above 2 over
+    the value diverges along that direction. The model is left as found.
 
     Args:
         model, batch, loss, adapter_name: as in `start_diagnostics`.
-        iterations: at most; it ends when the value changes by less than 1 %.
-        step: of the difference, relative.
+        iterations: at most, of two backward passes each; it ends when the value changes by less than 1 %.
 
     Returns:
         The eigenvalue in units of loss over factor squared, with its sign; 0 where the gradient is 0.
@@ -85,7 +83,7 @@ def start_curvature(
     sites, _ = find_sites(model, adapter_name)
     factors = _factors(sites)
     kept = [p.detach().clone() for p in factors]
-    length = step * float(_norm(kept))
+    length = 1e-3 * float(_norm(kept))
 
     def put(direction: list[Tensor], amount: float) -> None:
         with torch.no_grad():
@@ -95,6 +93,7 @@ def start_curvature(
     with _gradients(model, batch, loss, sites) as gradients:
         try:
             value, v = 0.0, gradients()[1]
+            gradient = float(_norm(v))
             for _ in range(iterations):
                 norm = float(_norm(v))
                 if norm == 0.0:
@@ -104,6 +103,10 @@ def start_curvature(
                 ahead = gradients()[1]
                 put(v, -length)
                 product = [(a - b) / (2 * length) for a, b in zip(ahead, gradients()[1], strict=True)]
+                change = 2 * length * float(_norm(product)) / gradient
+                if change > _NEAR:  # too far for a derivative: the same direction again, nearer
+                    length *= _NEAR / (2 * change)
+                    continue
                 before, value = value, float(sum((a * b).sum() for a, b in zip(v, product, strict=True)))
                 v = product
                 if abs(value - before) < 0.01 * abs(value):
@@ -111,6 +114,10 @@ def start_curvature(
             return value
         finally:
             put(kept, 0.0)
+
+
+_NEAR = 0.05
+"""How much the gradient may change, relative to itself, between the two points of a difference."""
 
 
 def _factors(sites: list[Site]) -> list[nn.Parameter]:

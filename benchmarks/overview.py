@@ -1,0 +1,138 @@
+"""The tables of docs/choosing.md from the records in results/: descent on five tasks, and in half of their steps.
+
+python benchmarks/overview.py    # puts them between their marks in docs/choosing.md
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.tables import table
+
+from cntlora.atomic import write_atomically
+from cntlora.report import load_records, studies
+from cntlora.report.records import Estimate, Group, Study
+from cntlora.report.seen import later_against
+
+ROOT = Path(__file__).parents[1]
+TASKS = (
+    ("tweets", "tweets, MiniLM (40 steps)", "macro_f1", "macro F1 ↑"),
+    ("vision_emoji", "emoji pictures, DINOv2-S (40)", "accuracy", "accuracy ↑"),
+    ("language", "tales, SmolLM2 (30)", "perplexity", "perplexity ↓"),
+    ("pairs", "newsgroup pairs, MiniLM (50)", "macro_f1", "macro F1 ↑"),
+    ("dreambooth", "DreamBooth lorikeet (200)", "loss", "held-out loss ↓"),
+)
+"""Folder, what it is called, its metric and how that is called."""
+STEPS = {"vision_emoji": "vision_emoji_steps"}
+"""Where the held-out loss along the training is, if not in the study itself."""
+PEERS = ("pissa", "olora", "eva", "corda", "lora_ga", "lora_one", "dora", "rslora", "peft:", "eva+dora")
+
+
+def study_of(results: Path, name: str) -> Study:
+    """The one study of a folder."""
+    (found,) = studies(load_records(results / name))
+    return found
+
+
+def best_peer(study: Study) -> Group:
+    """The published method that is furthest ahead of plain LoRA, among those with the most seeds."""
+    peers = [group for method, group in study.best.items() if method.startswith(PEERS)]
+    most = max(len(group.finished) for group in peers)
+    plain = study.best["lora"]
+    return min((g for g in peers if len(g.finished) == most), key=lambda g: g.against(plain).mean or 0.0)
+
+
+def signed(estimate: Estimate, places: int) -> str:
+    """A difference with its spread."""
+    return _minus(f"{estimate.mean:+.{places}f} ± {estimate.spread or 0.0:.{places}f}")
+
+
+def final(group: Group, metric: str, places: int = 3) -> str:
+    """A held-out metric at the end."""
+    value = group.final(metric)
+    return f"{value.mean:.{places}f} ± {value.spread or 0.0:.{places}f}"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def comparison(results: Path) -> str:
+    """Descent and the best peer against plain LoRA on every task, each at its best learning rate."""
+    head = ["task", "descent − LoRA", "later", "unseen batches", "best peer − LoRA", "metric"]
+    head += ["LoRA", "best peer", "descent"]
+    rows = []
+    for name, title, metric, words in TASKS:
+        study, places = study_of(results, name), 4 if name == "dreambooth" else 3
+        plain, own, peer = study.best["lora"], study.best["descent"], best_peer(study)
+        unseen = study.best.get("descent+unseen")
+        rows.append([
+            title,
+            signed(own.against(plain), places),
+            signed(later_against(own, plain), places),
+            signed(unseen.against(plain), places) if unseen else "–",
+            f"{signed(peer.against(plain), places)} ({study.labels[peer.method]})",
+            words,
+            *(final(group, metric) for group in (plain, peer, own)),
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def reached(group: Group, loss: float) -> str:
+    """At which share of its steps the mean held-out loss of a group falls to a value, between its evaluations."""
+    found = [[(e["step"], e["loss"]) for e in run["evaluations"]] for run in group.finished]
+    steps = [step for step, _ in found[0]]
+    means = [sum(run[i][1] for run in found) / len(found) for i in range(len(steps))]
+    for i, value in enumerate(means):
+        if value <= loss:
+            if i == 0:
+                return f"{steps[0] / steps[-1]:.2f}"
+            share = (means[i - 1] - loss) / (means[i - 1] - value)
+            return f"{(steps[i - 1] + share * (steps[i] - steps[i - 1])) / steps[-1]:.2f}"
+    return "not"
+
+
+def halves(results: Path) -> str:
+    """Held-out losses after half of the steps (warm-up and schedule too) against plain LoRA's after all of them."""
+    head = ["task", "LoRA, all steps", "half: LoRA", "half: peer", "half: descent", "descent reaches LoRA's at"]
+    rows = []
+    for name, title, *_ in TASKS:
+        whole, half = study_of(results, name), study_of(results, f"half_{name}")
+        along = study_of(results, STEPS.get(name, name))
+        peer = next(group for method, group in half.best.items() if method.startswith(PEERS))
+        loss = along.best["lora"].final("loss").mean
+        assert loss is not None
+        rows.append([
+            title,
+            final(whole.best["lora"], "loss"),
+            final(half.best["lora"], "loss"),
+            f"{final(peer, 'loss')} ({half.labels[peer.method]})",
+            final(half.best["descent"], "loss"),
+            f"{reached(along.best['descent'], loss)} of the steps",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def filled(text: str, results: Path) -> str:
+    """The document with both tables between their marks."""
+    for name, content in (("comparison", comparison(results)), ("halves", halves(results))):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise SystemExit(f"docs/choosing.md: expected the lines {begin} and {end}")
+        text = f"{before}{begin}\n\n{content}\n\n{end}{after}"
+    return text
+
+
+def main() -> None:
+    """Command line."""
+    document = ROOT / "docs" / "choosing.md"
+    write_atomically(document, filled(document.read_text(), ROOT / "results").encode())
+
+
+if __name__ == "__main__":
+    main()
