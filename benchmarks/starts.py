@@ -78,7 +78,7 @@ def input_facts(experiment: Experiment, seed: int) -> dict[str, float]:
     return {key: median(fact[key] for fact in facts) for key in facts[0]}
 
 
-def start_facts(experiment: Experiment, method: str, seed: int) -> dict[str, Any]:
+def start_facts(experiment: Experiment, method: str, seed: int, iterations: int) -> dict[str, Any]:
     """Of one start: ‖s·B·A‖/‖W‖ (median over sites), the change of the first batch's loss, and the curvature."""
     task = make_task(experiment.task)
     run, model = Run(experiment, method, 1e-3, seed), task.build_model(seed)
@@ -87,7 +87,7 @@ def start_facts(experiment: Experiment, method: str, seed: int) -> dict[str, Any
     adapted = adapt(run, task, model, task.init_batches(seed), 1)
     sites = [site for site in adapted.plan.sites.values() if site.weight_norm] if adapted.plan else []
     with modes(adapted.model, training=False):
-        curvature = start_curvature(adapted.model, batch)
+        curvature = start_curvature(adapted.model, batch, iterations=iterations) if iterations else None
     return {
         "label": run.arm.label,
         "size": median(site.start_norm / site.weight_norm for site in sites) if sites else 0.0,
@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", type=Path, help="experiment files, whose tasks train without noise")
     parser.add_argument("--methods", default="", help="comma-separated; default: the file's")
+    parser.add_argument("--iterations", type=int, default=30, help="for the curvature; 0 leaves it out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of starts.json")
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     for experiment in experiments:
         methods = named or experiment.sweep.methods
-        starts = {method: start_facts(experiment, method, options.seed) for method in methods}
+        starts = {method: start_facts(experiment, method, options.seed, options.iterations) for method in methods}
         inputs = input_facts(experiment, options.seed)
         tasks[experiment.name] = {"title": experiment.title, "inputs": inputs, "starts": starts}
         print(starts_table(tasks[experiment.name]), end="\n\n")

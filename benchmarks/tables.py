@@ -104,7 +104,7 @@ def starts_table(task: dict[str, Any]) -> str:
             start["label"],
             number(start["size"]) if start["size"] else "0",
             f"{start['loss_after'] - start['loss_before']:+.3f}".replace("-", "−"),
-            number(start["curvature"]).replace("-", "−"),
+            "–" if start["curvature"] is None else number(start["curvature"]).replace("-", "−"),
         ]
         for start in task["starts"].values()
     ]
