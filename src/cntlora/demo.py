@@ -99,8 +99,8 @@ def _run(
     model: nn.Module = get_peft_model(task.build_model(seed), lora)  # type: ignore[arg-type]
     batches, held_out = task.train_batches(seed), task.eval_batches()
     start = time.perf_counter()
-    if name == "cntlora":
-        initialize(model, batches, InitConfig(method="descent"))
+    if name == "cntlora":  # from batches in another order, so that it has not seen those that the training begins with
+        initialize(model, task.train_batches(seed + 1), InitConfig(method="descent"))
     init_seconds = time.perf_counter() - start if name == "cntlora" else 0.0
     say(f"{name}: learning rate {LEARNING_RATES[name]:g}, initialised in {init_seconds:.1f} s")
     torch.manual_seed(seed)
