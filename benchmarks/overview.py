@@ -5,6 +5,7 @@ python benchmarks/overview.py    # puts them between their marks in docs/choosin
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -37,12 +38,17 @@ def study_of(results: Path, name: str, criterion: str = "mean_loss") -> Study:
     return found
 
 
+def peers(study: Study) -> list[Group]:
+    """The published methods, those with the most seeds."""
+    found = [group for method, group in study.best.items() if method.startswith(PEERS)]
+    most = max(len(group.finished) for group in found)
+    return [group for group in found if len(group.finished) == most]
+
+
 def best_peer(study: Study) -> Group:
-    """The published method that is furthest ahead of plain LoRA, among those with the most seeds."""
-    peers = [group for method, group in study.best.items() if method.startswith(PEERS)]
-    most = max(len(group.finished) for group in peers)
+    """The published method that is furthest ahead of plain LoRA."""
     plain = study.best["lora"]
-    return min((g for g in peers if len(g.finished) == most), key=lambda g: g.against(plain).mean or 0.0)
+    return min(peers(study), key=lambda group: group.against(plain).mean or 0.0)
 
 
 def signed(estimate: Estimate, places: int) -> str:
@@ -100,21 +106,20 @@ def halves(results: Path) -> str:
 
     Learning rates are chosen by that loss.
     """
-    head = ["task", "LoRA, all steps", "half: LoRA", "half: peer", "half: descent", "share of all steps"]
+    head = ["task", "LoRA, all steps", "half: LoRA", "half: peer", "half: descent", "to LoRA's", "to the best peer's"]
     rows = []
     for name, title, *_ in TASKS:
         whole, half = study_of(results, name, "loss"), study_of(results, f"half_{name}", "loss")
         along = study_of(results, STEPS.get(name, name), "loss")
-        peer = next(group for method, group in half.best.items() if method.startswith(PEERS))
-        loss = along.best["lora"].final("loss").mean
-        assert loss is not None
+        (peer,) = peers(half)
+        ends = (along.best["lora"], min(peers(whole), key=lambda group: group.final("loss").mean or math.inf))
         rows.append([
             title,
             final(whole.best["lora"], "loss"),
             final(half.best["lora"], "loss"),
             f"{final(peer, 'loss')} ({half.labels[peer.method]})",
             final(half.best["descent"], "loss"),
-            reached(along.best["descent"], loss),
+            *(reached(along.best["descent"], group.final("loss").mean or 0.0) for group in ends),
         ])  # fmt: skip
     return table(head, rows)
 
