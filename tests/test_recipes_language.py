@@ -256,5 +256,11 @@ def test_settings_refuse(options: dict[str, Any], message: str) -> None:
 
 
 def test_an_unknown_sample_is_named(model: str) -> None:
-    with pytest.raises(ValueError, match="sample:tales"):
+    with pytest.raises(ValueError, match=r"task\.data: .*sample:tales"):
         LanguageTask(LanguageSettings(model=model, data="sample:tale")).check()
+
+
+def test_an_unknown_sample_of_other_text_is_named_by_its_own_setting(tmp_path: Path, model: str) -> None:
+    settings = LanguageSettings(model=model, data=written(tmp_path, GOOD), eval_size=1, general_data="sample:dialog")
+    with pytest.raises(ValueError, match=r"task\.general_data: .*did you mean 'sample:dialogue'"):
+        LanguageTask(settings).check()

@@ -228,7 +228,8 @@ def _segments(s: LanguageSettings, source: str, tokenizer: Any) -> tuple[list[Se
     """The rows, and whether they are chats."""
     end = tokenizer.eos_token or ""
     if source.startswith("sample:"):
-        return text_rows(_sample(source), end), False
+        key = next(f"task.{f}" for f in ("general_data", "eval_data", "data") if f == "data" or getattr(s, f) == source)
+        return text_rows(_sample(source, key), end), False
     frame = read_frame(source)
     if s.messages in frame.columns:
         return chat_rows(frame, s.messages, tokenizer, source), True
@@ -243,13 +244,13 @@ def _segments(s: LanguageSettings, source: str, tokenizer: Any) -> tuple[list[Se
     )
 
 
-def _sample(name: str) -> list[str]:
-    """Texts that a package ships."""
+def _sample(name: str, key: str) -> list[str]:
+    """Texts that a package ships; `key` is the setting that names them."""
     from ..samples import texts
 
     known = {"sample:tales": texts.tales, "sample:dialogue": texts.dialogue}
     if name not in known:
-        raise ValueError(unknown_name("task.data", name, known))
+        raise ValueError(unknown_name(key, name, known))
     return known[name]().texts
 
 
