@@ -24,6 +24,13 @@ def test_there_are_results() -> None:
     assert {"tweets", "tweets_100"} <= {folder.name for folder in FOLDERS}
 
 
+def test_every_record_names_the_command_that_makes_it_again() -> None:
+    for record in load_records(RESULTS):
+        file = f"experiments/{record['experiment']}.toml"
+        grid = f"--methods {record['method']} --learning-rates {record['learning_rate']:g} --seeds {record['seed']}"
+        assert record["command"] == f"cntlora compare {file} {grid}" and (ROOT / file).is_file()
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_tables_of_the_docs_are_those_of_the_records(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "results.md"
