@@ -231,6 +231,8 @@ class Budget:
             with path.open("wb") as file:
                 _reserve(file, size)
         except OSError as error:
+            self._folder.cleanup()  # at once, not when the last reference to this object goes
+            self._folder = None
             what = f"max_memory: no room for {readable(size)} of statistics in {path.parent}: {error.strerror}"
             raise OSError(error.errno, what) from error
         held = torch.from_file(str(path), shared=True, size=total.numel(), dtype=total.dtype).view(total.shape)

@@ -30,14 +30,17 @@
     const methods = shown();
     visibility(data, methods).forEach((visible, i) => { data[i].visible = visible; });
     if (touch) layout.dragmode = false; // a finger scrolls the page; the buttons zoom
-    drawn.add(box);
     Plotly.newPlot(box, data, layout, {
       responsive: true,
       displaylogo: false,
       displayModeBar: touch ? true : "hover",
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
       toImageButtonOptions: { format: "svg", filename: box.id },
-    }).then(() => { box.style.minHeight = ""; return Plotly.relayout(box, themed(layout)); });
+    }).then(() => { // only now: what the filter or the theme did meanwhile would have met half a plot
+      box.style.minHeight = "";
+      drawn.add(box);
+      return Plotly.update(box, { visible: visibility(box.data, shown()) }, themed(layout));
+    });
   };
   const near = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
