@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.tables import table
 
 from cntlora.atomic import write_atomically
-from cntlora.report import load_records, studies
+from cntlora.report import between, load_records, studies
 from cntlora.report.records import Estimate, Group, Study
 from cntlora.report.seen import later_against
 
 ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "choosing.md"
 TASKS = (
     ("tweets", "tweets, MiniLM (40 steps)", "macro_f1", "macro F1 ↑"),
     ("vision_emoji", "emoji pictures, DINOv2-S (40)", "accuracy", "accuracy ↑"),
@@ -127,19 +128,13 @@ def halves(results: Path) -> str:
 def filled(text: str, results: Path) -> str:
     """The document with both tables between their marks."""
     for name, content in (("comparison", comparison(results)), ("halves", halves(results))):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise SystemExit(f"docs/choosing.md: expected the lines {begin} and {end}")
-        text = f"{before}{begin}\n\n{content}\n\n{end}{after}"
+        text = between(DOCUMENT, text, name, content)
     return text
 
 
 def main() -> None:
     """Command line."""
-    document = ROOT / "docs" / "choosing.md"
-    write_atomically(document, filled(document.read_text(), ROOT / "results").encode())
+    write_atomically(DOCUMENT, filled(DOCUMENT.read_text(), ROOT / "results").encode())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from .formats import Table
 from .records import MEAN_LOSS, Study, load_records, studies
 from .tables import brief_tables
 
-__all__ = ["load_records", "studies", "write_into", "write_report"]
+__all__ = ["between", "load_records", "studies", "write_into", "write_report"]
 _LATEX_HEAD = "% needs \\usepackage{booktabs,graphicx}; made by cntlora report\n"
 
 
@@ -96,20 +96,32 @@ def write_into(
     from ..atomic import write_atomically
 
     found = studies(load_records(Path(results)), criterion)
-    parts = {study.name: (_of_document(study, loss), brief_tables(study, loss)) for study in found}
-    if by:
-        parts = {f"{Path(results).resolve().name} by {by}": (tables_by(found, by),) * 2}
     text = document.read_text(encoding="utf-8")
-    for name, (whole, brief) in parts.items():
-        begin, short, end = (f"<!-- {name}: {which} -->" for which in ("begin", "begin brief", "end"))
-        begin, tables = (short, brief) if short in text else (begin, whole)
-        before, opened, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (opened and closed):
-            raise ValueError(f"{document}: expected the lines {begin} and {end} around the tables of {name!r}")
-        content = "\n".join(table.to_markdown() for table in tables)
-        text = f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
+    if by:
+        text = between(document, text, f"{Path(results).resolve().name} by {by}", _markdown(tables_by(found, by)))
+    for study in found if not by else ():
+        brief = f"<!-- {study.name}: begin brief -->" in text
+        tables = brief_tables(study, loss) if brief else _of_document(study, loss)
+        text = between(document, text, study.name, _markdown(tables), "begin brief" if brief else "begin")
     write_atomically(document, text.encode())
+
+
+def between(document: Path, text: str, name: str, content: str, word: str = "begin") -> str:
+    """The text of a document with `content` between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+
+    Raises:
+        ValueError: if it has no such lines; names the document.
+    """
+    begin, end = f"<!-- {name}: {word} -->", f"<!-- {name}: end -->"
+    before, opened, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise ValueError(f"{document}: expected the lines {begin} and {end} around the tables of {name!r}")
+    return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
+
+
+def _markdown(tables: list[Table]) -> str:
+    return "\n".join(table.to_markdown() for table in tables)
 
 
 def _of_document(study: Study, loss: float | None) -> list[Table]:
