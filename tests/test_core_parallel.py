@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cntlora import InitConfig
 from cntlora.core.estimator import absorb_batch
 from cntlora.core.family import METHODS
 from cntlora.core.linalg import symmetric_product
-from cntlora.core.parallel import SIDE_BY_SIDE, full_precision, side_by_side
+from cntlora.core.parallel import SIDE_BY_SIDE, full_precision, once, side_by_side
 
 CPU = torch.device("cpu")
 
@@ -51,6 +52,28 @@ def test_large_matrices_stay_in_this_thread_and_company_changes_nothing(two_thre
     together = side_by_side(torch.linalg.inv, matrices, [300] * 4, CPU)
     assert torch.equal(together[2], side_by_side(torch.linalg.inv, matrices[2:3], [300], CPU)[0])
     assert not torch.equal(together[2], together[1])  # control
+
+
+@pytest.mark.parametrize(("how", "runs"), [(once, 1), (cache, 2)])  # control: the library's own does not wait
+def test_threads_that_ask_for_the_same_make_it_once(
+    two_threads: None, how: Callable[[Callable[[int], int]], Callable[[int], int]], runs: int
+) -> None:
+    asking, together, made = threading.Barrier(2, timeout=20), threading.Event(), []
+
+    def make(item: int) -> int:
+        made.append(item)
+        if len(made) == 2:
+            together.set()
+        together.wait(0.5)  # so long that the other thread asks too
+        return 2 * item
+
+    shared = how(make)
+
+    def work(_: int) -> int:
+        asking.wait()
+        return shared(3)
+
+    assert side_by_side(work, range(2), [10] * 2, CPU) == [6, 6] and len(made) == runs
 
 
 def test_an_error_comes_out_and_the_threads_are_as_before(two_threads: None) -> None:

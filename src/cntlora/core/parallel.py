@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +57,17 @@ def side_by_side(
             finally:
                 torch.set_num_threads(threads)
         return [done[i] if i in done else work(item) for i, item in enumerate(items)]
+
+
+def once(make: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """`make`, run once for each argument also where several threads ask for it at a time (`cache` alone does not)."""
+    made, lock = cache(make), Lock()
+
+    def ask(item: Item) -> Result:
+        with lock:
+            return made(item)
+
+    return ask
 
 
 def _on_streams(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:

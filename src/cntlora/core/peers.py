@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .factor import Spectrum, input_spectrum
+from .parallel import once
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def eva_target(gram: Tensor, total: Tensor, tokens: float, center: bool, exact: 
     """
     if center:
         gram = gram - torch.outer(total, total) / tokens
-    return Target(known=cache(partial(input_spectrum, gram, exact=exact)))  # once for all sites that share the input
+    return Target(known=once(partial(input_spectrum, gram, exact=exact)))  # once for all sites that share the input
 
 
 def lora_one_target(G: Tensor, gamma: float = 128.0) -> Target:
