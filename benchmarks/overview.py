@@ -1,17 +1,19 @@
-"""The tables of docs/choosing.md from the records in results/: descent on five tasks, and in half of their steps.
+"""Tables over several studies, put between their marks: the comparisons of docs/choosing.md, the starts of results.md.
 
-python benchmarks/overview.py    # puts them between their marks in docs/choosing.md
+python benchmarks/overview.py    # from results/ and benchmarks/records/starts.json
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.tables import table
+from benchmarks.machine import RESULTS as RECORDS
+from benchmarks.tables import inputs_table, starts_table, table
 
 from cntlora.atomic import write_atomically
 from cntlora.report import between, load_records, studies
@@ -19,7 +21,7 @@ from cntlora.report.records import Estimate, Group, Study
 from cntlora.report.seen import later_against
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "choosing.md"
+CHOOSING, MEASURED = ROOT / "docs" / "choosing.md", ROOT / "docs" / "results.md"
 TASKS = (
     ("tweets", "tweets, MiniLM (40 steps)", "macro_f1", "macro F1 ↑"),
     ("vision_emoji", "emoji pictures, DINOv2-S (40)", "accuracy", "accuracy ↑"),
@@ -125,16 +127,30 @@ def halves(results: Path) -> str:
     return table(head, rows)
 
 
-def filled(text: str, results: Path) -> str:
-    """The document with both tables between their marks."""
-    for name, content in (("comparison", comparison(results)), ("halves", halves(results))):
-        text = between(DOCUMENT, text, name, content)
+def starts(record: Path) -> str:
+    """What benchmarks/starts.py found: the inputs of every task, and its starts."""
+    words = {name: title.partition(" (")[0] for name, title, *_ in TASKS}
+    found = json.loads(record.read_text())["tasks"]
+    tasks = {name: {**task, "title": words[name.removesuffix("_modes")]} for name, task in found.items()}
+    return "\n\n".join([inputs_table(tasks), *(f"{t['title']}:\n\n{starts_table(t)}" for t in tasks.values())])
+
+
+def filled(document: Path, results: Path, records: Path = RECORDS) -> str:
+    """The text of a document with its tables between their marks."""
+    text = document.read_text()
+    tables = {
+        CHOOSING: lambda: {"comparison": comparison(results), "halves": halves(results)},
+        MEASURED: lambda: {"starts": starts(records / "starts.json")},
+    }
+    for name, content in tables[document]().items():
+        text = between(document, text, name, content)
     return text
 
 
 def main() -> None:
     """Command line."""
-    write_atomically(DOCUMENT, filled(DOCUMENT.read_text(), ROOT / "results").encode())
+    for document in (CHOOSING, MEASURED):
+        write_atomically(document, filled(document, ROOT / "results").encode())
 
 
 if __name__ == "__main__":

@@ -49,14 +49,23 @@ def test_the_tables_of_the_docs_are_those_of_the_records(folder: Path, tmp_path:
 
 
 def test_the_tables_of_the_advice_are_those_of_the_records(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "choosing.md").read_text()
-    assert overview.filled(text, RESULTS) == text
+    text = overview.CHOOSING.read_text()
+    assert overview.filled(overview.CHOOSING, RESULTS) == text
     shutil.copytree(RESULTS, tmp_path / "results")  # the control: one changed record changes the tables
     first = next(path for path in sorted((tmp_path / "results" / "pairs").glob("descent-lr0.001-*.json")))
     record = json.loads(first.read_text())
     record.pop("digest", None)
     first.write_text(json.dumps({**record, "mean_loss": 0.1}))
-    assert overview.filled(text, tmp_path / "results") != text
+    assert overview.filled(overview.CHOOSING, tmp_path / "results") != text
+
+
+def test_the_tables_of_the_starts_are_those_of_their_record(tmp_path: Path) -> None:
+    text = overview.MEASURED.read_text()
+    assert overview.filled(overview.MEASURED, RESULTS) == text
+    record = json.loads((overview.RECORDS / "starts.json").read_text())
+    record["tasks"]["pairs"]["starts"]["self"]["size"] = 9.87  # the control
+    (tmp_path / "starts.json").write_text(json.dumps(record))
+    assert overview.filled(overview.MEASURED, RESULTS, tmp_path) != text
 
 
 @pytest.mark.slow

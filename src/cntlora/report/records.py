@@ -56,11 +56,15 @@ class Group:
         """Of a number of the record, such as "mean_loss" or "init_seconds", over the finished runs."""
         return Estimate.of(run.get(key) for run in self.finished)
 
+    def pairs(self, other: Group) -> list[tuple[Record, Record]]:
+        """The finished runs of both groups by seed: in a difference what the seeds share drops out."""
+        theirs = {run["seed"]: run for run in other.finished}
+        return [(run, theirs[run["seed"]]) for run in self.finished if run["seed"] in theirs]
+
     def against(self, other: Group) -> Estimate:
-        """Mean training loss minus that of another group's run with the same seed: what the seeds share drops out."""
-        theirs = {run["seed"]: run.get(MEAN_LOSS) for run in other.finished}
-        pairs = [(run.get(MEAN_LOSS), theirs.get(run["seed"])) for run in self.finished]
-        return Estimate.of(a - b for a, b in pairs if a is not None and b is not None)
+        """Mean training loss minus that of another group's run with the same seed."""
+        losses = [(mine.get(MEAN_LOSS), its.get(MEAN_LOSS)) for mine, its in self.pairs(other)]
+        return Estimate.of(a - b for a, b in losses if a is not None and b is not None)
 
     def final(self, metric: str) -> Estimate:
         """Of a held-out metric at the last evaluation, over the finished runs."""

@@ -29,12 +29,8 @@ def seen_steps(run: Record) -> int:
 
 def later_against(group: Group, other: Group) -> Estimate:
     """As `Group.against`, over the steps whose batches the initialisation of neither had seen."""
-    theirs = {run["seed"]: run for run in other.finished}
     found = []
-    for run in group.finished:
-        one = theirs.get(run["seed"])
-        if one is None:
-            continue
+    for run, one in group.pairs(other):
         first = max(seen_steps(run), seen_steps(one))
         mine, its = run["losses"][first:], one["losses"][first:]
         if mine and len(mine) == len(its):
