@@ -100,10 +100,10 @@ def _tweet_batches() -> list[Batch]:
 def _dinov2() -> nn.Module:
     from transformers import Dinov2ForImageClassification
 
-    from cntlora.recipes.loading import quiet
+    from cntlora.notices import quiet_transformers
     from cntlora.recipes.samples.models import dinov2_folder
 
-    with quiet():
+    with quiet_transformers():
         return seeded(lambda: Dinov2ForImageClassification.from_pretrained(dinov2_folder(), num_labels=10))
 
 

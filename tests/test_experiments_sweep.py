@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from cntlora.atomic import remove_leftovers
 from cntlora.experiments import processes
 from cntlora.experiments.environment import machine
-from cntlora.experiments.records import Run, failed, frame, path_of, remove_leftovers, write_record
+from cntlora.experiments.records import Run, failed, frame, path_of, write_record
 from cntlora.experiments.settings import Experiment, from_dict, replaced
 from cntlora.experiments.sweep import locked, plan_sweep, run_sweep
 
@@ -178,7 +179,7 @@ def test_a_file_that_is_no_record_is_named(tmp_path: Path, content: str) -> None
 
 
 def test_leftovers_are_told_from_records(tmp_path: Path) -> None:
-    names = [".self-lr0.001-seed0.json.ab12_xyz", "self-lr0.001-seed0.json", ".notes.json", "notes.json.bak"]
+    names = [".self-lr0.001-seed0.json.ab12_xyz.cntlora", "self-lr0.001-seed0.json", ".notes.json", "notes.json.bak"]
     for name in names:
         (tmp_path / name).write_text("{")
     assert remove_leftovers(tmp_path) == 1
@@ -284,7 +285,7 @@ def test_after_sigkill_nothing_is_lost_half_or_repeated(tmp_path: Path) -> None:
     assert all(
         record["status"] == "finished" and len(record["losses"]) == 100_000 for record in records_in(out).values()
     )
-    (out / ".self-lr0.001-seed0.json.abcdefgh").write_text('{"half": ')
+    (out / ".self-lr0.001-seed0.json.abcdefgh.cntlora").write_text('{"half": ')
     sweep = run_sweep(experiment_of(tmp_path, seeds=[0, 1, 2]), out, jobs=2, run=slow_run)
     after = {path.stem: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert len(after) == 12 and sweep.total == 12 - len(before)

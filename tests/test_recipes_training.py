@@ -18,8 +18,9 @@ from transformers import get_scheduler
 
 from cntlora.recipes.layer_decay import depth_of, layered_groups
 from cntlora.recipes.scoring import classifier_metrics, evaluate_classifier
+from cntlora.recipes.train_options import Evaluation, cycled
 from cntlora.recipes.trainer import last_checkpoint
-from cntlora.recipes.training import Curve, Evaluation, cycled, train
+from cntlora.recipes.training import Curve, train
 
 
 class Tiny(nn.Module):

@@ -81,14 +81,15 @@ def test_killed_before_any_change_of_a_file(written: Any, name: str, tmp_path: P
 def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with temporary(path) as unfinished:
-        assert remove_leftovers(path) == 0 and unfinished.exists()
+        assert remove_leftovers(tmp_path, path.name) == remove_leftovers(tmp_path) == 0 and unfinished.exists()
         write_atomically(path, b"other")
         assert unfinished.exists() and path.read_bytes() == b"other"
     (tmp_path / ".file.abcdefgh.cntlora").write_text("of a killed process")
     for stranger in (".file.original", ".file.abcdefgh", ".files.abcdefgh.cntlora", "file.abcdefgh.cntlora"):
         (tmp_path / stranger).write_text("of the user")
-    assert remove_leftovers(path) == 1
+    assert remove_leftovers(tmp_path, path.name) == 1
     assert len(list(tmp_path.iterdir())) == 5
+    assert remove_leftovers(tmp_path) == 1 and len(list(tmp_path.iterdir())) == 4  # of another file
 
 
 @pytest.mark.slow

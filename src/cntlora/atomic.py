@@ -52,7 +52,7 @@ def not_written(path: Path, error: OSError) -> OSError:
 @contextmanager
 def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
     """A new empty file or folder beside `path`, to be renamed to it; what is left of it afterwards is removed."""
-    remove_leftovers(path)
+    remove_leftovers(path.parent, path.name)
     unfinished, lock = _locked(_maker(path, folder))
     try:
         yield unfinished
@@ -62,13 +62,17 @@ def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
             os.close(lock)
 
 
-def remove_leftovers(path: Path) -> int:
-    """Removes what processes that were killed while they wrote `path` left beside it; the number of them."""
-    if fcntl is None or not path.parent.is_dir():
+def remove_leftovers(folder: Path, name: str | None = None) -> int:
+    """Removes what processes that were killed while they wrote the file `name`, or any, left in a folder; their number.
+
+    What another process is writing stays.
+    """
+    if fcntl is None or not folder.is_dir():
         return 0
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
+    of = ".+" if name is None else re.escape(name)
+    ours = re.compile(rf"\.{of}\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
     removed = 0
-    for found in path.parent.iterdir():
+    for found in list(folder.iterdir()):
         if ours.fullmatch(found.name):
             with suppress(OSError):  # locked: it is being written; or gone already
                 lock = os.open(found, os.O_RDONLY)

@@ -7,6 +7,8 @@ import os
 import sys
 import sysconfig
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
@@ -42,6 +44,22 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, "error")
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers reports no new head and draws no bar for a second of loading; then all is as it was."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def first_line(error: BaseException) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from ..atomic import remove_leftovers
 from .environment import machine
-from .records import Run, failed, path_of, read_record, remove_checkpoints, remove_leftovers, write_record
+from .records import Run, failed, path_of, read_record, remove_checkpoints, write_record
 
 UNWRITTEN = 74
 """Exit code of a process that could not write its record (EX_IOERR of sysexits.h)."""

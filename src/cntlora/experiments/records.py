@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -21,8 +20,6 @@ from .environment import git_state, versions, without_places
 from .sections import LoraSettings, TrainSettings
 from .settings import Experiment
 from .tasks import make_task
-
-_TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}(\.cntlora)?")  # as `write_atomically` names what is not whole yet
 
 
 @dataclass(frozen=True)
@@ -195,14 +192,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:
         return None
     return value
-
-
-def remove_leftovers(folder: Path) -> int:
-    """Removes what killed processes left half-written; the number of files."""
-    leftovers = [p for p in folder.glob(".*.json.*") if _TEMPORARY.fullmatch(p.name)]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
 
 
 def checkpoints_of(out: Path, run: Run) -> Path:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..recipes.training import PRECISIONS, SCHEDULES
+from ..recipes.train_options import PRECISIONS, SCHEDULES
 from ..recipes.values import at_least, one_of, within
 from .arms import parse_arm
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..atomic import remove_leftovers
 from .narrowing import narrowed
 from .processes import Pool, RunFunction
-from .records import Run, check_record, path_of, read_record, remove_checkpoints, remove_leftovers, runs_of
+from .records import Run, check_record, path_of, read_record, remove_checkpoints, runs_of
 from .settings import Experiment
 from .tasks import make_task
 

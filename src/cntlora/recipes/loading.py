@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,28 +9,12 @@ import torch
 from torch import nn
 
 from ..config import unknown_name
-from ..notices import first_line
+from ..notices import first_line, quiet_transformers
 from .text.tables import EncodedBatches, Table, encode_batches
 
 TASKS = ("auto", "causal-lm", "classification", "encoder")
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "encoder": "FEATURE_EXTRACTION"}
 _SAMPLES = {"sample:minilm": "minilm_folder", "sample:smollm2": "smollm2_folder"}  # functions of `samples`
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No report of the new head and no bar for a second's loading; the settings are restored."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -127,7 +109,7 @@ def load_language_model(name: str) -> nn.Module:
 
 def _pretrained(kind: Any, name: str, seed: int, options: dict[str, Any]) -> Any:
     source = resolve_model(name)
-    with torch.random.fork_rng(), quiet():
+    with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)  # a new head
         try:
             return kind.from_pretrained(source, **options)

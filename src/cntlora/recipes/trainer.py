@@ -27,10 +27,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import ExportableState
 
 from ..batches import to_device
+from ..notices import quiet_transformers
 from .layer_decay import layered_groups
-from .loading import quiet
 from .scoring import loss_of, modes
-from .training import SCHEDULES, Evaluate, Evaluation, Sample, TrainOptions, cycled
+from .train_options import SCHEDULES, Evaluate, Evaluation, Sample, TrainOptions, cycled
 
 _WEIGHTS = "trained.safetensors"
 _STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is whole
@@ -187,7 +187,7 @@ def run_trainer(
         recorder.restore(checkpoint)
         first = len(recorder.losses) * options.gradient_accumulation
     own = {"first": first, "count": options.steps * options.gradient_accumulation, "layer_decay": options.layer_decay}
-    with tempfile.TemporaryDirectory() as temporary, _left_as_found(model), quiet():
+    with tempfile.TemporaryDirectory() as temporary, _left_as_found(model), quiet_transformers():
         kept = folder if folder and options.save_every else Path(temporary)
         with _random_state():  # the Trainer seeds everything when it is made
             trainer = _Trainer(model, _arguments(model, options, kept), batches, recorder, **own)

@@ -31,10 +31,11 @@ class Sentences:
     def _parts(self) -> tuple[Any, Any]:
         from transformers import AutoModel
 
-        from ..loading import load_tokenizer, quiet, resolve_model
+        from ...notices import quiet_transformers
+        from ..loading import load_tokenizer, resolve_model
 
         _, tokenizer = load_tokenizer(self.model)
-        with quiet(), torch.random.fork_rng():  # what the file lacks, such as a pooler, is drawn
+        with quiet_transformers(), torch.random.fork_rng():  # what the file lacks, such as a pooler, is drawn
             return tokenizer, AutoModel.from_pretrained(resolve_model(self.model)).eval()
 
     @torch.no_grad()

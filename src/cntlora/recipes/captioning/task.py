@@ -21,8 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ...notices import first_line
-from ..loading import quiet
+from ...notices import first_line, quiet_transformers
 from ..task import Defaults, Recipe
 from ..values import at_least, one_of
 from .batches import CaptionBatches, full_prompt
@@ -218,7 +217,7 @@ class CaptioningTask(Defaults):
 
 
 def _loaded(kind: Any, source: str, name: str, **options: Any) -> Any:
-    with quiet():
+    with quiet_transformers():
         try:
             return kind.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..loading import quiet
+from ...notices import quiet_transformers
 from ..text.tiny import write_rows
 
 CAPTIONS = tuple(f"A {kind} on a {colour} background." for kind in ("dog", "cat") for colour in ("red", "blue"))
@@ -34,7 +34,7 @@ def tiny_vlm(model: str, folder: Path) -> str:
 
     text = Path(tiny_language_model(folder / "text", CAPTIONS))
     kind = _kind(model)
-    with torch.random.fork_rng(), quiet():
+    with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(0)
         made, processor = _joined(text) if kind == "aya_vision" else _llava(text, kind)
         made.save_pretrained(folder)

@@ -20,8 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...notices import first_line
-from ..loading import quiet
+from ...notices import first_line, quiet_transformers
 from .pixel_pipeline import PixelPipeline, patch_side, to_positions
 
 Texts = dict[str, Tensor]
@@ -118,7 +117,7 @@ def quiet_diffusers() -> Iterator[None]:
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     try:
-        with quiet():
+        with quiet_transformers():
             yield
     finally:
         diffusers_logging.set_verbosity(verbosity)

@@ -16,8 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...notices import first_line
-from ..loading import quiet
+from ...notices import first_line, quiet_transformers
 from ..vision.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -49,7 +48,7 @@ def _loaded(model: str) -> Any:
     else:
         folder = model
     try:
-        with quiet():
+        with quiet_transformers():
             found = AutoModel.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -31,7 +31,7 @@ from transformers import (
     ViTModel,
 )
 
-from ..loading import quiet
+from ...notices import quiet_transformers
 from .pixel_pipeline import PixelPipeline
 from .settings import DreamboothSettings
 
@@ -147,7 +147,7 @@ def tiny_settings(settings: DreamboothSettings, folder: Path) -> DreamboothSetti
     name = settings.model.lower()
     made = pixel if name.startswith("sample:") else stable_diffusion_xl if "xl" in name else stable_diffusion
     dino, clip = folder / "dino", folder / "clip"
-    with torch.random.fork_rng(), quiet():
+    with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(0)
         made(folder / "model")
         scoring_models(dino, clip)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..loading import quiet
+from ...notices import quiet_transformers
 from .downloads import packaged_file
 from .efficientnet import efficientnet, pixels
 from .models import minilm_folder
@@ -40,7 +40,7 @@ def imagenet_names() -> list[str]:
 def _encoder() -> tuple[torch.nn.Module, object]:
     from transformers import AutoModel, AutoTokenizer
 
-    with quiet():
+    with quiet_transformers():
         return AutoModel.from_pretrained(minilm_folder()).eval().float(), AutoTokenizer.from_pretrained(minilm_folder())
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..loading import quiet
+from ...notices import quiet_transformers
 from ..text.tables import Table
 from .downloads import derived_folder, packaged_file
 
@@ -129,7 +129,7 @@ def smollm2_folder() -> Path:
     def make(folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        with quiet():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         del model.config.quantization_config  # the weights are plain now; PEFT would look for quantised layers
@@ -147,7 +147,7 @@ def smollm2() -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = smollm2_folder()
-    with quiet():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), tokenizer

@@ -105,11 +105,11 @@ class SentimentTask(Defaults):
         """The model with a new classification head, drawn under `seed`; global generators are left as found."""
         from transformers import AutoModelForSequenceClassification
 
-        from ..loading import quiet
+        from ...notices import quiet_transformers
 
         names = self.tables[0].names
         cuda = list(range(torch.cuda.device_count()))
-        with torch.random.fork_rng(devices=cuda), quiet():
+        with torch.random.fork_rng(devices=cuda), quiet_transformers():
             torch.manual_seed(seed)
             model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
                 self._folder,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..loading import quiet
+from ...notices import quiet_transformers
 
 _SPECIAL = {
     "roberta": {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -117,7 +117,7 @@ def _tokenizer(kind: str, texts: Iterable[str]) -> Any:
 
 def _saved(model: Any, tokenizer: Any, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, Dinov2Config, Dinov2Model
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ...notices import first_line
-from ..loading import quiet
+from ...notices import first_line, quiet_transformers
 
 POOLINGS: dict[str, Callable[[Any], Tensor]] = {
     "cls": lambda output: output.last_hidden_state[:, 0],
@@ -118,7 +117,7 @@ def build_classifier(
     load_config(model)
     name = folder_or_name(model)
     ends: dict[str, Any] = {} if feature_layer is None else {"num_hidden_layers": feature_layer}
-    with torch.random.fork_rng(), quiet():
+    with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
         if pooling == "own":
             labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -148,7 +147,7 @@ def new_modules(model: str, pooling: str) -> tuple[str, ...]:
     if pooling != "own":
         return ("head",)
     config = load_config(model)
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), quiet_transformers():
         shell: Any = AutoModelForImageClassification.from_config(config)
     return tuple(
         name
@@ -170,6 +169,6 @@ def tiny_backbone(folder: Path, swiglu: bool = False) -> None:
         initializer_range=0.2,
         architectures=["Dinov2Model"],
     )
-    with torch.random.fork_rng(), quiet():
+    with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(0)
         Dinov2Model(config).save_pretrained(folder)
