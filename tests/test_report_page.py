@@ -157,7 +157,7 @@ addEventListener("load", async () => {
   const wait = (ms) => new Promise((done) => setTimeout(done, ms));
   const boxes = [...document.querySelectorAll(".plot")];
   const drawn = () => boxes.filter((box) => box.querySelector("svg.main-svg")).length;
-  for (let i = 0; i < 100 && drawn() < boxes.length; i++) await wait(50);
+  for (let i = 0; i < 400 && drawn() < boxes.length; i++) await wait(50);
   const visible = (box) => box.data.filter((trace) => trace.visible !== false && !trace.meta.band).length;
   const shown = () => Object.fromEntries(boxes.filter((box) => box.data).map((box) => [box.id, visible(box)]));
   const all = [...document.querySelectorAll("table.sortable tr[data-method]")];
