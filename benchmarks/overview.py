@@ -30,6 +30,11 @@ TASKS = (
     ("dreambooth", "DreamBooth lorikeet (200)", "loss", "held-out loss ↓"),
 )
 """Folder, what it is called, its metric and how that is called."""
+NO_PART = (
+    ("vision_fashion_mnist", "Fashion-MNIST, DINOv2-S (40) †", "accuracy", "accuracy ↑"),
+    ("vision_textiles", "textiles, DINOv2-S (40) †", "accuracy", "accuracy ↑"),
+)
+"""Tasks that came after descent was finished; peers have one seed."""
 STEPS = {"vision_emoji": "vision_emoji_steps"}
 """Where the held-out loss along the training is, if not in the study itself."""
 PEERS = ("pissa", "olora", "eva", "corda", "lora_ga", "lora_one", "dora", "rslora", "peft:", "eva+dora")
@@ -55,31 +60,32 @@ def best_peer(study: Study) -> Group:
 
 
 def signed(estimate: Estimate, places: int) -> str:
-    """A difference with its spread."""
-    return _minus(f"{estimate.mean:+.{places}f} ± {estimate.spread or 0.0:.{places}f}")
+    """A difference with its spread, where there is one."""
+    return _with_spread(f"{estimate.mean:+.{places}f}".replace("-", "−"), estimate, places)
 
 
 def final(group: Group, metric: str, places: int = 3) -> str:
     """A held-out metric at the end."""
     value = group.final(metric)
-    return f"{value.mean:.{places}f} ± {value.spread or 0.0:.{places}f}"
+    return _with_spread(f"{value.mean:.{places}f}", value, places)
 
 
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
+def _with_spread(mean: str, estimate: Estimate, places: int) -> str:
+    return mean if estimate.spread is None else f"{mean} ± {estimate.spread:.{places}f}"
 
 
 def comparison(results: Path) -> str:
     """Descent and the best peer against plain LoRA on every task, each at its best learning rate."""
-    head = ["task", "descent − LoRA", "later", "unseen batches", "best peer − LoRA", "metric"]
+    head = ["task", "seeds", "descent − LoRA", "later", "unseen batches", "best peer − LoRA", "metric"]
     head += ["LoRA", "best peer", "descent"]
     rows = []
-    for name, title, metric, words in TASKS:
+    for name, title, metric, words in (*TASKS, *NO_PART):
         study, places = study_of(results, name), 4 if name == "dreambooth" else 3
         plain, own, peer = study.best["lora"], study.best["descent"], best_peer(study)
         unseen = study.best.get("descent+unseen")
         rows.append([
             title,
+            str(len(own.finished)),
             signed(own.against(plain), places),
             signed(later_against(own, plain), places),
             signed(unseen.against(plain), places) if unseen else "–",

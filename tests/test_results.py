@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +80,25 @@ def test_the_page_comes_out_the_same_to_the_byte(page: Path, tmp_path: Path) -> 
     assert title is not None
     for written in write_report(page.parent, tmp_path, title[1]):
         assert written.read_bytes() == (page.parent / written.relative_to(tmp_path)).read_bytes(), written.name
+
+
+def bases(records: list[Any]) -> dict[tuple[str, int], list[float]]:
+    """Study and seed → the losses of its runs before initialisation, those that differ by more than rounding."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for record in records:
+        loss = (record.get("start") or {}).get("loss_before")
+        known = found.setdefault((record["experiment"], record["seed"]), [])
+        if loss is not None and not any(math.isclose(loss, other, rel_tol=1e-3) for other in known):
+            known.append(loss)
+    return found
+
+
+def test_runs_that_are_compared_are_of_the_same_model() -> None:
+    """A pretrained model that was made anew under the same name is another one."""
+    records = load_records(RESULTS)
+    assert {key: losses for key, losses in bases(records).items() if len(losses) > 1} == {}
+    other = {**records[0], "start": {"loss_before": 1.01 * records[0]["start"]["loss_before"]}}
+    assert max(map(len, bases([*records, other]).values())) == 2  # control
 
 
 def test_every_record_says_where_it_comes_from() -> None:
