@@ -134,7 +134,7 @@ def heard() -> None:
 @pytest.mark.parametrize("work", [long_factorisation, pytest.param(never_heard, marks=pytest.mark.slow), heard])
 def test_the_program_ends_within_a_second_or_so(work: Callable[[], None], tmp_path: Path) -> None:
     ended = run_fork(work, tmp_path, Moment(seconds=0.3, signal=signal.SIGINT))
-    assert ended.code == 130 and ended.after < 5.0, ended  # of work of 30, on a crowded machine too
+    assert ended.code == 130 and ended.after < 2.0, ended
     assert ended.told.splitlines() == ["cntlora: stopped; nothing was half-written"]
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = tuple(f"{_STANDARD}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
@@ -47,19 +48,30 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers reports no new head and draws no bar for a second of loading; then all is as it was."""
-    from transformers.utils import logging as transformers_logging
+def quiet_logging(library: Any) -> Iterator[None]:
+    """Only errors are said inside, and no bar is drawn; then all is as it was.
 
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    Args:
+        library: `transformers.utils.logging`, or that of diffusers, which has the same functions.
+    """
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            library.enable_progress_bar()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers reports no new head and draws no bar for a second of loading."""
+    from transformers.utils import logging as transformers_logging
+
+    with quiet_logging(transformers_logging):
+        yield
 
 
 def first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...notices import first_line, quiet_transformers
+from ...notices import first_line, quiet_logging, quiet_transformers
 from .pixel_pipeline import PixelPipeline, patch_side, to_positions
 
 Texts = dict[str, Tensor]
@@ -113,16 +113,8 @@ FAMILIES: Mapping[str, Family] = {
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
     """Only errors are said inside: no bars, and no remarks on options that a pipeline does not have."""
-    verbosity, bars = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    try:
-        with quiet_transformers():
-            yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-        if bars:
-            diffusers_logging.enable_progress_bar()
+    with quiet_logging(diffusers_logging), quiet_transformers():
+        yield
 
 
 def family_of(pipeline: Any) -> Family:
