@@ -112,7 +112,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of starts.json")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     path = options.out / "starts.json"
     tasks = json.loads(path.read_text())["tasks"] if path.exists() else {}
     try:
@@ -120,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         named = [parse_arm(name).name for name in options.methods.split(",") if name]
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    torch.set_num_threads(options.threads)
     for experiment in experiments:
         methods = named or experiment.sweep.methods
         starts = {method: start_facts(experiment, method, options.seed, options.iterations) for method in methods}

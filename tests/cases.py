@@ -25,8 +25,6 @@ from cntlora.core.family import METHODS
 from cntlora.core.moments import Moments
 from cntlora.core.solve import site_generator
 
-torch.set_num_threads(1)
-
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """What the relative error against the reference may be, by the dtype of the inputs."""
 

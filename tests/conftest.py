@@ -1,4 +1,7 @@
-"""Fixtures of all tests: one thread, no hub, a fresh interpreter, a process group of one."""
+"""Fixtures of all tests: one thread, no hub, a fresh interpreter, a process group of one.
+
+`CNTLORA_TEST_THREADS=4 pytest` runs them with the work side by side in as many threads.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ import torch.distributed as dist
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-torch.set_num_threads(1)
+THREADS = int(os.environ.get("CNTLORA_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)
 
 RunFresh = Callable[..., str]
 
@@ -25,6 +29,14 @@ def _imported_objects_are_out_of_sight() -> None:
     """`apply_plan` looks through all objects for optimizers; those of imported libraries are most of them by far."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _the_same_threads_for_every_test() -> Iterator[None]:
+    """A test may set the number of threads; the next one does not see it."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

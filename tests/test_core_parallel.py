@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -23,11 +25,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+def two_threads() -> None:
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_results_come_in_order_and_from_several_threads(two_threads: None) -> None:
@@ -80,6 +79,27 @@ def test_an_error_comes_out_and_the_threads_are_as_before(two_threads: None) -> 
     with pytest.raises(ZeroDivisionError):
         side_by_side(lambda item: 1 // item, [1, 0, 2], [4] * 3, CPU)
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("waits", [True, False])  # control: a pool alone goes on in its other threads
+def test_no_thread_is_at_work_any_more_when_an_error_comes_out(two_threads: None, waits: bool) -> None:
+    working, failed = set(), threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            failed.wait(20)
+            raise ZeroDivisionError
+        working.add(item)
+        failed.set()
+        time.sleep(0.5)
+        working.remove(item)
+
+    with pytest.raises(ZeroDivisionError):
+        if waits:
+            side_by_side(work, range(9), [4] * 9, CPU)
+        else:
+            list(ThreadPoolExecutor(2).map(work, range(9)))
+    assert failed.is_set() and bool(working) is not waits
 
 
 @pytest.mark.parametrize("method", ["cross", "self", "shift", "eva", "corda", "pissa", "olora"])

@@ -388,7 +388,7 @@ def test_small_float16_gradients_do_not_vanish() -> None:
 
 def test_neighbours_with_one_input_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """q, k and v see the same tensor: three inputs for five sites. In one thread, where neighbours come in turn."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    torch.set_num_threads(1)
     calls = []
     plain = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda M: calls.append(M.shape) or plain(M))

@@ -177,7 +177,12 @@ def test_sums_in_a_file_give_the_same_bits_and_leave_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_error_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_full_disk_is_one_error_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

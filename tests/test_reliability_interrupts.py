@@ -62,14 +62,11 @@ def test_the_model_is_as_it_was(name: str, threads: int, monkeypatch: pytest.Mon
     model.train()
     before = as_it_is(model, weights=True)
     torch.set_num_threads(threads)
-    try:
-        with monkeypatch.context() as patch:
-            interrupt(model, patch)
-            with pytest.raises(KeyboardInterrupt):
-                initialize(model, text_batches(), InitConfig(**options))
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(1)
+    with monkeypatch.context() as patch:
+        interrupt(model, patch)
+        with pytest.raises(KeyboardInterrupt):
+            initialize(model, text_batches(), InitConfig(**options))
+    assert torch.get_num_threads() == threads
     assert as_it_is(model, weights=True) == before
     initialize(model, text_batches(), InitConfig(**options))  # the control: without the interrupt it is another model
     assert as_it_is(model, weights=True) != before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from queue import SimpleQueue
@@ -52,7 +52,7 @@ def side_by_side(
         if small:
             torch.set_num_threads(1)
             try:
-                found = _pool(threads).map(_without_gradients(work), [items[i] for i in small])
+                found = _in_threads(threads, work, [items[i] for i in small])
                 done.update(zip(small, found, strict=True))
             finally:
                 torch.set_num_threads(threads)
@@ -91,10 +91,24 @@ def _on_streams(work: Callable[[Item], Result], items: Sequence[Item], device: t
             free.put(stream)
 
     try:
-        return list(_pool(STREAMS).map(_without_gradients(run), items))
+        return _in_threads(STREAMS, run, items)
     finally:
         for stream in streams:
             here.wait_stream(stream)
+
+
+def _in_threads(threads: int, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`work` of every item. No thread is at work any more when this ends, by an error or an interrupt either: one that
+    went on would write into sums that are given up, and into files that are deleted.
+    """
+    pool, work = _pool(threads), _without_gradients(work)
+    futures = [pool.submit(work, item) for item in items]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        begun = [future for future in futures if not future.cancel()]
+        wait(begun)
+    return [future.result() for future in begun]
 
 
 @cache
