@@ -135,7 +135,7 @@ def living(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["self", "shift", "pissa", "corda"])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_one_quantised_weight_is_unpacked_at_a_time(
+def test_a_thread_unpacks_one_quantised_weight_at_a_time(
     method: str, adaptive: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = with_lora(quantised("bitsandbytes nf4", folder))
@@ -143,7 +143,7 @@ def test_one_quantised_weight_is_unpacked_at_a_time(
     try:
         with living(monkeypatch) as counts:
             initialize(model, causal_batches(), InitConfig(method=method, adaptive_ranks=adaptive))
-            assert counts["most"] == 1 and counts["calls"] >= 6 * 3
+            assert 0 < counts["most"] <= torch.get_num_threads() and counts["calls"] >= 6 * 3
             kept = [site.weight(torch.float32) for site in find_sites(model)[0]]
             held = [cntlora.layouts.quantised.dequantised(site.base) for site in find_sites(model)[0]]
             assert counts["most"] == len(kept) == len(held) == 6  # the control
