@@ -184,6 +184,16 @@ def test_a_failed_run_is_told_and_gives_exit_code_1(file: Path) -> None:
     assert "failed, no luck" in done.stderr and "4 failed" in done.stdout
 
 
+def test_compare_tells_the_runs_that_were_made_on_another_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, base = outcome, {"loss": 1.25}
+    monkeypatch.setitem(globals(), "outcome", lambda run: {**plain(run), "start": {"loss_before": base["loss"]}})
+    assert "Runs of another model" not in call("compare", file, "--seeds", "0", "--methods", "lora").stdout  # control
+    base["loss"] = 1.5
+    told = call("compare", file, "--seeds", "0", "--methods", "lora,self", "--learning-rates", "1e-3,1e-2,1e-1").stdout
+    lines = told.split("Runs of another model or other data")[1].splitlines()
+    assert sum(line.startswith("LoRA ") and "1.2500" in line and "1.5000" in line for line in lines) == 2
+
+
 def test_report_writes_the_page(file: Path, tmp_path: Path) -> None:
     call("run", file)
     done = call("report", "results/trial", "--out", tmp_path / "page")

@@ -22,6 +22,7 @@ from cntlora.report.records import Estimate, Study
 from cntlora.report.seen import seen_steps
 from cntlora.report.tables import (
     all_tables,
+    brief_tables,
     drift_table,
     failures_table,
     main_table,
@@ -388,6 +389,20 @@ class TestTables:
         table = failures_table(study)
         assert len(table.rows) == sum(run["status"] != "finished" for run in study.runs) == 12
         assert "out of memory" in table.to_text() and "not finite after step 61" in table.to_text()
+
+    def test_runs_of_another_model_are_listed_beside_the_loss_of_most(self) -> None:
+        runs = cases.few()
+        assert not {"tweets-strangers"} & {t.slug for t in all_tables(studies(runs)[0])}  # control
+        for run in runs[:3]:  # three of LoRA's: two of seed 0 and one of seed 1
+            run["start"] = {"loss_before": 1.12, "loss_after": 1.12}
+        runs[5]["start"] = {"loss_before": 1.0901, "loss_after": 1.0}  # rounding
+        runs[6]["start"] = None
+        for tables in (all_tables(studies(runs)[0]), brief_tables(studies(runs)[0])):
+            (table,) = (t for t in tables if t.slug == "tweets-strangers")
+            places = [(row.method, row.cells[1].mean, row.cells[2].mean) for row in table.rows]
+            assert places == [("lora", 0.001, 0), ("lora", 0.003, 0), ("lora", 0.001, 1)]
+            assert [[cell.mean for cell in row.cells[3:]] for row in table.rows] == [[1.12, 1.09]] * 3
+            assert "make these runs again" in table.caption.lower()
 
     def test_records_of_nulls_make_whole_tables(self) -> None:
         bare = cases.failed("lora", 0.001, 0) | {"status": "finished", "label": None, "machine": None}

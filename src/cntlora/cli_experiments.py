@@ -301,10 +301,11 @@ def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
         return
     if table:
         from .report.records import studies
-        from .report.tables import main_table
+        from .report.tables import main_table, strangers_table
 
         for study in studies([*sweep.present, *sweep.records]):
-            typer.echo(main_table(study).to_text())
+            for shown in (main_table(study), strangers_table(study)):
+                typer.echo(shown.to_text() if shown.rows else "", nl=bool(shown.rows))
     counts = ", ".join(f"{sweep.count(status)} {status}" for status in ("finished", "diverged", "failed"))
     place = "" if options.smoke and options.out is None else f"; records in {out}"
     typer.echo(f"{sweep.total} runs in {sweep.elapsed:.0f} s: {counts}; {len(sweep.present)} were there before{place}")

@@ -1,10 +1,11 @@
-"""The tables of a study: best learning rates, sensitivity, distance from the start, step 0, and what failed."""
+"""The tables of a study: best learning rates, sensitivity, distance from the start, step 0, runs that do not count."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from .bases import strangers
 from .curves import reference_loss, seconds_to_reach, steps_to_reach
 from .formats import Cell, Column, Direction, Row, Table
 from .methods import group_of
@@ -17,6 +18,7 @@ _NAMES = {
     **{"sentsim": "SentSim", "sent_sim": "SentSim"},
 }
 _WORDS = {"f1": "F1", "dino": "DINO", "clip": "CLIP"}
+_RUN_COLUMNS = (Column("Method"), Column("lr", spec="g"), Column("seed", spec="d"))
 _SEEDS = "Mean ± sample standard deviation over seeds."
 _BROKEN_NOTE = f" {BROKEN} a seed diverged or failed: mean over the others, not ranked."
 
@@ -32,13 +34,15 @@ def all_tables(study: Study, loss: float | None = None) -> list[Table]:
         drift_table(study, "cosine_product"),
         start_table(study),
         failures_table(study),
+        strangers_table(study),
     ]
     return [table for table in tables if table.rows]
 
 
 def brief_tables(study: Study, loss: float | None = None) -> list[Table]:
-    """Those of `all_tables` that say which method is best, and at which learning rate, and what failed."""
-    return [t for t in (main_table(study, loss), sensitivity_table(study, MEAN_LOSS), failures_table(study)) if t.rows]
+    """Those of `all_tables` that say which method is best, and at which learning rate, and which runs do not count."""
+    tables = [main_table(study, loss), sensitivity_table(study, MEAN_LOSS), failures_table(study)]
+    return [table for table in (*tables, strangers_table(study)) if table.rows]
 
 
 def main_table(study: Study, loss: float | None = None) -> Table:
@@ -136,16 +140,24 @@ def start_table(study: Study) -> Table:
 
 def failures_table(study: Study) -> Table:
     """Every run that diverged or failed, with its reason."""
-    columns = [Column("Method"), Column("lr", spec="g"), Column("seed", spec="d"), Column("status", words=True)]
-    columns.append(Column("reason", words=True))
-    rows = []
-    for run in study.runs:
-        if run["status"] == "finished":
-            continue
-        place = [Cell(mean=finite(run["learning_rate"])), Cell(mean=run["seed"])]
-        cells = [Cell(study.labels[run["method"]]), *place, Cell(str(run["status"])), Cell(_reason(run))]
-        rows.append(Row(run["method"], tuple(cells), group_of(run["method"])))
+    columns = [*_RUN_COLUMNS, Column("status", words=True), Column("reason", words=True)]
+    broken = [run for run in study.runs if run["status"] != "finished"]
+    rows = [_run_row(study, run, Cell(str(run["status"])), Cell(_reason(run))) for run in broken]
     return _table(study, "failures", "Runs that did not finish", columns, rows, "")
+
+
+def strangers_table(study: Study) -> Table:
+    """Every run that is not of the model and data of the others, which is not to be compared with them."""
+    columns = [*_RUN_COLUMNS, Column("loss before", spec="#.5g"), Column("of most", spec="#.5g")]
+    rows = [
+        _run_row(study, run, Cell(mean=run["start"]["loss_before"]), Cell(mean=usual))
+        for run, usual in strangers(study.runs)
+    ]
+    caption = (
+        "Before the initialisation the loss of the first training batch is not that of most runs of the seed: the "
+        "pretrained model or the data is another. Make these runs again, or put them into a folder of their own."
+    )
+    return _table(study, "strangers", "Runs of another model or other data", columns, rows, caption)
 
 
 def metric_name(metric: str) -> str:
@@ -222,6 +234,11 @@ def _start_losses(group: Group) -> list[Estimate]:
 def _row(study: Study, group: Group, cells: Sequence[Cell]) -> Row:
     label = Cell(study.labels[group.method], note="" if group.whole else BROKEN)
     return Row(group.method, (label, *cells), group_of(group.method))
+
+
+def _run_row(study: Study, run: Record, *cells: Cell) -> Row:
+    place = (Cell(study.labels[run["method"]]), Cell(mean=finite(run["learning_rate"])), Cell(mean=run["seed"]))
+    return Row(run["method"], (*place, *cells), group_of(run["method"]))
 
 
 def _table(study: Study, name: str, title: str, columns: Sequence[Column], rows: Sequence[Row], caption: str) -> Table:
