@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -81,17 +80,17 @@ def test_an_error_comes_out_and_the_threads_are_as_before(two_threads: None) -> 
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("waits", [True, False])  # control: a pool alone goes on in its other threads
-def test_no_thread_is_at_work_any_more_when_an_error_comes_out(two_threads: None, waits: bool) -> None:
-    working, failed = set(), threading.Event()
+@pytest.mark.parametrize(("waits", "patience"), [(True, 0.5), (False, 20)])  # control: a pool alone does not wait
+def test_no_thread_is_at_work_any_more_when_an_error_comes_out(two_threads: None, waits: bool, patience: float) -> None:
+    working, begun, seen = set(), threading.Event(), threading.Event()
 
     def work(item: int) -> None:
         if item == 0:
-            failed.wait(20)
+            begun.wait(20)
             raise ZeroDivisionError
         working.add(item)
-        failed.set()
-        time.sleep(0.5)
+        begun.set()
+        seen.wait(patience)
         working.remove(item)
 
     with pytest.raises(ZeroDivisionError):
@@ -99,7 +98,8 @@ def test_no_thread_is_at_work_any_more_when_an_error_comes_out(two_threads: None
             side_by_side(work, range(9), [4] * 9, CPU)
         else:
             list(ThreadPoolExecutor(2).map(work, range(9)))
-    assert failed.is_set() and bool(working) is not waits
+    assert begun.is_set() and bool(working) is not waits
+    seen.set()
 
 
 @pytest.mark.parametrize("method", ["cross", "self", "shift", "eva", "corda", "pissa", "olora"])

@@ -304,8 +304,8 @@ def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
         from .report.tables import main_table, strangers_table
 
         for study in studies([*sweep.present, *sweep.records]):
-            for shown in (main_table(study), strangers_table(study)):
-                typer.echo(shown.to_text() if shown.rows else "", nl=bool(shown.rows))
+            for shown in filter(lambda table: table.rows, (main_table(study), strangers_table(study))):
+                typer.echo(shown.to_text())
     counts = ", ".join(f"{sweep.count(status)} {status}" for status in ("finished", "diverged", "failed"))
     place = "" if options.smoke and options.out is None else f"; records in {out}"
     typer.echo(f"{sweep.total} runs in {sweep.elapsed:.0f} s: {counts}; {len(sweep.present)} were there before{place}")
