@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -22,13 +21,6 @@ THREADS = int(os.environ.get("CNTLORA_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
 RunFresh = Callable[..., str]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _imported_objects_are_out_of_sight() -> None:
-    """`apply_plan` looks through all objects for optimizers; those of imported libraries are most of them by far."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,7 @@ ORDER = [
     "provenance",
     "masks",
     "summary",
+    "holders",
     "adapters",
     "initialize",
 ]

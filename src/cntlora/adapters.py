@@ -7,10 +7,8 @@ signatures matter; `peft_config` is brought in line with what the layers hold, s
 from __future__ import annotations
 
 import copy
-import gc
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .checks import check_fresh, check_writable
+from .holders import check_holders
 from .interrupts import held_back
 from .layouts import weight_matrix, write_matrix
 from .masks import freeze_sites, unmask
 from .plan import InitPlan, SitePlan
 from .provenance import remember
-from .sharded import address, check_rank, reshard, write
+from .sharded import address, reshard, write
 from .sites import (
     Site,
     adapters_of,
@@ -59,7 +58,7 @@ def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default
     for site in usable:
         check_fresh(site)
         check_writable(site, plan.config)
-    _check_holders(usable, plan)
+    check_holders(usable, plan)
     if plan.config.effective_base == "subtract":
         _check_alone(usable)
         _check_untied(model, usable)
@@ -126,59 +125,6 @@ def shaped_like(factor: Tensor, value: Tensor) -> Tensor:
 def whole(value: float) -> int | float:
     """2.0 as 2: `lora_alpha` is a whole number wherever it can be."""
     return round(value) if abs(value - round(value)) < 1e-9 else value
-
-
-def _check_holders(sites: list[Site], plan: InitPlan) -> None:
-    """An optimizer or DDP that holds parameters about to be replaced would go on with what the model no longer uses."""
-    ours = {id(p): s.name for s in sites for p in (s.A, s.B)}
-    resized = {id(p) for s in sites for p in (s.A, s.B) if plan.sites[s.name].file_rank != s.rank}
-    for site in sites:
-        check_rank(site.name, site.A, plan.sites[site.name].file_rank)
-    if not any(_concerns(holder, ours) for holder in _holders()):
-        return
-    gc.collect()  # one that the caller has dropped may still wait in a reference cycle
-    for holder in _holders():
-        if isinstance(holder, nn.Module):
-            _check_wrapper(holder, ours, resized)
-        else:
-            _check_optimizer(holder, ours, resized)
-
-
-def _holders() -> Iterator[Any]:
-    """Every optimizer and DDP in this process."""
-    known: dict[type, bool] = {}  # each type is looked at once: there are hundreds of thousands of objects
-    for candidate in gc.get_objects():
-        kind = type(candidate)
-        if kind not in known:
-            known[kind] = issubclass(kind, (torch.optim.Optimizer, nn.parallel.DistributedDataParallel))
-        if known[kind]:
-            yield candidate
-
-
-def _concerns(holder: Any, ours: dict[int, str]) -> bool:
-    """Whether an optimizer or DDP holds any of our parameters."""
-    if isinstance(holder, nn.Module):
-        return any(id(p) in ours for p in holder.parameters())
-    return any(id(p) in ours for group in holder.param_groups for p in group["params"])
-
-
-def _check_optimizer(optimizer: Any, ours: dict[int, str], resized: set[int]) -> None:
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        if id(parameter) in ours and (id(parameter) in resized or optimizer.state.get(parameter)):
-            raise ValueError(
-                f"site {ours[id(parameter)]}: an optimizer ({type(optimizer).__name__}) already holds its parameters, "
-                "and would go on training the old ones; initialise first, then make the optimizer"
-            )
-
-
-def _check_wrapper(wrapper: nn.Module, ours: dict[int, str], resized: set[int]) -> None:
-    """DDP averages the gradients of the parameters it found when it was made, so that new ones would drift apart."""
-    name = next((ours[id(p)] for p in wrapper.parameters() if id(p) in resized), None)
-    if name is not None:
-        raise ValueError(
-            f"site {name}: the model is already wrapped in {type(wrapper).__name__}, which would not synchronise its "
-            "new parameters, of another rank; initialise first, then wrap (base='paired' keeps the rank)"
-        )
 
 
 def _check_alone(sites: list[Site]) -> None:
