@@ -24,6 +24,7 @@ ORDER = [
     "bypass",
     "collect",
     "plan",
+    "ties",
     "assemble",
     "checks",
     "memory",

@@ -36,6 +36,7 @@ from .sites import (
     uses_rslora,
 )
 from .summary import InitReport
+from .ties import Tied, groups, share, tied_as_planned
 
 SUBTRACTED: Any = WeakIdKeyDictionary()
 """LoRA layer → {adapter: (A, B)} at step 0, where the base weight had s·B·A taken off."""
@@ -58,14 +59,15 @@ def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default
     for site in usable:
         check_fresh(site)
         check_writable(site, plan.config)
-    check_holders(usable, plan)
+    tied = {t.site.name: t for t in tied_as_planned(groups(model, usable, adapter_name), plan)}
+    check_holders(usable, plan, {name for name, t in tied.items() if not t.whole})
     if plan.config.effective_base == "subtract":
         _check_alone(usable)
         _check_untied(model, usable)
     with held_back():  # Ctrl-C waits until the model is whole again
         with torch.no_grad():
-            for site in usable:
-                _write(site, plan.sites[site.name], plan.config.effective_base)
+            for site in sorted(usable, key=lambda site: site.name in tied):  # those that others follow come first
+                _write(site, plan.sites[site.name], plan.config.effective_base, tied.get(site.name))
         _remove_empty(model, adapter_name, [s for s in usable if plan.sites[s.name].rank == 0])
         sync_config(model, adapter_name)
         if plan.config.effective_base == "offset":
@@ -74,13 +76,18 @@ def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default
     return InitReport.of(plan)
 
 
-def _write(site: Site, planned: SitePlan, base: str) -> None:
+def _write(site: Site, planned: SitePlan, base: str, tied: Tied | None) -> None:
     if planned.rank == 0:
         return
     layer, adapter = site.layer, site.adapter
     A, B = (M.to(device=site.A.device, dtype=site.A.dtype, copy=True) for M in (planned.A, planned.B))
-    _put(*factor_slots(layer, adapter)[0], A)
-    _put(*factor_slots(layer, adapter)[1], B)
+    if tied is None:
+        _put(*factor_slots(layer, adapter)[0], A)
+        _put(*factor_slots(layer, adapter)[1], B)
+    else:
+        unmask(site.A)
+        unmask(site.B)
+        share(tied)
     layer.r[adapter] = planned.file_rank
     if adapter in layer.lora_A:
         kind = "channels" if hasattr(layer.lora_A[adapter], "out_channels") else "features"
@@ -184,10 +191,7 @@ def sync_config(model: nn.Module, adapter: str) -> None:
     config.r, config.lora_alpha = Counter(shapes.values()).most_common(1)[0][0]
     config.rank_pattern = {anchored(n): r for n, (r, _) in shapes.items() if r != config.r}
     config.alpha_pattern = {anchored(n): a for n, (_, a) in shapes.items() if a != config.lora_alpha}
-    # bare parameters have a list of their own, and the projection inside an attention layer comes with that layer
-    inside = {name for name in layers if name.rpartition(".")[0] in layers}
-    modules = [n for n, layer in layers.items() if n not in inside and not hasattr(layer, "parameter_name")]
-    config.target_modules = _targets(model, adapter, config.target_modules, modules)
+    config.target_modules = selecting(model, adapter, config.target_modules)
     if isinstance(config.target_modules, str):
         config.layers_to_transform = config.layers_pattern = None  # PEFT takes them with a list only
 
@@ -214,8 +218,13 @@ def anchored(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _targets(model: nn.Module, adapter: str, targets: Any, names: list[str]) -> Any:
-    """`target_modules` that selects exactly `names`: the old value if it still does, else names, else one regex."""
+def selecting(model: nn.Module, adapter: str, targets: Any) -> Any:
+    """`target_modules` that selects exactly the layers that have the adapter: the old value if it still does, else
+    their names, else one regex."""
+    layers = dict(lora_layers(model, adapter))
+    # bare parameters have a list of their own, and the projection inside an attention layer comes with that layer
+    inside = {name for name in layers if name.rpartition(".")[0] in layers}
+    names = [n for n, layer in layers.items() if n not in inside and not hasattr(layer, "parameter_name")]
     root = naming_root(model, adapter)
     paths = {path.removeprefix(root) for path, _ in model.named_modules() if path.startswith(root)}
     candidates = {base_name(path) for path in paths if ".lora_" not in path} - {""}

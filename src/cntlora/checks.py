@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,12 +14,15 @@ from .notices import warn_caller
 from .offloaded import fetched
 from .sharded import check_rank
 from .sites import Site, config_holder, factor_of, factor_slots, find_sites
+from .ties import Group, Tied, groups, leader_of
 
 
 def usable_sites(
     model: nn.Module, adapter: str, config: InitConfig, on_missing: str
-) -> tuple[list[Site], dict[str, str]]:
+) -> tuple[list[Site], list[Tied], dict[str, str]]:
+    """The sites to be initialised, those that share the factors of one of them, and those that cannot be, with why."""
     sites, refused = find_sites(model, adapter)
+    found = groups(model, sites, adapter)
     holder = config_holder(model, adapter)
     lora: Any = None if holder is None else holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
     started_by = getattr(lora, "init_lora_weights", True)
@@ -30,15 +33,41 @@ def usable_sites(
         )
     method = METHODS[config.method]
     factors_weight = method.reads != "gradients" and not method.zero_start
+    tied = {t.site.name: t for group in found for t in group.led_by(leader_of(group, method.reads))}
+    refused |= _unfit(found, config)
     for site in sites:
         check_fresh(site)
+        if site.name in refused or site.name in tied:
+            continue
         reason = _out_of_reach(model, site, config)
         if reason is not None:
             refused[site.name] = reason
         elif factors_weight and not _has_values(site):
             refused[site.name] = "its pretrained weight is all zeros, so every estimate is zero; leave it out"
+    refused |= {
+        name: f"it shares its factors with {t.leader.name}: {refused[t.leader.name]}"
+        for name, t in tied.items()
+        if t.leader.name in refused and name not in refused
+    }
     report_missing(refused, on_missing)
-    return [site for site in sites if site.name not in refused], refused
+    own = [site for site in sites if site.name not in refused and site.name not in tied]
+    return own, [t for name, t in tied.items() if name not in refused], refused
+
+
+def _unfit(found: Iterable[Group], config: InitConfig) -> dict[str, str]:
+    """The sites that share factors and cannot be initialised as one, with the reason."""
+    refused = {}
+    for group in found:
+        reason = group.unfit
+        if reason is None and METHODS[config.method].reads == "gradients":
+            reason = (
+                f"{' and '.join(site.name for site in group.sites)} share one set of factors, whose gradient is that "
+                f"of all of them together, which method {config.method!r} does not read; take a method that reads the "
+                "inputs or the weights, or give each layer its own"
+            )
+        if reason is not None:
+            refused.update({site.name: reason for site in group.sites})
+    return refused
 
 
 def _out_of_reach(model: nn.Module, site: Site, config: InitConfig) -> str | None:

@@ -23,8 +23,9 @@ from .passes import Again, Passes
 from .plan import InitPlan
 from .reading import Loss, Reading, Request, read
 from .sharded import is_split
-from .sites import Site
+from .sites import Site, lora_layers
 from .sizing import sized
+from .ties import with_followers
 from .version import VERSION
 
 
@@ -77,7 +78,14 @@ def compute_plan(
         weights=weights,
     )  # fmt: skip
     found = read(request)
-    return sized(plan_from(found), found)
+    return complete(sized(plan_from(found), found), found)
+
+
+def complete(plan: InitPlan, reading: Reading) -> InitPlan:
+    """The plan with the sites that share the factors of others; a collective where their weights are sharded."""
+    request = reading.request
+    order = [name for name, _ in lora_layers(request.model, request.adapter_name)]
+    return with_followers(plan, reading.tied, order) if reading.tied else plan
 
 
 def plan_from(reading: Reading, share: Share | None = None, again: Again | None = None) -> InitPlan:

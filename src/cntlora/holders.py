@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,14 +21,18 @@ from .sharded import check_rank
 from .sites import Site, factor_of, factor_slots
 
 
-def check_holders(sites: list[Site], plan: InitPlan) -> None:
-    """Raises ValueError if an optimizer or DDP would go on with parameters that the model no longer uses."""
+def check_holders(sites: list[Site], plan: InitPlan, replaced: Container[str] = ()) -> None:
+    """Raises ValueError if an optimizer or DDP would go on with parameters that the model no longer uses.
+
+    Args:
+        replaced: sites that get new parameters also where their rank stays.
+    """
     for site in sites:
         check_rank(site.name, site.A, plan.sites[site.name].file_rank)
     if not _held_elsewhere(sites):
         return
     ours = {id(p): s.name for s in sites for p in (s.A, s.B)}
-    resized = {id(p) for s in sites for p in (s.A, s.B) if plan.sites[s.name].file_rank != s.rank}
+    resized = {id(p) for s in sites for p in (s.A, s.B) if s.name in replaced or plan.sites[s.name].file_rank != s.rank}
     if not any(_concerns(holder, ours) for holder in _holders()):
         return
     gc.collect()  # one that the caller has dropped may still wait in a reference cycle

@@ -11,7 +11,7 @@ from torch import nn
 from .adapters import apply_plan
 from .agreement import agreed, alone, attempt, in_step
 from .batches import Forward, TokenMask, default_forward
-from .compute import plan_from
+from .compute import complete, plan_from
 from .config import InitConfig
 from .core.family import METHODS
 from .distributed import plan_together
@@ -73,6 +73,7 @@ def initialize(
         with closed(batches):
             found = agreed(attempt(lambda: read(request)), "the end of its data")
         plan = sized(plan_from(found) if alone() and not sharded else plan_together(found), found)
+        plan = complete(plan, found)
     except BaseException:
         recover(model, sharded)
         raise

@@ -20,7 +20,7 @@ from .atomic import write_atomically
 from .config import InitConfig
 from .sites import Site
 
-FORMAT = 5
+FORMAT = 6
 _KEY, _DIGEST = "cntlora_plan", "cntlora_digest"
 
 
@@ -99,6 +99,7 @@ class InitPlan:
         memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
         step: where the size of the start was found by the loss: "size" (the largest ‖scaling·B·A‖/‖W‖ of all sites),
             "loss_before", "loss_after" and the "batches" that they are the mean of, and "trials"; else empty.
+        shared: sites that have the factors of another one, with the name of that, where they were made.
     """
 
     sites: Mapping[str, SitePlan]
@@ -110,6 +111,7 @@ class InitPlan:
     versions: Mapping[str, str]
     memory: Mapping[str, int]
     step: Mapping[str, float] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, first under a temporary name. No pickle, no path inside."""
@@ -133,6 +135,7 @@ class InitPlan:
             "versions": dict(self.versions),
             "memory": dict(self.memory),
             "step": dict(self.step),
+            "shared": dict(self.shared),
             "digests": {key: _digest(tensor) for key, tensor in tensors.items()},
         }
         text = json.dumps(head)
@@ -180,7 +183,7 @@ class InitPlan:
                 raise ValueError(f"the model adapts {name!r}, the plan has nothing for it; {_OTHER_MODEL}")
 
 
-_REST = ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory", "step")
+_REST = ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory", "step", "shared")
 
 
 def _site_of(name: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SitePlan:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .gradients import weight_gradients
 from .memory import Budget, MaxMemory, parse_limits
 from .sharded import reshard
 from .sites import Site
+from .ties import Tied
 from .weight_files import WeightFiles
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -63,6 +64,7 @@ class Reading:
     Attributes:
         request: what was asked for.
         sites, skipped: that can be initialised, and that cannot, with the reason.
+        tied: sites that share the factors of one of `sites`.
         work, seen: the statistics of the data.
         budget: which sites they are of, and where they are held.
         started, seconds: the clock at the start, and the seconds of the data passes.
@@ -76,6 +78,7 @@ class Reading:
     started: float
     seen: Seen = field(default_factory=Seen)
     seconds: float = 0.0
+    tied: list[Tied] = field(default_factory=list)
 
     def pass_over(self, sites: list[Site]) -> Seen:
         """Reads the batches, once more or for the first time, for as many of `sites` as there is room for.
@@ -112,11 +115,12 @@ def read(request: Request) -> Reading:
     if request.on_missing not in ON_MISSING:
         raise ValueError(f"on_missing: expected one of {', '.join(ON_MISSING)}, got {request.on_missing!r}")
     limits = parse_limits(request.max_memory)
-    sites, skipped = usable_sites(request.model, request.adapter_name, config, request.on_missing)
+    sites, tied, skipped = usable_sites(request.model, request.adapter_name, config, request.on_missing)
     if request.weights is not None:
         files = WeightFiles(request.weights)
         sites = [files.serve(site) for site in sites]
-    for site in sites:
+        tied = [replace(t, site=files.serve(t.site)) for t in tied]
+    for site in (*sites, *(t.site for t in tied)):
         check_adapter(site, config)
     by_name = {site.name: site for site in sites}
     method = METHODS[config.method]
@@ -128,7 +132,7 @@ def read(request: Request) -> Reading:
         of_inputs=isinstance(work.estimator, InputReader),
         own_sums=config.method == "shift",
     )
-    reading = Reading(request, sites, skipped, work, budget, started)
+    reading = Reading(request, sites, skipped, work, budget, started, tied=tied)
     try:
         reading.again(sites)
     except BaseException:

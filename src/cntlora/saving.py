@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import SUBTRACTED, anchored, shaped_like, whole
+from .adapters import SUBTRACTED, anchored, selecting, shaped_like, whole
 from .agreement import agreed, alone, attempt
 from .atomic import not_written, temporary
 from .model_card import SavedSites, card_section, updated_card
@@ -25,7 +25,8 @@ from .plan import InitPlan
 from .provenance import Start, start_of
 from .public import public_name, public_values
 from .sharded import full, reshard, shards
-from .sites import base_name, config_holder, find_sites, lora_paths, uses_rslora
+from .sites import Site, base_name, config_holder, find_sites, lora_paths, uses_rslora
+from .ties import Tied, asked_to_tie, groups, tied_embedding
 from .version import VERSION
 
 PREFIX = "base_model.model."
@@ -90,7 +91,7 @@ def save_adapter(
 
 def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | None, card: bool) -> _Files:
     """Weights, configuration and section of the model card; a collective where the model is sharded."""
-    find_sites(model, adapter)  # says which adapters there are, if not this one
+    sites, _ = find_sites(model, adapter)  # says which adapters there are, if not this one
     holder = config_holder(model, adapter)
     if holder is None:
         raise ValueError(
@@ -99,6 +100,9 @@ def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | No
         )
     state = _state(model, holder[1], adapter)
     held = {key.partition(".lora_")[0] for key in state}
+    paths = {base_name(inner, layer): f"{PREFIX}{inner}." for inner, layer in lora_paths(model, adapter)}
+    pairs = [t for g in groups(model, sites, adapter) if not g.unfit for t in g.led_by(g.sites[0].name)]
+    pairs = [t for t in pairs if _as_one(state, paths, t)]
     shapes = {}
     config: Any = holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
     for inner, layer in lora_paths(model, adapter):
@@ -113,7 +117,11 @@ def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | No
             _fold(state, f"{PREFIX}{inner}.", scaling)
         plain_alpha = whole(scaling * (rank**0.5 if config.use_rslora else rank))
         shapes[name] = (rank, rank if fold_alpha else plain_alpha)
+    for tied in pairs:  # what was appended or folded, at one of the two: a reload may keep the other's
+        _follow(state, paths, tied)
     values = _file_config(config, shapes, fold_alpha)
+    if not all(_as_one(state, paths, tied) for tied in _ties_on_reload(model, sites, adapter)):
+        values |= {"ensure_weight_tying": False, "target_modules": _plain(selecting(model, adapter, None))}
     start = start_of(model, adapter) if plan is None else Start.of(plan)
     section = card_section(start, SavedSites(shapes, values["use_rslora"]), _versions())
     return _Files(state, values, section if card else None, config.base_model_name_or_path)
@@ -164,8 +172,7 @@ def _for_pristine_base(state: dict[str, Tensor], site: str, start: tuple[Tensor,
     """Appends what base "subtract" took off the weight of a site to its factors in `state`; returns its rank."""
     if start is None:
         return 0
-    plain = f"{site}lora_A.weight" in state
-    down, up = (f"{site}lora_{half}.weight" if plain else f"{site}lora_embedding_{half}" for half in "AB")
+    down, up = _keys(state, site)
     A, B = state[down], state[up]
     A0, B0 = start
     state[down] = torch.cat([A, shaped_like(A, A0.to(A))], dim=0)
@@ -178,6 +185,42 @@ def _fold(state: dict[str, Tensor], site: str, scaling: float) -> None:
     for key in (f"{site}lora_B.weight", f"{site}lora_B.bias", f"{site}lora_embedding_B"):
         if key in state and scaling != 1.0:
             state[key] = state[key] * scaling
+
+
+def _keys(state: dict[str, Tensor], site: str) -> tuple[str, str]:
+    """The keys of A and B of a site."""
+    plain = f"{site}lora_A.weight" in state
+    down, up = (f"{site}lora_{half}.weight" if plain else f"{site}lora_embedding_{half}" for half in "AB")
+    return down, up
+
+
+def _pair(state: dict[str, Tensor], paths: dict[str, str], tied: Tied) -> list[tuple[str, Tensor]]:
+    """The key of each factor of a site that follows, and what its leader has for it; nothing where PEFT gives none."""
+    found = _keys(state, paths[tied.leader.name])
+    if not all(key in state for key in (*found, *_keys(state, paths[tied.site.name]))):
+        return []
+    A, B = (state[key] for key in found)
+    values = (B.mT, A.mT) if tied.crossed else (A, B)
+    return list(zip(_keys(state, paths[tied.site.name]), values, strict=True))
+
+
+def _as_one(state: dict[str, Tensor], paths: dict[str, str], tied: Tied) -> bool:
+    return all(torch.equal(state[key], value) for key, value in _pair(state, paths, tied))
+
+
+def _follow(state: dict[str, Tensor], paths: dict[str, str], tied: Tied) -> None:
+    state.update({key: value.contiguous().clone() for key, value in _pair(state, paths, tied)})
+
+
+def _ties_on_reload(model: nn.Module, sites: list[Site], adapter: str) -> list[Tied]:
+    """The pairs of which PEFT would keep one, where it reads the file with `ensure_weight_tying`."""
+    embedding = tied_embedding(model, sites, adapter)
+    heads = set(asked_to_tie(model, sites, adapter))
+    return [Tied(site, embedding, True) for site in sites if embedding is not None and site.name in heads]
+
+
+def _plain(targets: Any) -> Any:
+    return sorted(targets) if isinstance(targets, set) else targets
 
 
 def _file_config(config: Any, shapes: dict[str, tuple[int, float]], fold_alpha: bool) -> dict[str, Any]:

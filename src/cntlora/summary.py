@@ -24,6 +24,7 @@ class InitReport:
         batches: batches read. seconds, forward_seconds: of the whole, and of the data pass with its statistics.
         memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
         step: of descent, see `InitPlan`; else empty.
+        shared: sites that have the factors of another one, with the name of that, where they were made.
     """
 
     config: InitConfig
@@ -34,13 +35,14 @@ class InitReport:
     forward_seconds: float
     memory: Mapping[str, int]
     step: Mapping[str, float] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: InitPlan) -> InitReport:
         """The report of a plan."""
         sites = {name: site_dict(site) for name, site in plan.sites.items()}
         rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory), dict(plan.step))
-        return cls(plan.config, sites, dict(plan.skipped), *rest)
+        return cls(plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -53,12 +55,13 @@ class InitReport:
             "forward_seconds": self.forward_seconds,
             "memory": dict(self.memory),
             "step": dict(self.step),
+            "shared": dict(self.shared),
         }
 
     def __str__(self) -> str:
         c = self.config
         start = f"base {c.effective_base}" if c.effective_base == c.stated_base else "B = 0"
-        total = sum(site["rank"] for site in self.sites.values())
+        total = sum(site["rank"] for name, site in self.sites.items() if name not in self.shared)
         title = (
             f"{c.method} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
@@ -69,6 +72,7 @@ class InitReport:
             lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
         lines += [_taken(self.step)] if self.step else []
         lines += _places(self.memory)
+        lines += [f"{name}: shares the factors of {leader}, made there" for name, leader in self.shared.items()]
         lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 

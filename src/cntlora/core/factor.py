@@ -170,9 +170,13 @@ def offset(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def halves_cancel(B: Tensor, A: Tensor) -> bool:
-    """Whether the rank is two halves [B', −B'] and [A'; A'] (as `offset` and `paired` write them)."""
+    """Whether the rank is two halves [B', −B'] and [A'; A'], as `offset` and `paired` write them.
+
+    Or [B', B'] and [A'; −A'], as the head has them that shares the factors of its embedding, transposed.
+    """
     h = A.shape[0] // 2
-    return h > 0 and torch.equal(A[:h], A[h : 2 * h]) and torch.equal(B[:, :h], -B[:, h : 2 * h])
+    one, two, down, up = A[:h], A[h : 2 * h], B[:, :h], B[:, h : 2 * h]
+    return h > 0 and any(torch.equal(one, s * two) and torch.equal(down, -s * up) for s in (1.0, -1.0))
 
 
 def paired(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
