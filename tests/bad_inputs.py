@@ -14,9 +14,19 @@ from safetensors.torch import save_file
 from tests.tiny import adapted, base_model, lora_config, text_batches, train
 from torch import Tensor
 
-from cntlora import InitConfig, InitPlan, apply_plan, compute_plan, freeze_offset, initialize, save_adapter
+from cntlora import (
+    InitConfig,
+    InitPlan,
+    apply_plan,
+    compute_plan,
+    freeze_offset,
+    initialize,
+    initialize_from_trainer,
+    save_adapter,
+)
 from cntlora.experiments.settings import load_experiment
 from cntlora.inspection import inspect_adapter
+from cntlora.sites import find_sites
 
 Call = Callable[[Path], object]
 
@@ -70,6 +80,34 @@ def _with_pissa() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return adapted(init_lora_weights="pissa")
+
+
+def _zeros() -> Any:
+    model = adapted()
+    with torch.no_grad():
+        for site in find_sites(model)[0]:
+            site.base.weight.zero_()
+    return model
+
+
+def _half_shared() -> Any:
+    model = adapted()
+    one, two, *_ = (site.layer for site in find_sites(model)[0])
+    two.lora_A["default"].weight = one.lora_A["default"].weight
+    return model
+
+
+class _Generates:
+    """A trainer in the way of TRL's GRPOTrainer, by what it has."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def get_train_dataloader(self) -> list[Any]:
+        return [[{"prompt": "a word"}]]
+
+    def _generate(self, prompts: list[str]) -> None:
+        """Is what tells it."""
 
 
 _OPTIMIZERS: list[Any] = []
@@ -136,6 +174,10 @@ WRONG: dict[str, Call] = {
     "the path of a file in place of batches": _init("reviews.csv"),
     "batches None for a method that reads data": lambda folder: initialize(adapted()),
     "tuples that the model takes for other arguments": _init([(b["input_ids"], b["labels"]) for b in text_batches()]),
+    "a model in place of an option": lambda folder: InitConfig(method=adapted()),
+    "on_missing='warn' with nothing left to initialise": _init(model=_zeros, on_missing="warn"),
+    "a trainer that generates its data": lambda folder: initialize_from_trainer(_Generates(adapted())),
+    "one factor of two layers shared": _init(model=_half_shared),
     "a batch whose mask hides every token": _init(_masked()),
     "NaN in the activations": _init(model=_spoiled),
     "no labels for a method that reads gradients": _init(

@@ -89,6 +89,97 @@ def test_mapping_that_the_model_cannot_take() -> None:
     refuses(narrow, batches, "forward=", "text", kind=TypeError)
 
 
+class Layers(nn.Module):
+    """A model whose own bug is a TypeError: `kind` says which."""
+
+    def __init__(self, kind: str, count: int = 60) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layers = nn.ModuleList(nn.Linear(6, 6 + i) for i in range(count))  # each is printed
+
+    def forward(self, x: Tensor, **rest: Any) -> Any:
+        y = self.layers[0](x)
+        if self.kind == "prints itself":
+            raise TypeError(f"cannot use {self!r} here: the cause")
+        if self.kind == "calls a layer wrongly":
+            return self.layers[1](y, y)
+        if self.kind == "passes on what it does not know":
+            return self.inner(y, **rest)
+        return y + None if self.kind == "adds None" else y
+
+    def inner(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        return y
+
+
+def layered(kind: str) -> Any:
+    return get_peft_model(Layers(kind), LoraConfig(r=2, target_modules=["layers.0"]))
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.randn(4, 6)}, torch.randn(4, 6)], ids=["mapping", "tensor"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("prints itself", "the cause"),
+        ("calls a layer wrongly", "takes 2 positional arguments"),
+        ("adds None", "unsupported"),
+    ],
+)
+def test_a_type_error_inside_the_model_is_its_own(kind: str, said: str, batch: Any) -> None:
+    """The batch fits the model, so that no other call of it is the cure."""
+    with pytest.raises(TypeError, match=said) as error:
+        initialize(layered(kind), [batch])
+    assert "forward=" not in str(error.value)
+    assert "Layers" in str(error.value) or kind != "prints itself"
+    initialize(layered("fine"), [batch])  # the control
+
+
+def test_a_batch_that_does_not_fit_is_told_from_that() -> None:
+    """Also where the model hands on what it is given, and the complaint comes from further inside."""
+    x = torch.randn(4, 6)
+    model = layered("fine")
+    refuses(model, [{"y": x}], "missing 1 required positional argument: 'x'", "mapping with keys ['y']", "forward=",
+            kind=TypeError)  # fmt: skip
+    refuses(model, [{"text": x, "x": x, 3: x}], "must be strings", "model(batch['x'])", kind=TypeError)
+    passing = layered("passes on what it does not know")
+    refuses(passing, [{"x": x, "text": x}], "unexpected keyword argument 'text'", "model(batch['x'])", kind=TypeError)
+    initialize(passing, [{"x": x, "mask": x}])  # the control
+
+
+def test_a_long_cause_is_cut_in_the_middle() -> None:
+    """By position a batch may be taken for other arguments, so that the model's own words are quoted: not all."""
+    x = torch.randn(4, 6)
+    model = layered("prints itself")
+    model.base_model.model.forward = lambda *args: Layers.forward(model.base_model.model, args[0])
+    refuses(model, [(x, x)], "could not be called: cannot use Layers(", "here: the cause.", "batch that is tuple",
+            "model(batch[0])", kind=TypeError)  # fmt: skip
+    many = {f"a column with a long name, number {i}": x for i in range(100)}
+    refuses(layered("fine"), [many], "missing 1 required", "forward=", kind=TypeError)
+    assert len(repr(model)) > 3000 and len(str(sorted(many))) > 3000  # the control
+
+
+@pytest.mark.parametrize(
+    "value", [adapted(), torch.randn(500, 500), ["x" * 5000], "y" * 5000], ids=lambda v: type(v).__name__
+)
+def test_what_was_given_is_quoted_in_short(value: Any) -> None:
+    """A model or a tensor in the place of an option is not printed."""
+    from cntlora.memory import parse_limits
+
+    calls: list[Callable[[], object]] = [
+        lambda: InitConfig(method=value),
+        lambda: InitConfig(p=value),
+        lambda: InitConfig(num_batches=value),
+        lambda: InitConfig(center=value, method="eva"),
+        lambda: InitConfig(batch_weights=value),
+        lambda: initialize(adapted(), text_batches(), on_missing=value),
+        lambda: parse_limits({"device": value}),
+        lambda: compute_plan(adapted(), text_batches(), token_mask="y" * 5000),
+    ]
+    for call in calls:
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert 20 < len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
 def test_every_token_masked() -> None:
     batches = text_batches()
     batches[1]["attention_mask"].zero_()
@@ -242,6 +333,35 @@ def test_weights_without_values() -> None:
         ValueError, match=f"site {QUERY} .*LoRA factors are on the meta device.*low_cpu_mem_usage=False"
     ):
         initialize(lazy, text_batches())
+
+
+class Nothing(nn.Module):
+    """All of its adapted layers are beyond reach: one of zeros, one that is never called."""
+
+    def __init__(self, zeros: bool) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(6, 6), nn.Linear(6, 6)
+        if zeros:
+            nn.init.zeros_(self.idle.weight)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.used(x).square().mean()}
+
+
+@pytest.mark.parametrize("zeros", [True, False], ids=["before the data", "after it"])
+@pytest.mark.parametrize("method", ["self", "lora_ga"])
+def test_a_call_that_would_initialise_nothing_is_an_error(method: str, zeros: bool) -> None:
+    """It must not look like one that worked: "0 sites"."""
+    torch.manual_seed(0)
+    model = get_peft_model(Nothing(zeros), LoraConfig(r=2, target_modules=["idle"]))
+    config, rows = InitConfig(method=method), [torch.randn(9, 6)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        refuses(model, rows, "none of the 1 adapted layers", "idle", config=config, on_missing="warn")
+    assert method == "lora_ga" or any("left as plain LoRA" in str(w.message) for w in caught)
+    both = get_peft_model(Nothing(zeros), LoraConfig(r=2, target_modules=["idle", "used"]))
+    with pytest.warns(UserWarning, match="site idle"):
+        assert list(initialize(both, rows, config, on_missing="warn").sites) == ["used"]  # the control
 
 
 # --- ranks --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from tests.tiny import base_model, changed, lora_config, state
+from tests.tiny import base_model, causal_batches, changed, lora_config, state
 from tests.trainer_cases import (
     QUIET,
     Logged,
@@ -23,7 +23,7 @@ from tests.trainer_cases import (
     tokenizer,
 )
 from torch import Tensor
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from cntlora import InitConfig, initialize, initialize_from_trainer
 
@@ -65,6 +65,37 @@ def test_sft(options: dict[str, Any], tmp_path: Path) -> None:
     assert_trains_from_the_base(plain, ours)
     ours.save_model(str(tmp_path / "saved"))
     assert_plain(ours.model, tmp_path / "saved")
+
+
+# --- trainers that generate their data ----------------------------------------------------------------------
+
+
+def generating(kind: str, folder: Path) -> Any:
+    """GRPO or RLOO: prompts alone, to which the model writes the answers."""
+    trainer, config = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[kind]
+    rows = Dataset.from_list([{"prompt": text(i, 3)} for i in range(16)])
+    options = {**QUIET, "num_generations": 2, "max_completion_length": 4}
+    return trainer(
+        base_model("llama"), reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
+        args=config(str(folder), **options), train_dataset=rows, processing_class=tokenizer(),
+        peft_config=lora_config("llama"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_trainer_that_generates_its_data_says_what_to_do(kind: str, tmp_path: Path) -> None:
+    trainer = generating(kind, tmp_path)
+    before = state(trainer.model)
+    for method in ("self", "descent"):
+        with pytest.raises(ValueError, match="Trainer generates what it trains on.*give batches of your own"):
+            initialize_from_trainer(trainer, InitConfig(method=method))
+    assert not changed(before, trainer.model)
+    initialize(trainer.model, causal_batches())  # the cure
+    assert changed(before, trainer.model)
+    other = generating(kind, tmp_path)
+    initialize_from_trainer(other, InitConfig(method="pissa"))  # the other one: it reads no data
+    other.train()
+    assert changed(before, other.model)
 
 
 # --- preference data ----------------------------------------------------------------------------------------

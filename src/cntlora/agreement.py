@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .batches import Forward
+from .notices import in_short
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ def agreed(outcome: T | Exception, stage: str = "") -> T:
     """
     if isinstance(outcome, Exception) and getattr(outcome, _KNOWN, False):
         raise outcome
-    failed = f"{type(outcome).__name__}: {outcome}" if isinstance(outcome, Exception) else None
+    failed = f"{type(outcome).__name__}: {in_short(outcome, 800)}" if isinstance(outcome, Exception) else None
     reports = [] if alone() else gathered((failed, stage), failed)
     if isinstance(outcome, Exception):
         raise _known(outcome)
@@ -130,7 +131,7 @@ def answered(failed: str | None = None) -> Iterator[None]:
             RuntimeError(
                 "another process has ended, or has not answered within the timeout of the process group "
                 f"(init_process_group(timeout=...)){here}; nothing was written into this model. Look for the first "
-                f"error in the output of the other processes. The backend says: {error}"
+                f"error in the output of the other processes. The backend says: {in_short(error, 800)}"
             )
         ) from error
 

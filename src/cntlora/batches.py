@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -9,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .notices import in_short, quoted
 
 Forward = Callable[[nn.Module, Any], Any]
 TokenMask = str | Callable[[Any], Tensor | None] | None
@@ -76,21 +80,75 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """model(**batch), model(*batch) or model(batch), by the kind of the batch."""
+    """model(**batch), model(*batch) or model(batch), by the kind of the batch.
+
+    Raises:
+        TypeError: if the batch does not fit the arguments of the model. What the model itself raises stays as it is.
+    """
+    args, kwargs = _arguments(batch)
     try:
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        if isinstance(batch, (list, tuple)):
-            return model(*batch)
-        return model(batch)
+        return model(*args, **kwargs)
     except (TypeError, IndexError, AttributeError, RuntimeError) as error:
-        if not isinstance(error, TypeError) and not _misplaced(batch, error):
+        if not (_does_not_fit(model, args, kwargs, error) or _misplaced(batch, error)):
             raise
-        kind = f"a mapping with keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
         raise TypeError(
-            f"the model could not be called with a batch that is {kind}: {error}. "
-            "Say how with forward=, e.g. forward=lambda model, batch: model(batch[0])"
+            f"the model could not be called: {in_short(error)}. It was given a batch that is {_kind(batch)}; say how "
+            f"with forward=, e.g. forward=lambda model, batch: {_example(model, batch)}"
         ) from error
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)), {}
+
+
+def _kind(batch: Any) -> str:
+    return (
+        f"a mapping with keys {in_short(sorted(map(str, batch)), 150)}"
+        if isinstance(batch, Mapping)
+        else type(batch).__name__
+    )
+
+
+def _example(model: nn.Module, batch: Any) -> str:
+    """A call that may be right for a batch of this kind."""
+    if isinstance(batch, (list, tuple)):
+        return "model(batch[0])"
+    if not isinstance(batch, Mapping):
+        return "model(batch.values)"
+    taken = {name for part in _layers_of(model) for name in _signature(part).parameters}
+    key = next((key for key in batch if key in taken), next(iter(batch), "x"))
+    return f"model(batch[{key!r}])"
+
+
+def _does_not_fit(model: nn.Module, args: Any, kwargs: Mapping[str, Any], error: Exception) -> bool:
+    """Whether a TypeError says that a batch does not fit the model, and is not one of a layer inside."""
+    if not isinstance(error, TypeError):
+        return False
+    for part in _layers_of(model):
+        try:
+            _signature(part).bind(*args, **kwargs)
+        except TypeError:
+            return True
+    # a model that takes **kwargs hands them on, and the complaint comes from further inside
+    named = re.search(r"unexpected keyword argument '([^']+)'", str(error))
+    return named is not None and named[1] in kwargs
+
+
+def _layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, and that which PEFT's class around it calls with the same arguments."""
+    yield model
+    base = getattr(model, "get_base_model", None)
+    if callable(base):
+        yield base()
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    try:
+        return inspect.signature(model.forward)
+    except ValueError:  # a function that is not written in Python
+        return inspect.signature(lambda *args, **kwargs: None)
 
 
 def _misplaced(batch: Any, error: Exception) -> bool:
@@ -114,7 +172,7 @@ def token_masks(batch: Any, rule: TokenMask) -> list[Tensor]:
         mask = rule(batch)
         return [] if mask is None else [_two_dimensional(mask)]
     if rule not in (None, "attention", "labels", "none"):
-        raise ValueError(f"token_mask: expected None, 'labels', 'none' or a function of the batch, got {rule!r}")
+        raise ValueError(f"token_mask: expected None, 'labels', 'none' or a function of the batch, got {quoted(rule)}")
     if rule == "none" or not isinstance(batch, Mapping):
         if rule == "labels":
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from .config import InitConfig
 from .core.family import METHODS
 from .layouts import INSIDE_ATTENTION
-from .notices import warn_caller
+from .notices import quoted, warn_caller
 from .offloaded import fetched
 from .sharded import check_rank
 from .sites import Site, config_holder, factor_of, factor_slots, find_sites
@@ -28,8 +28,8 @@ def usable_sites(
     started_by = getattr(lora, "init_lora_weights", True)
     if started_by not in (True, False, "gaussian"):
         raise ValueError(
-            f"adapter {adapter!r} was made with init_lora_weights={started_by!r}; expected True, so that the base is "
-            "untouched and no other initialisation is on top. Make the adapter again with init_lora_weights=True"
+            f"adapter {adapter!r} was made with init_lora_weights={quoted(started_by)}; expected True, so that the "
+            "base is untouched and no other initialisation on top. Make the adapter again with init_lora_weights=True"
         )
     method = METHODS[config.method]
     factors_weight = method.reads != "gradients" and not method.zero_start
@@ -51,6 +51,7 @@ def usable_sites(
     }
     report_missing(refused, on_missing)
     own = [site for site in sites if site.name not in refused and site.name not in tied]
+    check_any_left(own, refused)
     return own, [t for name, t in tied.items() if name not in refused], refused
 
 
@@ -171,3 +172,47 @@ def report_missing(problems: Mapping[str, str], on_missing: str) -> None:
     if on_missing == "raise":
         raise ValueError(f"{message}. Or leave such sites as plain LoRA with on_missing='warn'")
     warn_caller(f"{message}; left as plain LoRA")
+
+
+def check_any_left(sites: Sequence[Site], problems: Mapping[str, str]) -> None:
+    """Raises ValueError where nothing is left: a call that initialises nothing must not look like one that worked."""
+    if not sites:
+        name, reason = next(iter(problems.items()))
+        raise ValueError(
+            f"none of the {len(problems)} adapted layers can be initialised, on_missing='warn' leaves nothing to do; "
+            f"the first is site {name}: {reason}"
+        )
+
+
+def leave_silent(silent: Sequence[str], heard: int, batches: int, on_missing: str) -> dict[str, str]:
+    """The sites without a gradient, each with the reason why it is left as plain LoRA.
+
+    Some models have a few of them by their build: the last layer's queries of a classifier that reads one token through
+    another attention (Longformer), the first decoder layer whose input is zero (DETR). Plain LoRA starts there as well
+    as anything can. Where they are most, something else is wrong.
+
+    Args:
+        heard: how many sites have a gradient.
+
+    Raises:
+        ValueError: if more sites have none than have one, unless `on_missing` is "warn".
+    """
+    reason = "the loss does not depend on it: its gradient is zero in every batch"
+    if not silent:
+        return {}
+    if len(silent) > heard:
+        report_missing(
+            dict.fromkeys(
+                silent,
+                f"{reason}, as are those of {len(silent)} of {len(silent) + heard} sites; "
+                "is the adapter on layers that reach the loss, and is it the loss of the training?",
+            ),
+            on_missing,
+        )
+    else:
+        more = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
+        warn_caller(
+            f"site {silent[0]}{more} of {len(silent) + heard}: {reason} of {batches}; left as plain LoRA, which may "
+            "still train where the loss of other batches depends on it"
+        )
+    return dict.fromkeys(silent, reason)

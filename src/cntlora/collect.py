@@ -245,6 +245,7 @@ def collect(
             with watching(sites, watcher):
                 output = call(model, moved)
             if on_output:
+                _check_called(watcher, sites, index)
                 on_output(index, output)
             _hand_on(watcher, index, on_batch, seen)
             step()
@@ -270,6 +271,15 @@ def _usable_masks(batch: Any, rule: TokenMask, index: int) -> list[Tensor]:
                 "check padding and labels, or choose what counts with token_mask="
             )
     return masks
+
+
+def _check_called(watcher: _Watcher, sites: list[Site], index: int) -> None:
+    """Raises ValueError if the model called no site, so that the loss can have no gradient by any."""
+    if not watcher.seen:
+        raise ValueError(
+            f"batch {index}: none of the {len(sites)} adapted layers was called (the first is {sites[0].name}), so "
+            "that there is no gradient by any; does this data reach them, and is the adapter in the model that is called?"
+        )
 
 
 def _hand_on(watcher: _Watcher, index: int, on_batch: OnBatch, seen: Seen) -> None:

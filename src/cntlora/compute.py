@@ -13,7 +13,7 @@ from torch import nn
 
 from .assemble import Alone, Share, Work, plan_sites
 from .batches import Forward, TokenMask
-from .checks import report_missing
+from .checks import check_any_left, leave_silent, report_missing
 from .collect import Seen
 from .config import InitConfig
 from .core.estimator import GradientReader
@@ -97,9 +97,14 @@ def plan_from(reading: Reading, share: Share | None = None, again: Again | None 
     """
     share = share or Alone()
     try:
-        starved = _starved(reading.sites, reading.seen, reading.work, share)
-        report_missing(starved, reading.request.on_missing)
+        missing = reading.request.on_missing
+        starved = _starved(reading.sites, reading.seen, reading.work)
+        report_missing(starved, missing)
+        silent = _silent([s for s in reading.sites if s.name not in starved], reading.work, share)
+        heard = len(reading.sites) - len(starved) - len(silent)
+        starved |= leave_silent(silent, heard, reading.seen.batches, missing)
         fed = [site for site in reading.sites if site.name not in starved]
+        check_any_left(fed, starved)
         if METHODS[reading.work.config.method].reads != "weights":
             share = Passes(share, reading.budget, again or reading.again)
         sites = plan_sites(fed, reading.work, reading.seen, share)
@@ -117,17 +122,20 @@ def plan_from(reading: Reading, share: Share | None = None, again: Again | None 
     )
 
 
-def _starved(sites: list[Site], seen: Seen, work: Work, share: Share) -> dict[str, str]:
-    """Sites for which the data gave nothing, with the reason."""
-    reads = METHODS[work.config.method].reads
-    if reads == "weights":
+def _starved(sites: list[Site], seen: Seen, work: Work) -> dict[str, str]:
+    """Sites that the data did not reach, with the reason."""
+    if METHODS[work.config.method].reads == "weights":
         return {}
-    starved = {s.name: _starved_reason(s.name, seen) for s in sites if not seen.site_batches.get(s.name)}
-    if isinstance(work.estimator, GradientReader):
-        heard = share.everyone({s.name: work.estimator.has_gradient(s.name) for s in share.mine(sites)})
-        silent = [s.name for s in sites if s.name not in starved and not heard[s.name]]
-        starved |= dict.fromkeys(silent, "the loss does not depend on it: its gradient is zero in every batch")
-    return starved
+    return {s.name: _starved_reason(s.name, seen) for s in sites if not seen.site_batches.get(s.name)}
+
+
+def _silent(sites: list[Site], work: Work, share: Share) -> list[str]:
+    """Sites without a gradient, for the methods that read them."""
+    estimator = work.estimator
+    if not isinstance(estimator, GradientReader):
+        return []
+    heard = share.everyone({s.name: estimator.has_gradient(s.name) for s in share.mine(sites)})
+    return [s.name for s in sites if not heard[s.name]]
 
 
 def _starved_reason(name: str, seen: Seen) -> str:

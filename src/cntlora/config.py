@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .core.family import METHOD_OPTIONS, METHODS
+from .notices import quoted
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -26,7 +27,7 @@ def unknown_name(what: str, name: object, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     near = difflib.get_close_matches(str(name), allowed, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{what}: {name!r} is not known{hint}; expected one of: {', '.join(allowed)}"
+    return f"{what}: {quoted(name)} is not known{hint}; expected one of: {', '.join(allowed)}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class InitConfig:
         _integer("seed", self.seed, 0)
         for name in ("adaptive_ranks", "exact_svd", "fold_alpha", "center"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+                raise TypeError(f"{name}: expected True or False, got {quoted(getattr(self, name))}")
 
     def _check_effects(self) -> None:
         """Nothing is silent: an option that is set must have an effect on the method."""
@@ -134,8 +135,8 @@ class InitConfig:
             if option.name in METHOD_OPTIONS - reads and value != option.default:
                 own = ", ".join(sorted(reads)) or "none of them"
                 raise ValueError(
-                    f"{option.name}: {value!r} has no effect with method {self.method!r}; leave it out (of the options "
-                    f"of methods, this one reads {own})"
+                    f"{option.name}: {quoted(value)} has no effect with method {self.method!r}; leave it out (of the "
+                    f"options of methods, this one reads {own})"
                 )
 
     def _check_ranks(self) -> None:
@@ -206,21 +207,21 @@ class InitConfig:
 
 def _number(name: str, value: object, low: float, high: float, hint: str, *, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}; {hint}")
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {quoted(value)}; {hint}")
     inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
     if not inside:
         left = "(" if open_low else "["
-        raise ValueError(f"{name}: expected a finite number in {left}{low:g}, {high:g}], got {value!r}; {hint}")
+        raise ValueError(f"{name}: expected a finite number in {left}{low:g}, {high:g}], got {quoted(value)}; {hint}")
 
 
 def _weights(values: object) -> tuple[float, ...]:
     """Any iterable of numbers as plain floats."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"batch_weights: expected one number a batch, such as (1.0, 0.5), got {values!r}")
+        raise TypeError(f"batch_weights: expected one number a batch, such as (1.0, 0.5), got {quoted(values)}")
     weights = tuple(values)
     for w in weights:
         if isinstance(w, (str, bytes, bool)) or not hasattr(w, "__float__"):
-            raise TypeError(f"batch_weights: expected a number for each batch, got {w!r}")
+            raise TypeError(f"batch_weights: expected a number for each batch, got {quoted(w)}")
     if not weights or not all(map(math.isfinite, weights)):
         raise ValueError(f"batch_weights: expected one number a batch, all of them finite, got {weights}")
     return tuple(float(w) for w in weights)
@@ -228,7 +229,7 @@ def _weights(values: object) -> tuple[float, ...]:
 
 def _integer(name: str, value: object, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {quoted(value)}")
     if value < low:
         raise ValueError(f"{name}: expected at least {low}, got {value}")
 

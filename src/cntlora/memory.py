@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .core.moments import accumulation_dtype
 from .core.parallel import SIDE_BY_SIDE, STREAMS
+from .notices import quoted
 from .sites import Site
 
 MaxMemory = int | str | Mapping[str, int | str] | None
@@ -42,7 +43,7 @@ def parse_limits(value: MaxMemory) -> dict[str, float]:
     unknown = [key for key in given if key not in PLACES]
     if unknown:
         raise ValueError(
-            f"max_memory: {unknown[0]!r} is not known; expected a size such as '6GiB', or a mapping with "
+            f"max_memory: {quoted(unknown[0])} is not known; expected a size such as '6GiB', or a mapping with "
             f"{', '.join(PLACES)}"
         )
     limits = {"device": float("inf"), "cpu": float("inf"), "disk": 0.0}
@@ -55,16 +56,16 @@ USABLE = 0.8
 
 def _size(key: str, size: object) -> int:
     if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise TypeError(f"max_memory: {key}: expected bytes or a size such as '6GiB', got {size!r}")
+        raise TypeError(f"max_memory: {key}: expected bytes or a size such as '6GiB', got {quoted(size)}")
     if isinstance(size, int):
         found = size
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
         if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(f"max_memory: {key}: expected a size such as '6GiB' or '500MB', got {size!r}")
+            raise ValueError(f"max_memory: {key}: expected a size such as '6GiB' or '500MB', got {quoted(size)}")
         found = int(float(match[1]) * _UNITS[match[2].upper()])
     if found < 0:
-        raise ValueError(f"max_memory: {key}: expected at least 0, got {size!r}")
+        raise ValueError(f"max_memory: {key}: expected at least 0, got {quoted(size)}")
     return found
 
 

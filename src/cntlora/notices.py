@@ -77,3 +77,25 @@ def quiet_transformers() -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, its kind if it says nothing: to be quoted in a message of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def in_short(text: object, most: int = 300) -> str:
+    """What a text or an exception says, in one line; from the middle of a long one something is left out.
+
+    The cause of an error may be at either end, and in between whole models may be printed.
+    """
+    line = " ".join(str(text).split()) or type(text).__name__
+    if len(line) <= most:
+        return line
+    head = most // 3
+    return f"{line[:head]} … {line[head + 3 - most :]}"
+
+
+def quoted(value: Any) -> str:
+    """A value that was given, for a message: of a tensor or a model no more than its kind."""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    if hasattr(value, "named_modules"):
+        return f"a model ({type(value).__name__})"
+    return in_short(repr(value), 120)

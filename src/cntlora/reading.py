@@ -22,6 +22,7 @@ from .core.estimator import GradientReader, InputReader
 from .core.family import METHODS
 from .gradients import weight_gradients
 from .memory import Budget, MaxMemory, parse_limits
+from .notices import quoted
 from .sharded import reshard
 from .sites import Site
 from .ties import Tied
@@ -113,7 +114,7 @@ def read(request: Request) -> Reading:
     started = time.perf_counter()
     config = request.config or InitConfig()
     if request.on_missing not in ON_MISSING:
-        raise ValueError(f"on_missing: expected one of {', '.join(ON_MISSING)}, got {request.on_missing!r}")
+        raise ValueError(f"on_missing: expected one of {', '.join(ON_MISSING)}, got {quoted(request.on_missing)}")
     limits = parse_limits(request.max_memory)
     sites, tied, skipped = usable_sites(request.model, request.adapter_name, config, request.on_missing)
     if request.weights is not None:

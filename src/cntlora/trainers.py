@@ -56,13 +56,31 @@ def _refers_to_base(trainer: Any) -> bool:
 def training_arguments(
     trainer: Any, config: InitConfig, forward: Forward | None, loss: Forward | None
 ) -> dict[str, Any]:
-    """The arguments `batches`, `forward` and `loss` of `initialize`; what the caller gave takes precedence."""
+    """The arguments `batches`, `forward` and `loss` of `initialize`; what the caller gave takes precedence.
+
+    Raises:
+        ValueError: if the trainer makes its data while it trains, and the method reads data.
+    """
+    if METHODS[config.method].reads == "weights":
+        return {"batches": None, "forward": forward, "loss": loss}
+    if _generates(trainer) and forward is None and loss is None:
+        raise ValueError(
+            f"this {type(trainer).__name__} generates what it trains on, so that there is nothing to read before; give "
+            "batches of your own, of prompts with answers such as it will see: initialize(trainer.model, "
+            "[tokenizer(texts, return_tensors='pt', padding=True), …]). Or take a method that reads the weights alone "
+            "(pissa, olora)"
+        )
     loader = trainer.get_train_dataloader()
     if METHODS[config.method].reads == "gradients" and forward is None:
         return {"batches": loader, "forward": None, "loss": loss or _own_loss(trainer)}
     if callable(getattr(trainer, "collect_features", None)) and forward is None:
         return {"batches": Columns(loader, trainer.collect_features), "forward": _one_argument, "loss": loss}
     return {"batches": loader, "forward": forward or _for_the_model, "loss": loss}
+
+
+def _generates(trainer: Any) -> bool:
+    """Whether a trainer's batches are prompts alone, to which its model writes the answers (TRL's GRPO, RLOO, …)."""
+    return callable(getattr(trainer, "_generate", None))
 
 
 def _own_loss(trainer: Any) -> Callable[[nn.Module, Any], Any]:
