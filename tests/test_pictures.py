@@ -71,7 +71,7 @@ def test_arrays_are_pictures_too() -> None:
 def test_a_broken_picture_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = saved(tmp_path / "broken.png", size=(64, 64))
     path.write_bytes(path.read_bytes()[:60] if content is None else content)
-    with pytest.raises(ValueError, match=r"broken\.png: no picture, or a broken one"):
+    with pytest.raises(ValueError, match=r"broken\.png: expected a picture, but cannot be read"):
         Pictures((path,), ("",), (0,), ("x",)).open(0)
 
 

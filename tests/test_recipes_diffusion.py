@@ -253,7 +253,7 @@ def test_bad_photos_are_named_before_training(tmp_path: Path) -> None:
     check(tmp_path / "photos")
     whole = (tmp_path / "photos" / "3.png").read_bytes()
     (tmp_path / "photos" / "3.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"3\.png: no picture, or a broken one"):
+    with pytest.raises(ValueError, match=r"3\.png: expected a picture, but cannot be read"):
         check(tmp_path / "photos")
     with pytest.raises(ValueError, match="sample 'cat' is not known"):
         photo_files("sample:cat")

@@ -16,7 +16,7 @@ SIDE = 256  # pixels of the longer side of a thumbnail
 
 def read_picture(sample: Sample, side: int = SIDE) -> Image | str:
     """The picture of a sample, at most `side` pixels in each direction, RGB or RGBA; or why there is none, in words."""
-    from PIL import Image
+    from ..recipes.picture_files import open_layered
 
     if sample.path is None:
         return "no picture recorded"
@@ -26,9 +26,8 @@ def read_picture(sample: Sample, side: int = SIDE) -> Image | str:
     if not sample.path.is_file():
         return f"no file {name}"
     try:
-        with Image.open(sample.path) as opened:
-            picture = opened.convert("RGBA" if "A" in opened.mode or "transparency" in opened.info else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        picture = open_layered(sample.path)
+    except ValueError:
         return f"{name} is no whole picture"
     picture.thumbnail((side, side))
     return picture

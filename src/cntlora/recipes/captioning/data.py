@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+from ...notices import warn_caller
 from ..frames import column, raw_column, read_frame
-from ..picture_files import CHECKED, SUFFIXES, opaque, open_picture
+from ..picture_files import CHECKED, SUFFIXES, is_dark, open_picture, said_of_dark
 from ..values import check_held_out, one_of
 from .scenes import Scene
 
@@ -44,14 +44,12 @@ class CaptionRow:
         """
         if isinstance(self.image, Scene):
             return self.image.draw()
+        if isinstance(self.image, bytes):
+            return open_picture(self.image, name=self.where)
         try:
-            if isinstance(self.image, Path):
-                return open_picture(self.image)
-            with Image.open(io.BytesIO(self.image)) as opened:
-                return opaque(opened)
-        except (OSError, ValueError, SyntaxError) as error:
-            what = str(error) if isinstance(self.image, Path) else "no picture, or a broken one"
-            raise ValueError(f"{self.where}: {what}") from error
+            return open_picture(self.image)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -169,13 +167,14 @@ def check_concepts(rows: Sequence[CaptionRow], source: str) -> None:
 
 
 def check_pictures(rows: Sequence[CaptionRow]) -> None:
-    """Decodes the pictures, the first 2,000 at most.
+    """Decodes the pictures, the first 2,000 at most, and warns if they are almost black.
 
     Raises:
         ValueError: for the first that is missing or broken.
     """
-    for row in rows[:CHECKED]:
-        row.open()
+    dark = [row.where for row in rows[:CHECKED] if is_dark(row.open())]
+    if said := said_of_dark("the pictures of the captions", dark, len(rows[:CHECKED])):
+        warn_caller(said)
 
 
 def split_rows(

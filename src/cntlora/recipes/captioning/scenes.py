@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..picture_files import open_layered
+
 SIZE = 112
 COLOURS = {
     "white": (255, 255, 255), "red": (214, 64, 56), "orange": (240, 150, 50), "yellow": (246, 221, 90),
@@ -76,11 +78,7 @@ class Scene:
         Raises:
             ValueError: if the file is no picture or a broken one; names the file.
         """
-        try:
-            with Image.open(self.file) as opened:
-                picture = opened.convert("RGBA")
-        except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
-            raise ValueError(f"{self.file}: no picture, or a broken one ({error})") from error
+        picture = open_layered(self.file).convert("RGBA")
         factor = self.scale * size / max(picture.size)
         width, height = (max(1, round(side * factor)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)

@@ -15,12 +15,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...notices import warn_caller
-from ..picture_files import left_out, opaque
+from ..picture_files import SUFFIXES, left_out, open_picture
 from ..samples.downloads import cache_dir
 from .denoisers import encode_pictures, family_of, noise_scheduler, side_of, training_target
 from .small_pictures import SUBJECTS, subject_photos
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 INIT_LATENTS = ("clean", "noised")
 
 
@@ -49,16 +48,8 @@ def photo_files(data: str) -> list[Path]:
 
 
 def open_photo(path: Path) -> Image.Image:
-    """A picture as RGB, turned as its camera says; what is transparent becomes white.
-
-    Raises:
-        ValueError: if it is no picture or a broken one; names the file.
-    """
-    try:
-        with Image.open(path) as picture:
-            return opaque(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
-        raise ValueError(f"{path}: no picture, or a broken one ({error}); replace or remove it") from error
+    """A picture as RGB, see `cntlora.recipes.picture_files.open_picture`."""
+    return open_picture(path)
 
 
 def as_pixels(pictures: Sequence[Image.Image], side: int) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..picture_files import open_layered
 from ..samples.pictures import emoji, stamps
 
 Colour = tuple[int, int, int]
@@ -107,8 +108,7 @@ def items() -> list[Item]:
 
 def _opened(file: Path | NDArray[np.uint8]) -> Image.Image:
     assert isinstance(file, Path)
-    with Image.open(file) as picture:
-        return cropped(picture.convert("RGBA"))
+    return cropped(open_layered(file).convert("RGBA"))
 
 
 def cropped(picture: Image.Image) -> Image.Image:

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...batches import to_device
+from ...notices import warn_caller
+from ..picture_files import is_dark, said_of_dark
 from ..scoring import modes
 from ..task import Defaults, Recipe
 from .data import (
@@ -60,13 +62,15 @@ class DreamboothTask(Defaults):
         return next(iter(self.metrics))
 
     def check(self) -> None:
-        """Opens every photo.
+        """Opens every photo, and warns if they are almost black.
 
         Raises:
             ValueError: for a folder without pictures, or a broken one; names it.
         """
-        for path in photo_files(self.settings.data):
-            open_photo(path)
+        files = photo_files(self.settings.data)
+        dark = [path for path in files if is_dark(open_photo(path))]
+        if said := said_of_dark(self.settings.data, dark, len(files)):
+            warn_caller(said)
 
     @cached_property
     def _pipeline(self) -> Any:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+from ..picture_files import layered, open_layered
 from .downloads import packaged_file
 
 WHITE = (255, 255, 255)
@@ -110,7 +111,7 @@ def laid_out(
     picture: Image.Image, size: int | tuple[int, int] | None = None, background: tuple[int, int, int] = WHITE
 ) -> Image.Image:
     """A picture of any mode as RGB on the background, sized as `Pictures.open` says."""
-    picture = picture.convert("RGBA")
+    picture = layered(picture).convert("RGBA")
     if isinstance(size, tuple):
         picture, canvas = picture.resize(size, Image.Resampling.BICUBIC), size
     elif size is not None:
@@ -126,14 +127,7 @@ def laid_out(
 
 
 def _read(file: Path | NDArray[np.uint8]) -> Image.Image:
-    if not isinstance(file, Path):
-        return Image.fromarray(file)
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture.copy()
-    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
-        raise ValueError(f"{file}: no picture, or a broken one ({error})") from error
+    return open_layered(file) if isinstance(file, Path) else Image.fromarray(file)
 
 
 def stamps(*, mirrored: bool = False) -> Pictures:

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from ...notices import first_line, warn_caller
-from ..picture_files import CHECKED, SUFFIXES, left_out, opaque, open_picture
+from ..picture_files import CHECKED, SUFFIXES, is_dark, left_out, opaque, open_picture, said_of_dark
 from ..text.tables import read_table
 from ..values import check_held_out
 
@@ -99,15 +99,17 @@ class LabelledImages:
         return self.take(order[np.argsort(place, kind="stable")[:size]].tolist())
 
     def check(self, limit: int = CHECKED) -> None:
-        """Decodes the pictures, or `limit` of them evenly spread where there are more.
+        """Decodes the pictures, or `limit` of them evenly spread where there are more; warns if they are almost black.
 
         Raises:
             ValueError: at the first one that cannot be read; names it.
         """
         rows = range(len(self)) if len(self) <= limit else np.linspace(0, len(self) - 1, limit, dtype=int).tolist()
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for _ in pool.map(lambda row: self.load(self.sources[row], 64).size, rows):
-                pass
+            found = list(pool.map(lambda row: is_dark(self.load(self.sources[row], 64)), rows))
+        dark = [self.sources[row] for row, is_so in zip(rows, found, strict=True) if is_so]
+        if said := said_of_dark(self.where, dark, len(found)):
+            warn_caller(said)
 
 
 def read_images(
@@ -218,12 +220,18 @@ def _published(
         found = sorted(set(values[0]))
         names, values = [str(value) for value in found], [[found.index(v) for v in part] for part in values]
     train, *held_out = [
-        LabelledImages(range(len(part)), labels, tuple(names), data, partial(_open_row, part, image))
+        LabelledImages(range(len(part)), labels, tuple(names), data, partial(_open_row, part, image, data))
         for part, labels in zip(parts, values, strict=True)
     ]
     return train, held_out[0] if held_out else None
 
 
-def _open_row(part: Any, column: str, row: int, size: int) -> Image.Image:
+def _open_row(part: Any, column: str, data: str, row: int, size: int) -> Image.Image:
     """The picture of a row of a published data set; `size` is not needed, the picture comes decoded."""
-    return opaque(part[row][column])
+    value = part[row][column]
+    if not isinstance(value, Image.Image):
+        raise ValueError(f"{data}: row {row + 1}: expected a picture in column {column!r}, got {type(value).__name__}")
+    try:
+        return opaque(value)
+    except ValueError as error:
+        raise ValueError(f"{data}: row {row + 1}: {error}") from error
