@@ -34,6 +34,7 @@ from tests.tiny import (
 from torch import Tensor, nn
 
 from cntlora import InitConfig, apply_plan, compute_plan, initialize, save_adapter
+from cntlora.class_names import read_names
 
 BASES = ["offset", "paired", "subtract", "keep"]
 SAVERS = ["save_pretrained", "folded", "plain alpha"]
@@ -237,6 +238,35 @@ def test_folded_config_has_alpha_equal_to_rank_everywhere(checkpoints: Checkpoin
     assert not config["use_rslora"]
     ranks = {A.shape[0] for key, A in state.items() if ".lora_A" in key or ".lora_embedding_A" in key}
     assert ranks == {config["r"], *config["rank_pattern"].values()}
+
+
+# --- names of classes ---------------------------------------------------------------------------------------
+
+
+def test_names_of_classes_lie_beside_a_head_that_is_saved(tmp_path: Path) -> None:
+    def saved(model: Any, folder: str, names: tuple[str, ...]) -> tuple[str, ...]:
+        model.config.id2label = dict(enumerate(names))
+        save_adapter(model, tmp_path / folder)
+        return read_names(tmp_path / folder)
+
+    def classifier() -> Any:
+        return adapted(task_type="SEQ_CLS")
+
+    names = ("no", "maybe", "yes")
+    assert saved(classifier(), "a", names) == names
+    assert "| Classes | 0 = no, 1 = maybe, 2 = yes; " in (tmp_path / "a" / "README.md").read_text()
+    assert saved(classifier(), "a", ("LABEL_0", "LABEL_1", "LABEL_2")) == ()  # made up by transformers
+    assert not (tmp_path / "a" / "id2label.json").exists()  # nor are those of the adapter before it left
+    assert saved(classifier(), "b", tuple(f"class {i}" for i in range(1000))) == ()  # of a head that is not in the file
+    assert saved(adapted(), "c", names) == ()  # no head is saved
+    assert saved(adapted(modules_to_save=["classifier"]), "d", names) == names
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"id2label": {"1": "a"}}', '{"id2label": 3}'])
+def test_a_file_of_names_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "id2label.json").write_text(content)
+    with pytest.raises(ValueError, match=r"id2label\.json: expected [^\n]*$"):
+        read_names(tmp_path)
 
 
 # --- the folder ---------------------------------------------------------------------------------------------

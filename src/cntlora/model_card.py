@@ -14,6 +14,7 @@ from .kinds import kind_of
 from .provenance import Start
 from .public import hub_name
 
+_SHOWN = 50  # classes that the card names
 BEGIN = "<!-- cntlora: written with the adapter; what stands between the two marks is replaced at the next save -->"
 END = "<!-- /cntlora -->"
 _SECTION = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
@@ -33,10 +34,12 @@ class SavedSites:
     Attributes:
         shapes: site → (rank, alpha).
         use_rslora: whether the scaling is alpha/√rank instead of alpha/rank.
+        names: of the classes of a head that is saved with the adapter, in the order of the logits.
     """
 
     shapes: Mapping[str, tuple[int, float]]
     use_rslora: bool = False
+    names: Sequence[str] = ()
 
 
 def updated_card(old: str | None, section: str, base_model: str | None) -> str:
@@ -110,10 +113,18 @@ def _file(saved: SavedSites, versions: Mapping[str, str]) -> list[tuple[str, str
     ranks = [rank for rank, _ in saved.shapes.values()]
     scalings = {round(a / (r**0.5 if saved.use_rslora else r), 6) for r, a in saved.shapes.values()}
     scaling = f"{min(scalings, default=1):g}" + (f" to {max(scalings):g}" if len(scalings) > 1 else "")
+    classes = [("Classes", _classes(saved.names))] if saved.names else []
     return [
+        *classes,
         ("Sites in the file", f"{len(ranks)}, ranks {spread(ranks)}, {sum(ranks)} in all, scaling {scaling}"),
         ("Written with", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
+
+
+def _classes(names: Sequence[str]) -> str:
+    shown = ", ".join(f"{i} = {name}" for i, name in enumerate(names[:_SHOWN]))
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{shown}{more}; also in `id2label.json`"
 
 
 def _by_kind(saved: SavedSites) -> dict[str, list[int]]:

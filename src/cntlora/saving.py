@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .adapters import SUBTRACTED, anchored, selecting, shaped_like, whole
 from .agreement import agreed, alone, attempt
 from .atomic import not_written, temporary
+from .class_names import NAMES, class_names, write_names
 from .model_card import SavedSites, card_section, updated_card
 from .plan import InitPlan
 from .provenance import Start, start_of
@@ -37,6 +38,7 @@ WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "REA
 class _Files:
     """What goes into the folder; `section` is that of the model card, None for a folder without one.
 
+    `names` are those of the classes of a head that is saved with the adapter, if it has them.
     `base_model` is what the base model was loaded from, maybe a path of this machine: it gets into no file as it is.
     """
 
@@ -44,6 +46,7 @@ class _Files:
     config: dict[str, Any]
     section: str | None
     base_model: str | None
+    names: tuple[str, ...] = ()
 
 
 def save_adapter(
@@ -58,7 +61,9 @@ def save_adapter(
     """Writes `adapter_config.json` and `adapter_model.safetensors` that plain PEFT loads on the untouched base.
 
     A README.md tells how the adapter was initialised and which ranks it has. Of one that is there already only our own
-    section, between two marks, is replaced. No file holds a path of this machine.
+    section, between two marks, is replaced. Where a head is saved with the adapter and the model's configuration names
+    its classes (`id2label`), id2label.json holds the names, which PEFT's files do not. No file holds a path of this
+    machine.
 
     For base "subtract" the base weights in memory have s·B₀·A₀ taken off, so the file holds [A; A₀] and [B, −B₀], of
     rank 2r: on the pristine base the same function. The other policies are written at the rank they have.
@@ -123,8 +128,9 @@ def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | No
     if not all(_as_one(state, paths, tied) for tied in _ties_on_reload(model, sites, adapter)):
         values |= {"ensure_weight_tying": False, "target_modules": _plain(selecting(model, adapter, None))}
     start = start_of(model, adapter) if plan is None else Start.of(plan)
-    section = card_section(start, SavedSites(shapes, values["use_rslora"]), _versions())
-    return _Files(state, values, section if card else None, config.base_model_name_or_path)
+    names = class_names(_state_owner(model, adapter) or holder[1], state)
+    section = card_section(start, SavedSites(shapes, values["use_rslora"], names), _versions())
+    return _Files(state, values, section if card else None, config.base_model_name_or_path, names)
 
 
 def _state(model: nn.Module, holder: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -244,9 +250,11 @@ def _write_folder(path: Path, files: _Files) -> None:
         with temporary(path, folder=True) as unfinished:
             _write_files(unfinished, files, path / CARD)
             if path.is_dir():
-                for name in (WEIGHTS, CONFIG, CARD):
+                for name in (WEIGHTS, CONFIG, CARD, NAMES):
                     if (unfinished / name).exists():
                         (unfinished / name).replace(path / name)
+                if not files.names:  # those of an adapter that was there before
+                    (path / NAMES).unlink(missing_ok=True)
             else:
                 unfinished.chmod(0o755)
                 unfinished.replace(path)
@@ -259,6 +267,7 @@ def _write_folder(path: Path, files: _Files) -> None:
 def _write_files(folder: Path, files: _Files, card: Path) -> None:
     save_file(files.state, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(files.config, indent=2, sort_keys=True, default=str), encoding="utf-8")
+    write_names(folder, files.names)
     if files.section is not None:
         old = card.read_bytes().decode("utf-8", "surrogateescape") if card.is_file() else None
         text = updated_card(old, files.section, files.base_model)

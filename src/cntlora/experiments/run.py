@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from ..atomic import write_atomically
 from ..batches import to_device
+from ..class_names import class_names, write_names
 from ..recipes.scoring import modes
 from ..recipes.task import Task
 from ..recipes.training import Curve, train
@@ -194,6 +196,7 @@ def _save(task: Task, adapted: Adapted, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if adapted.adalora:
         adapted.adalora.model.save_pretrained(folder)
+        write_names(folder, class_names(adapted.adalora.model, load_file(folder / "adapter_model.safetensors")))
     else:
         task.save(adapted.model, folder)
 
