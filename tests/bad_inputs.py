@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tests.tiny import adapted, base_model, lora_config, text_batches, train
 from torch import Tensor
@@ -26,6 +27,8 @@ from cntlora import (
 )
 from cntlora.experiments.settings import load_experiment
 from cntlora.inspection import inspect_adapter
+from cntlora.recipes.picture_files import open_picture
+from cntlora.recipes.text.tables import read_table
 from cntlora.sites import find_sites
 
 Call = Callable[[Path], object]
@@ -168,6 +171,19 @@ def _no_config(folder: Path) -> object:
     return inspect_adapter(folder)
 
 
+def _table(rows: str, **columns: Any) -> Call:
+    def run(folder: Path) -> object:
+        (folder / "rows.csv").write_text(f"text,label\n{rows}")
+        return read_table(folder / "rows.csv", **{"label": "label", **columns})
+
+    return run
+
+
+def _picture(folder: Path) -> object:
+    Image.new("F", (4, 4), 300.0).save(folder / "scan.tif")
+    return open_picture(folder / "scan.tif")
+
+
 WRONG: dict[str, Call] = {
     "no batches": _init([]),
     "one batch in place of a list of them": _init(text_batches()[0]),
@@ -218,6 +234,12 @@ WRONG: dict[str, Call] = {
     "a plan that is not there": lambda folder: InitPlan.load(folder / "none.safetensors"),
     "a folder that is no adapter": _no_config,
     "saving a model without an adapter": lambda folder: save_adapter(base_model(), folder / "a"),
+    "a column of real numbers as classes": _table("".join(f"a,{i / 7:.3f}\n" for i in range(60))),
+    "a column of names of rows as classes": _table("".join(f"a,id-{i}\n" for i in range(60))),
+    "rows without a label": _table("a,0\nb,1\nc,nan\nd,\n"),
+    "a class in two spellings": _table("a,1\nb,1.0\nc,2\n"),
+    "the labels as texts": _table("a,0\nb,1\n", text="label"),
+    "a picture of numbers without a known range": _picture,
     "an experiment file with a misspelt key": _experiment("[train]\nstepps = 3\n"),
     "an experiment file that is no TOML": _experiment("[train\n"),
     "an experiment file with a value of the wrong kind": _experiment('[train]\nsteps = "many"\n'),

@@ -212,6 +212,54 @@ def test_inspect_refuses_what_is_no_adapter(model_folder: Path, data: Path, tmp_
     assert code == 1 and "do not fit" in err
 
 
+REALS = "".join(f"the film,{0.37 * i + 0.013:.3f}\n" for i in range(48))
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (REALS, ["has 48 different numbers in 48 rows", "regression: --task regression"]),
+        ("".join(f"the film,id-{i}\n" for i in range(48)), ["has 48 different values in 48 rows"]),
+        ("a,0\nb,1\n" * 5 + "a,nan\nb,\n", ["2 rows (11, 12) of 12 have nothing in column 'label' but 'nan'"]),
+        ("a,1\nb,1.0\nc,2\n", ["one number in two ways, '1' (1 rows) and '1.0' (1 rows)"]),
+    ],
+)
+def test_init_refuses_labels_that_are_no_classes(tmp_path: Path, rows: str, says: list[str]) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + rows)
+    code, out, err = init(tmp_path / "no-model", data, tmp_path / "adapter")  # before any model is loaded
+    assert code == 1 and out == "" and all(word in err for word in (str(data), *says)) and err.count("\n") == 1
+
+
+def test_init_takes_numbers_for_regression(model_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + REALS)
+    code, out, err = init(model_folder, data, tmp_path / "adapter", "--task", "regression", "--method", "descent")
+    assert code == 0, err
+    assert "labels: numbers from 0.013 to 17.403 (48 rows)" in out
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert weights["base_model.model.classifier.weight"].shape == (1, 32)
+    assert not (tmp_path / "adapter" / "id2label.json").exists()
+    code, _, err = cntlora("init", model_folder, "--out", tmp_path / "b", "--data", data, "--task", "regression")
+    assert code == 1 and "task 'regression' needs labels" in err
+
+
+def test_init_says_and_keeps_the_names_of_the_classes(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    code, out, err = init(model_folder, data, tmp_path / "adapter")
+    assert code == 0, err
+    assert "classes: 0 = no, 1 = yes (24, 24 rows)" in out
+    kept = json.loads((tmp_path / "adapter" / "id2label.json").read_text())
+    id2label = {int(i): name for i, name in kept["id2label"].items()}
+    base = BertForSequenceClassification.from_pretrained(model_folder, id2label=id2label, label2id=kept["label2id"])
+    loaded: Any = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert loaded.config.id2label == {0: "no", 1: "yes"} and loaded.config.label2id == {"no": 0, "yes": 1}
+    assert "| Classes | 0 = no, 1 = yes; " in (tmp_path / "adapter" / "README.md").read_text()
+    _, out, _ = init(model_folder, data, tmp_path / "adapter", "--overwrite", "--json")
+    assert json.loads(out)["classes"] == {"0": "no", "1": "yes"}
+    assert "\nclasses: 0 = no, 1 = yes\n" in cntlora("inspect", tmp_path / "adapter")[1]
+    assert json.loads(cntlora("inspect", tmp_path / "adapter", "--json")[1])["classes"] == {"0": "no", "1": "yes"}
+
+
 def test_help_and_version() -> None:
     code, out, _ = cntlora("--help")
     assert code == 0 and all(command in out for command in ("init", "inspect", "demo"))

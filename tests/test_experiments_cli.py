@@ -41,8 +41,9 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def in_process(experiment: Any, out: Path, *, jobs: int, listener: Any, save_adapters: bool, **options: bool) -> Sweep:
+def in_process(experiment: Any, out: Path, *, jobs: int, listener: Any, say: Any, **options: bool) -> Sweep:
     """As `run_sweep`, with made-up outcomes: "self" is better, and seed 9 fails."""
+    del options["save_adapters"]
     todo = plan_sweep(experiment, out, **options)
     sweep = Sweep(len(todo.pending), todo.present, jobs)
     for run in todo.pending:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +12,25 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from scipy import stats
+from tests.conftest import RunFresh
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
+from cntlora import InitConfig, initialize, save_adapter
+from cntlora.recipes.loading import load_classifier
 from cntlora.recipes.text.classification import RECIPES, PairsSettings, SequenceTask, TextSettings
 from cntlora.recipes.text.scores import SCORES, evaluate_sequences
+from cntlora.recipes.text.tiny import tiny_encoder
 
 Make = Callable[..., Any]
 
@@ -84,6 +100,109 @@ def test_a_head_for_another_number_of_classes_is_replaced(tmp_path: Path) -> Non
     settings = TextSettings(model=str(tmp_path / "two"), data=str(tmp_path / "rows.csv"), eval_size=6)
     model: Any = RECIPES["text"].make(settings).build_model(0)
     assert model.classifier.out_features == 3
+
+
+def lora_of(task: Any) -> LoraConfig:
+    return LoraConfig(r=4, task_type=task.peft_type, modules_to_save=list(task.modules_to_save))
+
+
+NAMES_AND_GUESSES = """
+import json
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+base, adapter, *texts = sys.argv[1:]
+labels = json.load(open(f"{adapter}/id2label.json"))
+id2label = {int(i): name for i, name in labels["id2label"].items()}
+model = AutoModelForSequenceClassification.from_pretrained(base, id2label=id2label, label2id=labels["label2id"])
+model = PeftModel.from_pretrained(model, adapter).eval()
+batch = AutoTokenizer.from_pretrained(base)(texts, padding=True, return_tensors="pt")
+with torch.no_grad():
+    guesses = model(**batch).logits.argmax(-1).tolist()
+print(json.dumps([model.config.id2label[i] for i in guesses]))
+"""
+
+
+def test_a_fresh_process_knows_the_names_of_the_classes(tmp_path: Path, run_fresh: RunFresh) -> None:
+    """The rows come with the class that is last by name, so that an order of appearance would be the other one."""
+    tiny = RECIPES["text"].tiny(SETTINGS[0], tmp_path)
+    said = {"a good day": "wonderful", "such a fine day": "fine", "a bad day": "awful"}
+    data = rows(tmp_path, [{"text": text, "label": label} for text, label in said.items()] * 10, "named.jsonl")
+    task: Any = RECIPES["text"].make(dataclasses.replace(tiny, data=data, eval_size=6))
+    task.check()
+    assert task.describe() == "classes: 0 = awful, 1 = fine, 2 = wonderful (8, 8, 8 rows); 6 rows held out"
+    model: Any = get_peft_model(task.build_model(0), lora_of(task))
+    initialize(model, task.train_batches(0), InitConfig(num_batches=2), progress=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(25):
+        for batch in task.train_batches(0):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    task.save(model, tmp_path / "adapter")
+    found = json.loads((tmp_path / "adapter" / "id2label.json").read_text())
+    names = {"awful": 0, "fine": 1, "wonderful": 2}
+    assert found == {"id2label": {str(i): name for name, i in names.items()}, "label2id": names}
+    assert "| Classes | 0 = awful, 1 = fine, 2 = wonderful; " in (tmp_path / "adapter" / "README.md").read_text()
+    printed = run_fresh(NAMES_AND_GUESSES, tiny.model, tmp_path / "adapter", *said, block=True)
+    assert json.loads(printed.splitlines()[-1]) == list(said.values())
+    swapped = {"id2label": {"0": "wonderful", "1": "fine", "2": "awful"}, "label2id": {}}
+    (tmp_path / "adapter" / "id2label.json").write_text(json.dumps(swapped))  # the control: the file decides
+    printed = run_fresh(NAMES_AND_GUESSES, tiny.model, tmp_path / "adapter", *said, block=True)
+    assert json.loads(printed.splitlines()[-1]) == list(said.values())[::-1]
+
+
+SIZES: dict[str, Any] = {"vocab_size": 300, "initializer_range": 0.3}
+CHECKPOINTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "bert": (
+        lambda: BertForMaskedLM(
+            BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, **SIZES)
+        ),
+        ("bert.pooler.dense",),
+    ),
+    "deberta-v2": (
+        lambda: DebertaV2ForMaskedLM(
+            DebertaV2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, **SIZES)
+        ),
+        ("pooler.dense",),
+    ),
+    "roberta": (
+        lambda: RobertaForMaskedLM(
+            RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, **SIZES)
+        ),
+        (),  # PEFT saves all of `classifier`
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_all_that_is_new_in_a_classifier_is_saved(tmp_path: Path, kind: str) -> None:
+    """A layer between the backbone and the head that no file holds would be another one in every process."""
+    make, new = CHECKPOINTS[kind]
+    tiny_encoder("bert", tmp_path / kind, ["a good day"])
+    make().save_pretrained(tmp_path / kind)
+    built, found = load_classifier(str(tmp_path / kind), ["a", "b", "c"], 0)
+    assert found == new
+    batch = {"input_ids": torch.tensor([[5, 7, 9, 11]])}
+    for name, saved in (("whole", new), ("without", ())):
+        options = LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=list(saved) or None)
+        model: Any = get_peft_model(copy.deepcopy(built), options).eval()
+        initialize(model, None, InitConfig(method="pissa"), progress=False)
+        save_adapter(model, tmp_path / name)
+        torch.manual_seed(1)
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / kind, num_labels=3)
+        loaded: Any = PeftModel.from_pretrained(base, tmp_path / name).eval()
+        with torch.no_grad():
+            apart = float((model(**batch).logits - loaded(**batch).logits).abs().max())
+        assert apart < 1e-4 if saved == new else apart > 1e-3  # the control: what is not saved is another one
+
+
+def test_a_regressor_names_no_classes(tmp_path: Path) -> None:
+    task = tiny_task(SETTINGS[1], tmp_path)
+    assert task.describe() == "labels: numbers from 0 to 1.875 (16 rows); 8 rows held out"
+    model: Any = get_peft_model(task.build_model(0), LoraConfig(r=4, task_type="SEQ_CLS"))
+    task.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "id2label.json").exists()
 
 
 # --- the user's own rows ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModel
 
 import cntlora
+from cntlora.class_names import read_names
 from cntlora.recipes.vision.images import LabelledImages, open_picture, read_images
 from cntlora.recipes.vision.models import ImageClassifier, build_classifier, new_modules, tiny_backbone
 from cntlora.recipes.vision.pixels import IMAGENET_MEAN, IMAGENET_STD, ImageBatches, Pixels
@@ -466,6 +467,8 @@ def test_initialised_trained_saved_and_loaded(tmp_path: Path, pooling: str) -> N
         expected = model.eval()(batch["pixel_values"]).logits.softmax(-1)
         base = task.build_model(0).eval()(batch["pixel_values"]).logits.softmax(-1)
     assert loaded.names == ("cat", "dog")
+    assert task.describe() == "classes: 0 = cat, 1 = dog (6, 6 pictures); 4 pictures held out"
+    assert read_names(tmp_path / "adapter") == ("cat", "dog") and model.config.id2label == {0: "cat", 1: "dog"}
     torch.testing.assert_close(loaded.probabilities(files), expected)
     assert not torch.allclose(base, expected, atol=1e-2)  # control
     with pytest.raises(ValueError, match=r"there is no vision\.json"):

@@ -54,8 +54,12 @@ def init(
         ),
     ] = None,
     text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
-    label: Annotated[str | None, typer.Option(help="Column of the classes, for classification.")] = None,
-    task: Annotated[str, typer.Option(help="auto, causal-lm, classification or encoder.")] = "auto",
+    label: Annotated[
+        str | None, typer.Option(help="Column of the classes, for classification, or of the numbers, for regression.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="auto, causal-lm, classification, regression or encoder; auto with --label: classes.")
+    ] = "auto",
     method: Annotated[
         str | None,
         typer.Option(
@@ -112,6 +116,7 @@ def init(
     options = {key: value for key, value in locals().items() if key in _CONFIG_OPTIONS}
     with one_line_errors():
         from .recipes.loading import LoraOptions
+        from .recipes.text.tables import label_line
 
         options["shift_constant"] = _number_or_name(shift_constant)
 
@@ -128,11 +133,16 @@ def init(
             rslora,
             dora,
         )
-        report = _initialise(model, (data, text, label), task, lora, options, (batch_size, max_length), (out, plan))
+        report, table = _initialise(
+            model, (data, text, label), task, lora, options, (batch_size, max_length), (out, plan)
+        )
         if as_json:
-            typer.echo(json.dumps(report.to_dict(), indent=2))
+            named = {"classes": dict(enumerate(table.names))} if table.names else {}
+            typer.echo(json.dumps({**report.to_dict(), **named}, indent=2))
         else:
             typer.echo(str(report))
+            if label is not None:
+                typer.echo(f"\n{label_line(table)}")
             typer.echo(f"\nadapter written to {out}")
             if report.config.effective_base == "offset":
                 typer.echo("to train it: PeftModel.from_pretrained(model, folder, is_trainable=True), then")
@@ -161,8 +171,8 @@ def _initialise(
     options: dict[str, Any],
     sizes: tuple[int, int],
     outputs: tuple[Path, Path | None],
-) -> Any:
-    """Model, data, plan, adapter folder; returns the report."""
+) -> tuple[Any, Any]:
+    """Model, data, plan, adapter folder; returns the report and all rows."""
     from .adapters import apply_plan
     from .compute import compute_plan
     from .config import InitConfig
@@ -178,29 +188,31 @@ def _initialise(
     reads = METHODS[given].reads
     if path is None and reads != "weights":
         raise ValueError(f"--data: method {given} reads {reads}, so it needs your texts")
-    table = Table([], [], [])
+    rows = table = Table([], [], [])
     if path is not None:
-        table = shuffled(_texts(path, text, label), options["seed"])
+        rows = _texts(path, text, label, regression=task == "regression")
+        table = shuffled(rows, options["seed"])
         table = table.take(range(min(len(table), options["num_batches"] * sizes[0])))
-    base_model, tokenizer, resolved = load_model(name, task, table, options["seed"])
+    base_model, tokenizer, resolved, new = load_model(name, task, table, options["seed"])
     without_loss = options["method"] is None and resolved == "encoder"
     config = InitConfig(**{**options, "method": "self" if without_loss else given})
-    model = add_lora(base_model, resolved, lora, config.seed)
+    model = add_lora(base_model, resolved, lora, config.seed, new)
     plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes) if path else None, config)
     report = apply_plan(model, plan)
     save_adapter(model, outputs[0], fold_alpha=config.fold_alpha, plan=plan)
     if outputs[1] is not None:
         plan.save(outputs[1])
-    return report
+    return report, rows
 
 
-def _texts(path: Path, text: str, label: str | None) -> Any:
-    """The rows of a file; of at least two classes where there are any."""
+def _texts(path: Path, text: str, label: str | None, *, regression: bool) -> Any:
+    """The rows of a file; of at least two classes or numbers where there are any."""
     from .recipes.text.tables import one_class_only, read_table
 
-    table = read_table(path, text=text, label=label)
-    if len(table.names) == 1:
-        raise ValueError(one_class_only(path, label, "class", table.names[0]))
+    table = read_table(path, text=text, label=label, regression=regression, instead="--task regression")
+    for kind, found in (("class", table.names), ("number", sorted(set(table.values)))):
+        if len(found) == 1:
+            raise ValueError(one_class_only(path, label, kind, found[0]))
     return table
 
 
@@ -211,11 +223,13 @@ def inspect(
 ) -> None:
     """Show ranks, scalings and sizes of an adapter, site by site."""
     with one_line_errors():
+        from .class_names import read_names
         from .inspection import inspect_adapter
 
-        sites = inspect_adapter(adapter)
+        sites, names = inspect_adapter(adapter), read_names(adapter)
         if as_json:
-            typer.echo(json.dumps({"sites": [site.to_dict() for site in sites]}, indent=2))
+            named = {"classes": dict(enumerate(names))} if names else {}
+            typer.echo(json.dumps({"sites": [site.to_dict() for site in sites], **named}, indent=2))
             return
         from .model_card import spread
         from .summary import text_table
@@ -229,6 +243,8 @@ def inspect(
             for s in sites
         ]  # fmt: skip
         typer.echo(text_table(title, heads, rows))
+        if names:
+            typer.echo(f"\nclasses: {', '.join(f'{i} = {name}' for i, name in enumerate(names))}")
 
 
 @app.command()

@@ -194,8 +194,10 @@ def _tried(experiment: Experiment, options: Options) -> Iterator[Experiment]:
     with tempfile.TemporaryDirectory() as folder:
         tiny = smoke(experiment, Path(folder))
         if sets_data(options.changes):
-            check_data(experiment.task, tiny.task)
+            found = check_data(experiment.task, tiny.task)
             typer.echo(f"smoke: {experiment.task.data} can be used; the trial itself is on made-up data", err=True)
+            if found:
+                typer.echo(f"smoke: {found}", err=True)
         yield tiny
 
 
@@ -271,6 +273,7 @@ def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
             replace=options.replace,
             save_adapters=options.save_adapters,
             listener=heard,
+            say=None if options.smoke else lambda line: console.print(line, markup=False),
         )
 
 

@@ -39,8 +39,11 @@ def sets_data(changes: Sequence[str]) -> bool:
     return _sets(changes, "task.data") or _sets(changes, "task.eval_data")
 
 
-def check_data(task: Any, tiny: Any) -> None:
+def check_data(task: Any, tiny: Any) -> str | None:
     """Looks at the data of a task as before any training, with the tiny model in place of its own.
+
+    Returns:
+        One line about the data, such as which class has which index; None where there is nothing to say.
 
     Args:
         task: the `[task]` section with the user's data.
@@ -53,7 +56,9 @@ def check_data(task: Any, tiny: Any) -> None:
     stand_ins = {name: getattr(tiny, name) for name in _OF_THE_MODEL if name in names}
     if "max_length" in names:  # the tiny tokenizer knows letters, so that rows have many more tokens than in earnest
         stand_ins["max_length"] = _LONG
-    make_task(dataclasses.replace(task, **stand_ins)).check()
+    own = make_task(dataclasses.replace(task, **stand_ins))
+    own.check()
+    return own.describe()
 
 
 def _sets(changes: Sequence[str], key: str) -> bool:

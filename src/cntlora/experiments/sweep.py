@@ -136,6 +136,7 @@ def run_sweep(
     save_adapters: bool = False,
     listener: Listener | None = None,
     run: RunFunction | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Sweep:
     """Runs what has no record yet and writes one record a run.
 
@@ -148,6 +149,7 @@ def run_sweep(
         listener: called after every run with the state of the sweep and the record.
         run: makes the record of a run, in its own process, from the run and the folder of the records; a function that
             can be imported. Default: `run.run_kept`.
+        say: receives a line about the data, such as which class has which index, once they are checked.
 
     Returns:
         The state at the end.
@@ -166,7 +168,10 @@ def run_sweep(
             remove_checkpoints(out, one, record)
         sweep = Sweep(len(todo.pending) + todo.later, todo.present, jobs)
         if todo.pending:
-            make_task(experiment.task).check()  # before any training, and once instead of in every run
+            task = make_task(experiment.task)
+            task.check()  # before any training, and once instead of in every run
+            if say and (line := task.describe()):
+                say(line)
 
         def ended(record: dict[str, Any]) -> None:
             sweep.records.append(record)

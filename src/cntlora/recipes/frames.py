@@ -16,6 +16,8 @@ import pandas as pd
 
 from ..notices import first_line
 
+_NAMES = "names of the classes"
+
 
 def read_frame(source: str | PathLike[str], *, quoted: bool = True) -> pd.DataFrame:
     """All rows of a file or of a data set of the hub, every value of a .csv or .tsv as text.
@@ -48,6 +50,12 @@ def read_frame(source: str | PathLike[str], *, quoted: bool = True) -> pd.DataFr
     if frame.empty:
         raise ValueError(f"{path}: the file has no rows")
     return frame
+
+
+def names_of(frame: pd.DataFrame, column: str) -> list[str] | None:
+    """The names of the classes whose indices a column of a published data set holds; None where it says none."""
+    names: list[str] | None = frame.attrs.get(_NAMES, {}).get(column)
+    return names
 
 
 def column(frame: pd.DataFrame, name: str, where: object) -> list[str]:
@@ -87,22 +95,15 @@ def numbers(frame: pd.DataFrame, name: str, where: object) -> list[float]:
     found = []
     for row, text in enumerate(column(frame, name, where), start=1):
         try:
-            value = float(text)
+            value = (
+                math.nan if "_" in text else float(text)
+            )  # Python's own literals, such as 1_000, are no numbers here
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
             raise ValueError(f"{where}: row {row}: expected a number in column {name!r}, got {text!r}")
         found.append(value)
     return found
-
-
-def classes(values: list[str]) -> tuple[list[int], list[str]]:
-    """Class indices and class names; names are sorted, whole numbers by value."""
-    names = sorted(set(values))
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        names.sort(key=int)
-    index = {name: i for i, name in enumerate(names)}
-    return [index[value] for value in values], names
 
 
 def _from_hub(source: str) -> pd.DataFrame:
@@ -112,7 +113,10 @@ def _from_hub(source: str) -> pd.DataFrame:
     name, _, split = source.partition("#")
     name, _, configuration = name.partition(":")
     try:
-        return pd.DataFrame(load_dataset(name, configuration or None, split=split or "train").to_pandas())
+        rows = load_dataset(name, configuration or None, split=split or "train")
+        frame = pd.DataFrame(rows.to_pandas())
+        frame.attrs[_NAMES] = {key: kind.names for key, kind in rows.features.items() if getattr(kind, "names", None)}
+        return frame
     except Exception as error:  # of many libraries: no network, no such data set, configuration or split
         raise ValueError(
             f"data {source!r}: there is no such file, and as a data set of the hub it cannot be loaded "
@@ -127,15 +131,10 @@ def _read_csv(path: Path, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> pd.Data
         with warnings.catch_warnings():
             # more fields than columns: an unquoted separator in a text, which would lose its end
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(
-                path,
-                sep=separator,
-                dtype=str,
-                keep_default_na=False,
-                index_col=False,
-                encoding="utf-8-sig",
-                quoting=quoting,
-            )
+            options: dict[str, Any] = {"sep": separator, "dtype": str, "encoding": "utf-8-sig", "quoting": quoting}
+            options |= {"keep_default_na": False, "index_col": False}
+            _check_columns(pd.read_csv(path, header=None, nrows=1, **options).iloc[0].tolist(), path)
+            return pd.read_csv(path, **options)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
@@ -149,13 +148,25 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=partial(_object, f"{path}: line {number}"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {number}: expected an object {{…}}, got {type(row).__name__}")
         rows.append(row)
     return pd.DataFrame(rows, dtype=object)  # object: no column of whole numbers becomes one of floats
+
+
+def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys have to differ: of two, Python keeps the last."""
+    _check_columns([key for key, _ in pairs], where)
+    return dict(pairs)
+
+
+def _check_columns(names: list[str], where: object) -> None:
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{where}: column {twice[0]!r} is there {names.count(twice[0])} times; name each column once")
 
 
 def _read_txt(path: Path) -> pd.DataFrame:

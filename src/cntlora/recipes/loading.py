@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,14 @@ from ..config import unknown_name
 from ..notices import first_line, quiet_transformers
 from .text.tables import EncodedBatches, Table, encode_batches
 
-TASKS = ("auto", "causal-lm", "classification", "encoder")
-_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "encoder": "FEATURE_EXTRACTION"}
+TASKS = ("auto", "causal-lm", "classification", "regression", "encoder")
+_TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "encoder": "FEATURE_EXTRACTION",
+}
+_HEADS = {"classifier", "score"}  # what PEFT trains and saves whole where the task is SEQ_CLS
 _SAMPLES = {"sample:minilm": "minilm_folder", "sample:smollm2": "smollm2_folder"}  # functions of `samples`
 
 
@@ -33,8 +40,8 @@ def resolve_task(task: str, architectures: list[str], has_labels: bool) -> str:
     if task not in TASKS:
         raise ValueError(unknown_name("task", task, TASKS))
     if task != "auto":
-        if task == "classification" and not has_labels:
-            raise ValueError("task 'classification' needs labels: name their column with --label")
+        if task in ("classification", "regression") and not has_labels:
+            raise ValueError(f"task {task!r} needs labels: name their column with --label")
         return task
     if has_labels:
         return "classification"
@@ -77,10 +84,19 @@ def load_tokenizer(name: str) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def load_classifier(name: str, outputs: int, seed: int, *, regression: bool = False) -> nn.Module:
-    """A sequence classifier with a new head of `outputs` logits drawn under `seed`, or a regressor with one.
+def load_classifier(name: str, names: Sequence[str] | None, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """A sequence classifier with a new head drawn under `seed`; its configuration names the classes.
 
     A head for another number of classes that the checkpoint may have is replaced.
+
+    Args:
+        name: hub name, folder or sample of the model.
+        names: of the classes, in the order of the logits; None for a regressor, which has one logit.
+        seed: of the head.
+
+    Returns:
+        The model, and the modules that its checkpoint lacks beside the head that PEFT saves by itself, such as the
+        pooler of DeBERTa: drawn anew in every process, they have to be saved with the adapter.
 
     Raises:
         ValueError: if there is no such model, or it cannot be a sequence classifier.
@@ -88,12 +104,27 @@ def load_classifier(name: str, outputs: int, seed: int, *, regression: bool = Fa
     from transformers import AutoModelForSequenceClassification
 
     _, tokenizer = load_tokenizer(name)
-    problem = "regression" if regression else "single_label_classification"
-    options: dict[str, Any] = {"num_labels": outputs, "problem_type": problem, "ignore_mismatched_sizes": True}
-    model = _pretrained(AutoModelForSequenceClassification, name, seed, options)
+    options: dict[str, Any] = {"ignore_mismatched_sizes": True}
+    if names is None:
+        options |= {"num_labels": 1, "problem_type": "regression"}
+    else:
+        index = {name: i for i, name in enumerate(names)}
+        options |= {"problem_type": "single_label_classification"}
+        options |= {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": index}
+    model, info = _pretrained(AutoModelForSequenceClassification, name, seed, {**options, "output_loading_info": True})
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return model, new_modules(info)
+
+
+def new_modules(info: dict[str, Any]) -> tuple[str, ...]:
+    """Modules that the checkpoint lacks, without those that PEFT saves for a classifier by itself.
+
+    Args:
+        info: what `from_pretrained` returns with `output_loading_info`.
+    """
+    modules = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    return tuple(sorted(module for module in modules if module and not _HEADS & set(module.split("."))))
 
 
 def load_language_model(name: str) -> nn.Module:
@@ -117,25 +148,26 @@ def _pretrained(kind: Any, name: str, seed: int, options: dict[str, Any]) -> Any
             raise ValueError(f"model {name!r}: cannot be loaded as {kind.__name__} ({first_line(error)})") from error
 
 
-def load_model(name: str, task: str, table: Table, seed: int) -> tuple[nn.Module, Any, str]:
-    """Model (float32 or the checkpoint's dtype), tokenizer and resolved task, from a hub name or a folder.
+def load_model(name: str, task: str, table: Table, seed: int) -> tuple[nn.Module, Any, str, tuple[str, ...]]:
+    """Model (float32 or the checkpoint's dtype), tokenizer, resolved task and what is new in a classifier.
 
     Raises:
         ValueError: if there is no such model, or it has no tokenizer; says what was tried.
     """
     config, tokenizer = load_tokenizer(name)
-    task = resolve_task(task, list(config.architectures or ()), bool(table.labels))
-    if task == "classification":
-        return load_classifier(name, len(table.names), seed), tokenizer, task
+    task = resolve_task(task, list(config.architectures or ()), bool(table.labels or table.values))
+    if task in ("classification", "regression"):
+        model, new = load_classifier(name, table.names if task == "classification" else None, seed)
+        return model, tokenizer, task, new
     if task == "causal-lm":
-        return load_language_model(name), tokenizer, task
+        return load_language_model(name), tokenizer, task, ()
     from transformers import AutoModel
 
-    return _pretrained(AutoModel, name, seed, {}), tokenizer, task
+    return _pretrained(AutoModel, name, seed, {}), tokenizer, task, ()
 
 
-def add_lora(model: nn.Module, task: str, options: LoraOptions, seed: int) -> nn.Module:
-    """The model with fresh LoRA layers by PEFT.
+def add_lora(model: nn.Module, task: str, options: LoraOptions, seed: int, new: tuple[str, ...] = ()) -> nn.Module:
+    """The model with fresh LoRA layers by PEFT; `new` modules train whole and are saved with them.
 
     Raises:
         ValueError: for a rank below 1, or targets that the model does not have.
@@ -152,6 +184,7 @@ def add_lora(model: nn.Module, task: str, options: LoraOptions, seed: int) -> nn
         use_rslora=options.rslora,
         use_dora=options.dora,
         task_type=_TASK_TYPES[task],
+        modules_to_save=list(new) or None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -172,8 +205,10 @@ def _absent(model: nn.Module, targets: Any) -> bool:
 
 
 def batches_of(tokenizer: Any, table: Table, task: str, batch_size: int, max_length: int) -> EncodedBatches:
-    """Batches for the task: labels for a classifier, shifted ones for a language model, none for an encoder."""
-    labels = table.labels if task == "classification" else None
+    """Batches for the task: classes, numbers for regression, shifted tokens for a language model, else no labels."""
+    labels: Sequence[int] | Sequence[float] | None = None
+    if task in ("classification", "regression"):
+        labels = table.labels or table.values
     return encode_batches(
         tokenizer, table.texts, labels, batch_size=batch_size, max_length=max_length, causal=task == "causal-lm"
     )

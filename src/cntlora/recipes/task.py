@@ -53,6 +53,9 @@ class Task(Protocol):
             ValueError: for data that cannot be used, naming file and row, what was expected and what came.
         """
 
+    def describe(self) -> str | None:
+        """One line about the data that the user should see, such as which class has which index; None for nothing."""
+
     def build_model(self, seed: int) -> nn.Module:
         """The pretrained model; `model(**batch).loss` is the training loss; what is new in it is drawn under `seed`."""
 
@@ -107,6 +110,10 @@ class Defaults:
 
     def check(self) -> None:
         """Nothing to check."""
+
+    def describe(self) -> str | None:
+        """Nothing to say."""
+        return None
 
     def train_batches(self, seed: int) -> Iterable[Mapping[str, Any]]:
         """To be written by the task."""

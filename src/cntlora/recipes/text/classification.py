@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..loading import load_classifier, load_tokenizer
 from ..task import Defaults, Recipe
 from ..values import at_least, check_held_out, one_of
 from .scores import directions, evaluate_sequences
-from .tables import EncodedBatches, Table, by_length, encode_batches, one_class_only, read_table, shuffled
+from .tables import EncodedBatches, Table, by_length, encode_batches, label_line, one_class_only, read_table, shuffled
 from .tiny import at_most, tiny_encoder, write_rows
 
 KINDS = ("classification", "regression")
@@ -136,6 +136,7 @@ class SequenceTask(Defaults):
     regression: bool = False
     targets: tuple[str, ...] = ()
     peft_type: str | None = "SEQ_CLS"
+    _new: list[tuple[str, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def metrics(self) -> Mapping[str, str]:
@@ -156,10 +157,22 @@ class SequenceTask(Defaults):
         """Reads the rows and the tokenizer."""
         _ = self.tables, self.tokenizer
 
+    def describe(self) -> str:
+        """The index of each class with its training rows, or the range of the numbers."""
+        return f"{label_line(self.tables[0])}; {len(self.tables[1])} rows held out"
+
     def build_model(self, seed: int) -> nn.Module:
-        """The model in float32 with a new head."""
-        outputs = 1 if self.regression else len(self.tables[0].names)
-        return load_classifier(self.model, outputs, seed, regression=self.regression).float()
+        """The model in float32 with a new head, the names of its classes in its configuration."""
+        model, new = load_classifier(self.model, None if self.regression else self.tables[0].names, seed)
+        self._new[:] = [new]
+        return model.float()
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the checkpoint lacks beside the head that PEFT knows, such as DeBERTa's pooler."""
+        if not self._new:
+            self.build_model(0)
+        return self._new[0]
 
     def train_batches(self, seed: int) -> EncodedBatches:
         """All training rows once."""
@@ -237,7 +250,7 @@ def hold_out(table: Table, where: str, eval_size: int, seed: int, *, apart: str 
 
 def _held_out(settings: TextSettings | PairsSettings, names: list[str]) -> Table:
     """The rows of eval_data, with the classes of the training rows."""
-    table = _read(settings, str(settings.eval_data))
+    table = _read(settings, str(settings.eval_data), held_out=True)
     unknown = sorted(set(table.names) - set(names))
     if unknown:
         row = table.labels.index(table.names.index(unknown[0])) + 1
@@ -249,12 +262,13 @@ def _held_out(settings: TextSettings | PairsSettings, names: list[str]) -> Table
     return dataclasses.replace(table, labels=labels, names=names)
 
 
-def _read(settings: TextSettings | PairsSettings, source: str) -> Table:
+def _read(settings: TextSettings | PairsSettings, source: str, *, held_out: bool = False) -> Table:
     if source.startswith(_SAMPLE):
         return _sample(source)
     first = settings.text if isinstance(settings, TextSettings) else settings.first
     second = None if isinstance(settings, TextSettings) else settings.second
-    return read_table(source, first, settings.label, second, regression=settings.kind == "regression")
+    regression = settings.kind == "regression"
+    return read_table(source, first, settings.label, second, regression=regression, held_out=held_out)
 
 
 def _sample(name: str) -> Table:

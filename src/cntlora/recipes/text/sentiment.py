@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TARGET_MODULES = ("query", "key", "value", "attention.output.dense")
 """What LoRA adapts: q, k, v and the attention's output, not `output.dense` of the MLP."""
+_REGRESSION = "--set task.name=text --set task.kind=regression"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class SentimentTask(Defaults):
     targets: tuple[str, ...] = TARGET_MODULES
     peft_type: str | None = "SEQ_CLS"
     main_metric: str = "macro_f1"
+    _new: list[tuple[str, ...]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def metrics(self) -> Mapping[str, str]:
@@ -90,10 +92,12 @@ class SentimentTask(Defaults):
         """Training tweets and held-out tweets."""
         from ..samples.models import tweets
         from .classification import hold_out
-        from .tables import read_table
+        from .tables import one_class_only, read_table
 
         s = self.settings
-        table = tweets() if s.data is None else read_table(s.data, s.text, s.label)
+        table = tweets() if s.data is None else read_table(s.data, s.text, s.label, instead=_REGRESSION)
+        if len(table.names) < 2:
+            raise ValueError(one_class_only(s.data, s.label, "class", table.names[0]))
         return hold_out(table, s.data or "sample:tweets", s.eval_size, s.split_seed)
 
     def check(self) -> None:
@@ -101,23 +105,42 @@ class SentimentTask(Defaults):
         if self.settings.data is not None:
             _ = self.tables
 
+    def describe(self) -> str | None:
+        """The index of each class with its training rows, where the texts are the user's own."""
+        if self.settings.data is None:
+            return None
+        from .tables import label_line
+
+        return f"{label_line(self.tables[0])}; {len(self.tables[1])} rows held out"
+
     def build_model(self, seed: int) -> nn.Module:
         """The model with a new classification head, drawn under `seed`; global generators are left as found."""
         from transformers import AutoModelForSequenceClassification
 
         from ...notices import quiet_transformers
+        from ..loading import new_modules
 
         names = self.tables[0].names
         cuda = list(range(torch.cuda.device_count()))
         with torch.random.fork_rng(devices=cuda), quiet_transformers():
             torch.manual_seed(seed)
-            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+            model, info = AutoModelForSequenceClassification.from_pretrained(
                 self._folder,
+                output_loading_info=True,
                 num_labels=len(names),
                 id2label=dict(enumerate(names)),
                 label2id={name: i for i, name in enumerate(names)},
             )
-        return model.float()  # newer transformers keep the file's dtype, older ones make it float32
+        self._new[:] = [new_modules(info)]
+        whole: nn.Module = model.float()  # newer transformers keep the file's dtype, older ones make it float32
+        return whole
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the checkpoint of another model lacks beside the head that PEFT knows."""
+        if not self._new:
+            self.build_model(0)
+        return self._new[0]
 
     def train_batches(self, seed: int) -> EncodedBatches:
         """All training tweets once, in an order that depends on `seed` alone."""

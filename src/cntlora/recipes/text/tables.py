@@ -11,7 +11,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from ..frames import classes, column, numbers, read_frame
+from ..frames import column, names_of, numbers, raw_column, read_frame
+from ..labels import REGRESSION, class_column, describe_classes, known_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +83,13 @@ class Table:
         return self.take(train), self.take(held_out)
 
 
+def label_line(table: Table) -> str:
+    """One line about the labels: the index of each class with its rows, or the range of the numbers."""
+    if table.values:
+        return f"labels: numbers from {min(table.values):g} to {max(table.values):g} ({len(table)} rows)"
+    return f"classes: {describe_classes(table.names, table.labels)}"
+
+
 def shuffled(table: Table, seed: int) -> Table:
     """The rows in a random order that depends on the seed alone."""
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
@@ -103,11 +111,14 @@ def read_table(
     second: str | None = None,
     *,
     regression: bool = False,
+    instead: str | None = REGRESSION,
+    held_out: bool = False,
 ) -> Table:
     """A table from a file or a data set of the hub, see `cntlora.recipes.frames.read_frame`.
 
-    Every value is read as text, "NA" and "001" too. Classes are sorted by name, whole numbers by value. A
-    field of a .csv or .tsv that begins with a double quote ends at the next one; quotes inside are doubled.
+    Every text is read as it stands, "NA" and "001" too. Classes are those of `cntlora.recipes.labels.class_column`,
+    sorted by name, numbers by value; a data set of the hub that names its classes keeps their order. A field of a .csv
+    or .tsv that begins with a double quote ends at the next one; quotes inside are doubled.
 
     Args:
         path: the file, or the data set's name.
@@ -115,17 +126,24 @@ def read_table(
         label: column (key) of the labels; None for a table without labels.
         second: column (key) of the second texts of pairs; None for single texts.
         regression: the labels are numbers, which become `Table.values`, instead of classes.
+        instead: how the user asks for regression, for the message about a column of numbers; None if there is no way.
+        held_out: the rows are only scored, so that a class may have one of them.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for another suffix, an empty or broken file, a missing column, an empty field, or with
-            `regression` a label that is no number; the message names the file, and the columns that exist or the row.
+        ValueError: for another suffix, an empty or broken file, a missing column, one column for two things, an empty
+            field, a column that holds no classes, or with `regression` a label that is no number; the message names the
+            file, and the columns that exist or the row.
     """
     if str(path).lower().endswith(".txt"):
         for name, value in (("label", label), ("second", second)):
             if value is not None:
                 raise ValueError(f"{path}: a .txt file has no {name}={value!r}; use .csv, .tsv, .jsonl or .parquet")
         text = "text"
+    named = [name for name in (text, second, label) if name is not None]
+    if len(set(named)) < len(named):
+        twice = next(name for name in named if named.count(name) > 1)
+        raise ValueError(f"{path}: column {twice!r} is named both as text and as label, or twice; name two columns")
     frame = read_frame(path)
     texts = column(frame, text, path)
     seconds = [] if second is None else column(frame, second, path)
@@ -133,7 +151,11 @@ def read_table(
         return Table(texts, [], [], seconds)
     if regression:
         return Table(texts, [], [], seconds, numbers(frame, label, path))
-    return Table(texts, *classes(column(frame, label, path)), seconds)
+    cells, names = raw_column(frame, label, path), names_of(frame, label)
+    if names is not None:
+        return Table(texts, known_classes(cells, names, label, path), names, seconds)
+    labels, names = class_column(cells, label, path, regression=instead, held_out=held_out)
+    return Table(texts, labels, names, seconds)
 
 
 def one_class_only(path: object, label: object, kind: str, value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from ...notices import first_line, warn_caller
+from ..labels import class_column, known_classes, listed, warn_alike
 from ..picture_files import CHECKED, SUFFIXES, is_dark, left_out, opaque, open_picture, said_of_dark
 from ..text.tables import read_table
 from ..values import check_held_out
@@ -178,6 +180,7 @@ def class_folders(root: Path) -> LabelledImages:
             raise ValueError(f"{root / name}: no picture is in it ({', '.join(SUFFIXES)}); add some or remove it")
         sources += pictures
         labels += [index] * len(pictures)
+    warn_alike(Counter(names[i] for i in labels), str(root), "pictures")
     if others:
         warn_caller(left_out(root, len(others), others[0]))
     return LabelledImages(sources, labels, tuple(names), str(root))
@@ -188,7 +191,7 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def _table(path: Path, image: str, label: str) -> LabelledImages:
-    table = read_table(path, text=image, label=label)
+    table = read_table(path, text=image, label=label, instead=None)
     files = [path.parent / Path(name).expanduser() for name in table.texts]
     for row, file in enumerate(files, start=1):
         if not file.is_file():
@@ -214,16 +217,32 @@ def _published(
             if column not in part.column_names:
                 existing = ", ".join(part.column_names)
                 raise ValueError(f"{data}: there is no column {column!r}; its columns are: {existing}")
-    values = [list(part[label]) for part in parts]
-    names = getattr(parts[0].features[label], "names", None)
-    if names is None:
-        found = sorted(set(values[0]))
-        names, values = [str(value) for value in found], [[found.index(v) for v in part] for part in values]
+    names, values = _published_labels(parts, label, [f"{data}#{s}" for s in (split, eval_split) if s])
     train, *held_out = [
         LabelledImages(range(len(part)), labels, tuple(names), data, partial(_open_row, part, image, data))
         for part, labels in zip(parts, values, strict=True)
     ]
     return train, held_out[0] if held_out else None
+
+
+def _published_labels(parts: Sequence[Any], label: str, where: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+    """Names of the classes, and the class indices of each split."""
+    found: list[tuple[list[int], list[str]]] = []
+    for part, at in zip(parts, where, strict=True):
+        values, given = list(part[label]), getattr(part.features[label], "names", None)
+        if given is not None:
+            found.append((known_classes(values, given, label, at), list(given)))
+        else:
+            found.append(class_column(values, label, at, regression=None, held_out=bool(found)))
+    names = found[0][1]
+    for (labels, others), at in zip(found, where, strict=True):
+        strange = [row for row, i in enumerate(labels, start=1) if others[i] not in names]
+        if strange:
+            name = others[labels[strange[0] - 1]]
+            raise ValueError(
+                f"{at}: row {strange[0]}: class {name!r} is not in {where[0]}, whose classes are: {listed(names)}"
+            )
+    return names, [[names.index(others[i]) for i in labels] for labels, others in found]
 
 
 def _open_row(part: Any, column: str, data: str, row: int, size: int) -> Image.Image:

@@ -103,7 +103,7 @@ def build_classifier(
 ) -> nn.Module:
     """The pretrained model in float32 with a new head, weights ~ N(0, head_std²) under `seed`, biases 0.
 
-    Global random generators are left as found.
+    The classes are named in its configuration. Global random generators are left as found.
 
     Args:
         model: hub name, folder, or "sample:dinov2".
@@ -116,16 +116,16 @@ def build_classifier(
     """
     load_config(model)
     name = folder_or_name(model)
-    ends: dict[str, Any] = {} if feature_layer is None else {"num_hidden_layers": feature_layer}
+    options: dict[str, Any] = {} if feature_layer is None else {"num_hidden_layers": feature_layer}
+    options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
         if pooling == "own":
-            labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
             built: nn.Module = AutoModelForImageClassification.from_pretrained(
-                name, num_labels=len(names), ignore_mismatched_sizes=True, **labels, **ends
+                name, num_labels=len(names), ignore_mismatched_sizes=True, **options
             )
         else:
-            backbone, info = AutoModel.from_pretrained(name, output_loading_info=True, **ends)
+            backbone, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
             if pooling == "pooler" and any("pooler" in key for key in info["missing_keys"]):
                 raise ValueError(f"model {model!r} comes without its pooler's weights; take pooling 'cls' or 'mean'")
             built = ImageClassifier(backbone, len(names), pooling)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...public import is_local, public_name
+from ..labels import describe_classes
 from ..scoring import CLASSIFIER_METRICS, classifier_metrics
 from ..task import Defaults, Recipe
 from ..values import one_of
@@ -105,6 +106,12 @@ class VisionTask(Defaults):
         for images in self.images:
             if not s.data.startswith("sample:"):
                 images.check()
+
+    def describe(self) -> str:
+        """The index of each class with its training pictures."""
+        train, held_out = self.images
+        classes = describe_classes(train.names, train.labels, "pictures")
+        return f"classes: {classes}; {len(held_out)} pictures held out"
 
     def build_model(self, seed: int) -> nn.Module:
         """The pretrained model in float32 with a new head, drawn under `seed`."""
