@@ -142,6 +142,22 @@ def test_shared_sums_hold_one_tensor_while_histories_agree() -> None:
     assert sums.get("nobody") is None
 
 
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_a_sum_is_contiguous_however_its_terms_lie(weight: float) -> None:
+    """LAPACK gives inverses by columns; a copy elsewhere lies by rows, and products of the two round differently."""
+    by_columns = draw(0, 3, 5).mT
+    sums = SharedSums()
+    sums.add(["alone"], by_columns.clone(), weight)
+    sums.add(["q", "k"], draw(1, 5, 3))
+    sums.add(["q", "new"], by_columns.clone(), weight)  # one that was shared, and one that is new
+    sums.put(["put"], by_columns)
+    assert not by_columns.clone().is_contiguous()  # control: a copy keeps the layout
+    assert all(total.is_contiguous() for _, total in sums.groups())
+    assert torch.equal(sums.get("alone"), weight * by_columns)  # type: ignore[arg-type]
+    assert torch.equal(sums.get("new"), weight * by_columns)  # type: ignore[arg-type]
+    assert torch.equal(sums.get("put"), by_columns)  # type: ignore[arg-type]
+
+
 @mode
 def test_sites_fed_together_get_what_they_get_alone(mode: Mode) -> None:
     weights = {"tall": draw(0, 12, 7), "wide": draw(1, 4, 7), "square": draw(2, 7, 7), "again": draw(3, 12, 7)}

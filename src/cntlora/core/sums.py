@@ -11,6 +11,9 @@ from torch import Tensor
 class SharedSums:
     """One running sum a name; names whose sums have had the same terms hold the same tensor.
 
+    A sum is contiguous wherever it is held. LAPACK returns inverses column by column, and a product with a transposed
+    layout adds in another order: the last bits of a result would depend on where its sum was held.
+
     Attributes:
         place: gives the tensor in which a new sum is held: itself, or a copy in memory that is less scarce.
     """
@@ -31,7 +34,7 @@ class SharedSums:
             groups.setdefault(id(old), (old, []))[1].append(name)
         for old, sharing in groups.values():
             if old is None:
-                new = term.clone() if len(groups) > 1 else term
+                new = term.clone(memory_format=torch.contiguous_format) if len(groups) > 1 else term.contiguous()
                 new = self.place(new.mul_(weight) if weight != 1.0 else new)
             elif sum(held is old for held in self._sums.values()) == len(sharing):
                 new = old.add_(term.to(old.device), alpha=weight)
@@ -58,6 +61,7 @@ class SharedSums:
 
     def put(self, names: Sequence[str], total: Tensor) -> None:
         """Replaces the sum of all `names` by one."""
+        total = total.contiguous()
         self._sums.update(dict.fromkeys(names, total))
         self._homes.update(dict.fromkeys(names, total.device))
 
