@@ -1,6 +1,6 @@
 """Fixtures of all tests: one thread, no hub, a fresh interpreter, a process group of one.
 
-`CNTLORA_TEST_THREADS=4 pytest` runs them with the work side by side in as many threads.
+`pytest -n auto` runs the tests side by side, one thread each; `CNTLORA_TEST_THREADS=4 pytest` gives each four threads.
 """
 
 from __future__ import annotations
@@ -12,15 +12,39 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
+THREADS = int(os.environ.get("CNTLORA_TEST_THREADS", "1"))
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before NumPy and torch are loaded; processes inherit them
+    os.environ[_name] = str(THREADS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-THREADS = int(os.environ.get("CNTLORA_TEST_THREADS", "1"))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
 torch.set_num_threads(THREADS)
 
 RunFresh = Callable[..., str]
+
+WORKERS = 8
+"""Most workers of `pytest -n auto`: beyond, the longest file decides."""
+WORKER_BYTES = 3 * 2**30
+"""Memory of a worker that has imported torch, transformers and diffusers and has a subprocess or two of the kind."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `pytest -n auto`: as many as cores and free memory allow; 0, i.e. none but pytest itself, where that is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores // THREADS, _free_memory() // WORKER_BYTES, WORKERS)
+    return workers if workers > 1 else 0
+
+
+def _free_memory() -> int:
+    """Bytes that new processes may have."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return free[0] if free else WORKERS * WORKER_BYTES  # not Linux
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""Every experiment file runs: two steps on a tiny random model, offline. In this process, so that it is quick."""
+"""Every experiment file runs: two steps on a tiny random model, offline. In this process, so that it is quick.
+
+The fast run takes one file of each task, with three arms; the slow one every other arm of every file.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 from cntlora.experiments.own import check_data
 from cntlora.experiments.records import runs_of
 from cntlora.experiments.run import run_one
-from cntlora.experiments.settings import Experiment, load_experiment, replaced, smoke
+from cntlora.experiments.settings import Experiment, load_experiment, replaced, smoke, tomllib
 from cntlora.experiments.tasks import TASKS, task_kind
 
 ROOT = Path(__file__).parents[1]
@@ -29,11 +32,11 @@ def few(experiment: Experiment) -> list[str]:
     return [*ours[:1], *others[:1], *others[-1:]][: 3 if len(others) > 1 else 2]
 
 
-# files of one folder of the paper differ in their data alone: the first of each with three arms, the others with one
-FIRST = {path.parent: path for path in reversed(FILES)}
+# files of one task differ in their data, models and numbers, which a tiny run does not use
+FIRST = {tomllib.loads(path.read_text(encoding="utf-8"))["task"]["name"]: path for path in reversed(FILES)}
 
 
-def tried(path: Path, folder: Path, methods: list[str] | None) -> None:
+def tried(path: Path, folder: Path, methods: list[str]) -> None:
     experiment = replaced(smoke(load_experiment(path), folder / "made"), methods=methods)
     for run in runs_of(experiment):
         record = run_one(run, folder / "out")
@@ -54,17 +57,27 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_every_file_runs_in_two_steps(path: Path, tmp_path: Path) -> None:
-    chosen = few(load_experiment(path))
-    tried(path, tmp_path, chosen if FIRST[path.parent] == path or path.parent.name == "experiments" else chosen[:1])
+@pytest.mark.parametrize("task", sorted(FIRST))
+def test_a_file_of_every_task_runs_in_two_steps(task: str, tmp_path: Path) -> None:
+    tried(FIRST[task], tmp_path, few(load_experiment(FIRST[task])))
     assert not (tmp_path / "no_cache").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_every_arm_of_every_file_runs(path: Path, tmp_path: Path) -> None:
-    tried(path, tmp_path, None)
+def test_every_other_arm_of_every_file_runs(path: Path, tmp_path: Path) -> None:
+    experiment = load_experiment(path)
+    done = few(experiment) if path in FIRST.values() else []
+    tried(path, tmp_path, [method for method in experiment.sweep.methods if method not in done])
+    assert not (tmp_path / "no_cache").exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_file_is_whole(path: Path, tmp_path: Path) -> None:
+    """Its sections have known keys and right values, [smoke] too, and every arm is one run of the tiny form."""
+    experiment = load_experiment(path)
+    tiny = smoke(experiment, tmp_path / "made")
+    assert len(runs_of(tiny)) == len(experiment.sweep.methods) <= len(runs_of(experiment))
 
 
 def test_the_docs_list_every_file_and_no_other() -> None:

@@ -176,6 +176,7 @@ class TestFiles:
         assert "x" * 159 + "…" in tables("x" * 200) and "cut at 160" in tables("x" * 200)
         assert "x" * 160 + " " in tables("x" * 160) and "cut at" not in tables("x" * 160)
 
+    @pytest.mark.published
     @pytest.mark.parametrize(("kind", "name"), [("image", "gallery"), ("text", "captions")])
     def test_a_sheet_is_the_same_for_the_same_samples(self, tmp_path: Path, kind: str, name: str) -> None:
         study = study_of(tmp_path / "a", kind)
@@ -185,6 +186,7 @@ class TestFiles:
         (tmp_path / "a" / f"lora-lr{rate:g}-seed0" / "step-0000" / "0.png").unlink()
         assert save_grids(study, tmp_path / "changed")[0].read_bytes() != one.read_bytes()
 
+    @pytest.mark.published
     def test_the_pictures_stand_in_rows_of_methods_and_columns_of_steps(self, tmp_path: Path) -> None:
         with Image.open(save_grids(study_of(tmp_path / "a"), tmp_path)[0]) as opened:
             pixels, dpi = opened.convert("RGB"), 180
@@ -199,6 +201,7 @@ class TestFiles:
                     assert corner == pytest.approx((90, 140, 200), abs=3)
         assert pixels.getpixel((5, 5)) == (255, 255, 255)
 
+    @pytest.mark.published
     def test_the_report_writes_it_beside_the_figures(self, tmp_path: Path) -> None:
         study_of(tmp_path / "r")
         written = write_report(tmp_path / "r", tmp_path / "out")

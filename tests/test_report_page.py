@@ -51,6 +51,7 @@ def page() -> str:
     return build_page(cases.few(), title="A & B")
 
 
+@pytest.mark.published
 def test_the_same_records_in_any_order_give_the_same_bytes(page: str) -> None:
     assert build_page(cases.few()[::-1], title="A & B") == page
     assert build_page(cases.few()[1:], title="A & B") != page
@@ -232,6 +233,7 @@ def browse(text: str, folder: Path, extra: str = "") -> tuple[dict[str, Any], li
     return found, re.findall(r".*:CONSOLE.*", done.stderr)
 
 
+@pytest.mark.published
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
 class TestBrowser:
     @pytest.fixture(scope="class")

@@ -143,6 +143,7 @@ def test_records_without_curves_make_no_plots() -> None:
     assert len(all_plots(studies([cases.record("lora", 0.001, 0)])[0])) > 5
 
 
+@pytest.mark.published
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_files_are_the_same_for_the_same_records(tmp_path: Path, suffix: str) -> None:
     one, other, changed = (

@@ -18,6 +18,7 @@ from cntlora.report.bases import strangers
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "results", ROOT / "docs" / "results.md"
+pytestmark = pytest.mark.published
 FOLDERS = sorted({path.parent for path in RESULTS.glob("*/*.json")})
 
 
@@ -69,7 +70,6 @@ def test_the_tables_of_the_starts_are_those_of_their_record(tmp_path: Path) -> N
     assert overview.filled(overview.MEASURED, RESULTS, tmp_path) != text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(RESULTS.glob("*/page.html")), ids=lambda page: page.parent.name)
 def test_the_page_comes_out_the_same_to_the_byte(page: Path, tmp_path: Path) -> None:
     pinned = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
