@@ -33,7 +33,7 @@ WORKER_BYTES = 3 * 2**30
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Of `pytest -n auto`: as many as cores and free memory allow; 0, i.e. none but pytest itself, where that is one."""
+    """Of `pytest -n auto`: as many as cores and free memory allow; 0, and pytest runs all itself, where that is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores // THREADS, _free_memory() // WORKER_BYTES, WORKERS)
     return workers if workers > 1 else 0

@@ -15,6 +15,7 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
+from tests import bounds
 from torch import Tensor
 
 from cntlora import InitConfig, compute_plan
@@ -57,15 +58,20 @@ def sites(model: Any) -> dict[str, Site]:
     return {site.name: site for site in find_sites(model)[0]}
 
 
-def product_error(plan: InitPlan, theirs: dict[str, Site]) -> float:
-    """The largest relative difference of s·B·A over the sites."""
-    errors = []
+def product_errors(plan: InitPlan, theirs: dict[str, Site]) -> dict[str, float]:
+    """The relative difference of s·B·A at every site."""
+    errors = {}
     for name, site in theirs.items():
         mine = plan.sites[name].scaling * plan.sites[name].B.double() @ plan.sites[name].A.double()
         their = site.scaling * site.B.detach().double() @ site.A.detach().double()
-        errors.append(float((mine - their).norm() / their.norm()))
+        errors[name] = float((mine - their).norm() / their.norm())
     assert len(errors) == 24
-    return max(errors)
+    return errors
+
+
+def product_error(plan: InitPlan, theirs: dict[str, Site]) -> float:
+    """The largest of them."""
+    return max(product_errors(plan, theirs).values())
 
 
 def smallest_cosine(inner: Tensor, outer: Tensor) -> float:
@@ -95,8 +101,11 @@ def eva_of_peft(task: SentimentTask, batches: list[Batch], **options: Any) -> di
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_pissa_and_olora_agree(task: SentimentTask, method: str) -> None:
+    """Both factor in float32, so that they differ by what rounding makes of each W: 2e-7 to 1e-4 by its spectrum."""
     theirs = sites(get_peft_model(task.build_model(0), lora(init_lora_weights=method)))
-    assert product_error(ours(task, method, None), theirs) < 1e-4
+    model, bound = task.build_model(0), {"pissa": bounds.truncation, "olora": bounds.leading_columns}[method]
+    for name, error in product_errors(ours(task, method, None), theirs).items():
+        assert error < bound(model.get_submodule(name).weight.detach(), 8), name
     assert product_error(ours(task, "olora" if method == "pissa" else "pissa", None), theirs) > 0.5  # the control
 
 
