@@ -15,6 +15,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import save_file
+from tests.bounds import truncation
+from tests.cases import relative_error
 from tests.tiny import adapted, base_model, causal_batches, changed, logits, lora_config, state, text_batches, train
 from torch import Tensor, nn
 
@@ -328,7 +330,10 @@ def test_files_of_the_inner_model_serve_too(tmp_path: Path) -> None:
     save_file({k: v.contiguous() for k, v in base_model().bert.state_dict().items()}, tmp_path / "model.safetensors")
     config = InitConfig(method="pissa")
     read, plain = (compute_plan(adapted(), config=config, weights=place) for place in (tmp_path, None))
-    assert all(torch.equal(site.B, plain.sites[name].B) for name, site in read.sites.items())
+    model = base_model()
+    for name, site in plain.sites.items():  # a mapped file need not be aligned as memory is, which may round otherwise
+        bound = truncation(model.get_submodule(name).weight.detach(), site.rank)
+        assert relative_error(read.sites[name].B @ read.sites[name].A, site.B @ site.A) < bound < 1e-2, name
 
 
 # --- offload and several devices ----------------------------------------------------------------------------

@@ -105,13 +105,19 @@ def test_no_thread_is_at_work_any_more_when_an_error_comes_out(two_threads: None
 @pytest.mark.parametrize("method", ["cross", "self", "shift", "eva", "corda", "pissa", "olora"])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_plan_does_not_depend_on_the_threads(method: str, adaptive: bool, two_threads: None) -> None:
+    """Within rounding: the factorisations are the same, but the forward pass is of all threads."""
     config = InitConfig(method=method, adaptive_ranks=adaptive)
     model, batches = wrapped(mlp(), lora()), token_batches([(3, 10), (1, 5), (2, 6)])
     two = cntlora.compute_plan(model, batches, config)
     torch.set_num_threads(1)
     one = cntlora.compute_plan(model, batches, config)
     for name, site in one.sites.items():
-        assert torch.equal(site.A, two.sites[name].A) and torch.equal(site.B, two.sites[name].B)
+        assert site.rank == two.sites[name].rank
+        assert relative_error(two.sites[name].A, site.A) < 1e-9 and relative_error(two.sites[name].B, site.B) <= 1e-9
+    if method not in ("pissa", "olora"):  # control: one batch fewer
+        other = cntlora.compute_plan(model, batches[:2], config)
+        pairs = [(site.A, other.sites[name].A) for name, site in one.sites.items()]
+        assert any(A.shape != B.shape or relative_error(B, A) > 1e-3 for A, B in pairs)
 
 
 def test_full_precision_undoes_autocast_and_gives_back_what_was() -> None:

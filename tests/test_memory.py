@@ -1,4 +1,7 @@
-"""`max_memory=`: the same plan to the bit within less memory, wherever the statistics are held."""
+"""`max_memory=`: the same plan within less memory, wherever the statistics are held.
+
+The same bits: each sum has the same terms in the same order and layout, and small matrices are factored by one thread.
+"""
 
 from __future__ import annotations
 

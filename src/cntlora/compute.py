@@ -61,7 +61,8 @@ def compute_plan(
         max_memory: bound on what the statistics take beside the model and its forward pass: bytes or "6GiB" on the
             model's device, or {"device": …, "cpu": …, "disk": …}. What does not fit on the device goes to the
             processor's memory, then into a temporary file (only if "disk" is named), and else waits for another pass
-            over the same batches, which are kept for that. The plan is the same to the bit. None for no bound.
+            over the same batches, which are kept for that. The plan is the same: every sum has the same terms in the
+            same order. None for no bound.
         weights: a safetensors file, or a folder of them, that W is read from, one layer at a time, in place of the
             model: that of the unquantised model where this one is quantised. None to take the model's own.
 

@@ -31,7 +31,9 @@ T = TypeVar("T")
 
 
 def plan_together(reading: Reading) -> InitPlan:
-    """The plan that one process would make of all batches, the same to the bit on every rank.
+    """The plan that one process would make of all batches, within rounding; every rank gets the same bits.
+
+    Sums of ranks are added in another order than those of one process. One rank factors a site and sends its factors.
 
     Raises:
         Exception, RuntimeError: see `agreed`.

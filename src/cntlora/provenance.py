@@ -79,8 +79,9 @@ def _moved(sites: Iterable[SitePlan]) -> tuple[float, float, float] | None:
 def data_fingerprint(plan: InitPlan) -> str:
     """A SHA-256 over what the data left in the plan: tokens and batches of every site, and its singular values.
 
-    Nothing of the data can be read out of it. The same batches, model and options give the same one, to the bit on the
-    same machine; other batches give another.
+    Nothing of the data can be read out of it. The same batches, model and options give the same one on the same machine
+    with the same versions and number of threads; singular values that round otherwise give another, and so do other
+    batches.
     """
     digest = hashlib.sha256()
     for name, site in sorted(plan.sites.items()):

@@ -1,7 +1,8 @@
 """How the work is run: in full precision whatever the caller has switched on, and on all cores where it is small.
 
 LAPACK hardly gains from a second thread on a matrix of some hundred rows, so that several of them side by side, one
-thread each, take half the time on two cores (docs/performance.md). The results do not depend on the number of threads.
+thread each, take half the time on two cores (docs/performance.md). They come out as they do alone. On larger matrices
+LAPACK uses all threads, and their number shows in the rounding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The leading singular triplets of a large matrix, by a block Krylov iteration with an error bound that is checked.
 
 Of a (k, d) matrix only products with thin blocks are needed, in its own precision. The start is drawn from a generator
-of a fixed seed, so that the same matrix gives the same bits. Source: Musco and Musco 2015, with full
+of a fixed seed, so that nothing in it is drawn anew. Source: Musco and Musco 2015, with full
 reorthogonalisation and Rayleigh–Ritz on the whole Krylov space (Golub and Kahan's bidiagonalisation, in blocks).
 """
 
