@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-all lint bench results clean
+.PHONY: setup demo test test-all test-peft lint bench results clean
 setup: $(STAMP)  ## make .venv and install the project with everything the tests need
 
 $(STAMP): pyproject.toml constraints.txt
@@ -18,6 +18,11 @@ test: setup lint  ## the fast tests
 
 test-all: setup lint  ## all tests, also those marked slow
 	$(BIN)/python -m pytest -m ''
+
+test-peft: setup  ## PEFT's own tests on adapters that we initialised: make test-peft PEFT=../peft, a checkout of PEFT's repository
+	@test -n "$(PEFT)" || { echo "usage: make test-peft PEFT=/path/to/a/checkout/of/PEFT [OPTIONS='--every 20']"; exit 2; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,peft-tests]'
+	$(BIN)/python -W ignore benchmarks/peft_suite $(PEFT) $(OPTIONS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -16,15 +16,23 @@ def put_into(document: Path, record: dict[str, Any]) -> None:
     Raises:
         ValueError: if the document lacks a mark; names it.
     """
-    text = document.read_text(encoding="utf-8")
     for name, content in tables(record).items():
-        begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
-        before, opened, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (opened and closed):
-            raise ValueError(f"{document}: expected the lines {begin} and {end}")
-        text = f"{before}{begin}\n\n{content}\n\n{end}{after}"
-    write_atomically(document, text.encode())
+        put_between(document, name, content)
+
+
+def put_between(document: Path, name: str, content: str) -> None:
+    """Puts a text between the two marks of a name.
+
+    Raises:
+        ValueError: if the document lacks a mark; names it.
+    """
+    text = document.read_text(encoding="utf-8")
+    begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
+    before, opened, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise ValueError(f"{document}: expected the lines {begin} and {end}")
+    write_atomically(document, f"{before}{begin}\n\n{content}\n\n{end}{after}".encode())
 
 
 def tables(record: dict[str, Any]) -> dict[str, str]:
