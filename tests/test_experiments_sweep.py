@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -61,6 +62,17 @@ def calls(folder: Path) -> Counter[str]:
 
 def records_in(out: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
+
+
+def test_the_index_of_each_class_is_said_before_the_first_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("text,label\n" + "t,good\nu,bad\n" * 4)
+    experiment, said = experiment_of(tmp_path, methods=["lora"], learning_rates=[1e-3]), []
+    task = dataclasses.replace(experiment.task, data=str(tmp_path / "mine.csv"), eval_size=2)
+    own = dataclasses.replace(experiment, task=task)
+    run_sweep(own, tmp_path / "out", run=fake_run, say=said.append, listener=lambda *_: said.append("a run"))
+    assert said == ["classes: 0 = bad, 1 = good (3, 3 rows); 2 rows held out", "a run"]
+    run_sweep(own, tmp_path / "out", run=fake_run, say=said.append)  # all is there: nothing is read
+    assert len(said) == 2
 
 
 def test_every_run_gets_a_record_and_none_is_repeated(tmp_path: Path) -> None:
