@@ -29,6 +29,7 @@ ORDER = [
     "checks",
     "memory",
     "gradients",
+    "reach",
     "reading",
     "passes",
     "compute",

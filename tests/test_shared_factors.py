@@ -300,6 +300,11 @@ def test_methods_of_gradients_refuse_what_is_shared(method: str) -> None:
     assert set(report.skipped) == {"model.embed_tokens", "lm_head"} and is_one(model)
 
 
+def test_the_weight_of_both_is_not_subtracted_from() -> None:
+    with pytest.raises(ValueError, match="its weight is shared with another module .*use base='offset'"):
+        initialize(tied("gemma"), config=InitConfig(method="pissa", base="subtract"))
+
+
 def test_the_two_need_one_rank_and_one_scaling() -> None:
     for options in ({"alpha_pattern": {"lm_head": 16}}, {"rank_pattern": {"lm_head": 2}}):
         with pytest.raises(ValueError, match="lm_head share their factors, and rank 4 with scaling 2"):

@@ -97,6 +97,10 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         ) from error
 
 
+REPEATABLE: set[Forward] = {default_forward}
+"""Our own ways to call a model, which may call it once more: a function of the user may count or print."""
+
+
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)

@@ -210,6 +210,7 @@ def collect(
     forward: Forward | None = None,
     token_mask: TokenMask = None,
     on_output: Callable[[int, Any], None] | None = None,
+    on_first: Callable[[Any], None] | None = None,
     step: Callable[[], None] = lambda: None,
     inputs: bool = True,
     totals: bool = False,
@@ -222,6 +223,7 @@ def collect(
         forward: how to call the model with a batch; by default by the kind of the batch.
         token_mask: which tokens count, see `batches.token_masks`.
         on_output: receives the index of each batch and what the model gave for it, while gradients are enabled.
+        on_first: receives the first batch once it is read, in the mode of reading.
         inputs: whether the moments of the inputs are taken; else their tokens are only counted.
         step: called after each batch (progress).
         totals: whether the moments hold Σ x too.
@@ -248,6 +250,8 @@ def collect(
                 _check_called(watcher, sites, index)
                 on_output(index, output)
             _hand_on(watcher, index, on_batch, seen)
+            if on_first and index == 0:
+                on_first(moved)
             step()
     if seen.batches == 0:
         raise ValueError("batches: expected at least one batch, got none; is the loader empty, or already used up?")
@@ -278,7 +282,7 @@ def _check_called(watcher: _Watcher, sites: list[Site], index: int) -> None:
     if not watcher.seen:
         raise ValueError(
             f"batch {index}: none of the {len(sites)} adapted layers was called (the first is {sites[0].name}), so "
-            "that there is no gradient by any; does this data reach them, and is the adapter in the model that is called?"
+            "that there is no gradient by any; does this data reach them, is the adapter in the model that is called?"
         )
 
 

@@ -56,7 +56,8 @@ def compute_plan(
         token_mask: which tokens count: None for the attention mask in the batch, "labels" for those with a label
             besides, "none" for all, or a function of the batch.
         adapter_name: of the adapter, where the model has several.
-        on_missing: "raise" if a target cannot be initialised, or "warn" and leave it plain LoRA.
+        on_missing: "raise" if a target cannot be initialised, or "warn" and leave it plain LoRA. With methods that
+            read gradients, sites without one stay plain LoRA with a warning in either case, unless they are most.
         progress: show a bar on a terminal.
         max_memory: bound on what the statistics take beside the model and its forward pass: bytes or "6GiB" on the
             model's device, or {"device": …, "cpu": …, "disk": …}. What does not fit on the device goes to the
@@ -120,6 +121,7 @@ def plan_from(reading: Reading, share: Share | None = None, again: Again | None 
         forward_seconds=reading.seconds,
         versions={"cntlora": VERSION, "torch": torch.__version__},
         memory=asdict(reading.budget.held),
+        unreached=[name for name in reading.unreached if name in sites],
     )
 
 

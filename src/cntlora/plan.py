@@ -100,6 +100,8 @@ class InitPlan:
         step: where the size of the start was found by the loss: "size" (the largest ‖scaling·B·A‖/‖W‖ of all sites),
             "loss_before", "loss_after" and the "batches" that they are the mean of, and "trials"; else empty.
         shared: sites that have the factors of another one, with the name of that, where they were made.
+        unreached: sites that the loss of the first row does not depend on, so that they would not train. Empty where
+            it was not looked at: the batches give no loss, `forward=` is the caller's, or weights are sharded.
     """
 
     sites: Mapping[str, SitePlan]
@@ -112,6 +114,7 @@ class InitPlan:
     memory: Mapping[str, int]
     step: Mapping[str, float] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    unreached: Sequence[str] = field(default_factory=list)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, first under a temporary name. No pickle, no path inside."""
@@ -136,6 +139,7 @@ class InitPlan:
             "memory": dict(self.memory),
             "step": dict(self.step),
             "shared": dict(self.shared),
+            "unreached": list(self.unreached),
             "digests": {key: _digest(tensor) for key, tensor in tensors.items()},
         }
         text = json.dumps(head)
@@ -183,7 +187,7 @@ class InitPlan:
                 raise ValueError(f"the model adapts {name!r}, the plan has nothing for it; {_OTHER_MODEL}")
 
 
-_REST = ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory", "step", "shared")
+_REST = ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory", "step", "shared", "unreached")
 
 
 def _site_of(name: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SitePlan:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .assemble import Take, Work, working_weight
-from .batches import Forward, TokenMask, first_batches
+from .batches import REPEATABLE, Forward, TokenMask, default_forward, first_batches, unwrapped
 from .checks import check_adapter, usable_sites
 from .collect import Seen, collect
 from .config import InitConfig
@@ -23,7 +23,8 @@ from .core.family import METHODS
 from .gradients import weight_gradients
 from .memory import Budget, MaxMemory, parse_limits
 from .notices import quoted
-from .sharded import reshard
+from .reach import unreached
+from .sharded import is_sharded, reshard
 from .sites import Site
 from .ties import Tied
 from .weight_files import WeightFiles
@@ -66,6 +67,7 @@ class Reading:
         request: what was asked for.
         sites, skipped: that can be initialised, and that cannot, with the reason.
         tied: sites that share the factors of one of `sites`.
+        unreached: sites that the loss of the first row does not depend on, once that was `looked` at.
         work, seen: the statistics of the data.
         budget: which sites they are of, and where they are held.
         started, seconds: the clock at the start, and the seconds of the data passes.
@@ -80,6 +82,8 @@ class Reading:
     seen: Seen = field(default_factory=Seen)
     seconds: float = 0.0
     tied: list[Tied] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
+    looked: bool = False
 
     def pass_over(self, sites: list[Site]) -> Seen:
         """Reads the batches, once more or for the first time, for as many of `sites` as there is room for.
@@ -160,13 +164,35 @@ def _read(reading: Reading, sites: list[Site]) -> Seen:
         seen = collect(
             request.model, sites, _batches(request, config, reading.budget), work.absorb,
             num_batches=config.num_batches, gram=config.gram, forward=forward, token_mask=request.token_mask,
-            on_output=backward, step=step, inputs=inputs, totals=totals, admits=reading.budget.admits,
+            on_output=backward, on_first=_looking(reading, sites), step=step, inputs=inputs, totals=totals,
+            admits=reading.budget.admits,
         )  # fmt: skip
     if config.batch_weights is not None and len(config.batch_weights) != seen.batches:
         raise ValueError(
             f"batch_weights: expected one for each of {seen.batches} batches, got {len(config.batch_weights)}"
         )
     return seen
+
+
+def _looking(reading: Reading, sites: list[Site]) -> Callable[[Any], None] | None:
+    """Notes from the first row which sites the loss does not depend on; for methods that run without gradients.
+
+    Not where a forward pass with gradients changes the state of sharded weights, and not again in a second pass.
+    """
+    request = reading.request
+    call = request.forward or default_forward
+    if METHODS[reading.work.config.method].reads != "inputs" or call not in REPEATABLE or reading.looked:
+        return None
+    if any(map(is_sharded, request.model.parameters())):
+        return None
+    leaders = {tied.leader.name for tied in reading.tied}  # which may train by what their followers give
+
+    def look(batch: Any) -> None:
+        reading.looked = True
+        found = unreached(unwrapped(request.model), sites, call, batch)
+        reading.unreached = [name for name in found if name not in leaders]
+
+    return look
 
 
 def _batches(request: Request, config: InitConfig, budget: Budget) -> Iterable[Any]:

@@ -11,6 +11,8 @@ from typing import Any
 from .config import InitConfig
 from .plan import InitPlan, site_dict
 
+_UNREACHED = "the loss of the first row does not depend on it, so that it would not train; leave it out"
+
 
 @dataclass(frozen=True)
 class InitReport:
@@ -25,6 +27,7 @@ class InitReport:
         memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
         step: of descent, see `InitPlan`; else empty.
         shared: sites that have the factors of another one, with the name of that, where they were made.
+        unreached: sites that the loss of the first row does not depend on, see `InitPlan`.
     """
 
     config: InitConfig
@@ -36,13 +39,14 @@ class InitReport:
     memory: Mapping[str, int]
     step: Mapping[str, float] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    unreached: Sequence[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, plan: InitPlan) -> InitReport:
         """The report of a plan."""
         sites = {name: site_dict(site) for name, site in plan.sites.items()}
         rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory), dict(plan.step))
-        return cls(plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared))
+        return cls(plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared), list(plan.unreached))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -56,6 +60,7 @@ class InitReport:
             "memory": dict(self.memory),
             "step": dict(self.step),
             "shared": dict(self.shared),
+            "unreached": list(self.unreached),
         }
 
     def __str__(self) -> str:
@@ -73,6 +78,7 @@ class InitReport:
         lines += [_taken(self.step)] if self.step else []
         lines += _places(self.memory)
         lines += [f"{name}: shares the factors of {leader}, made there" for name, leader in self.shared.items()]
+        lines += [f"{name}: {_UNREACHED}" for name in self.unreached]
         lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .plan import InitPlan, SitePlan, weight_sketch
-from .sharded import address
+from .sharded import address, is_sharded
 from .sites import Site, config_holder, factor_of, factor_slots, lora_layers
 
 
@@ -124,8 +124,8 @@ def asked_to_tie(model: nn.Module, sites: Sequence[Site], adapter: str) -> Itera
         return
     for site in sites:
         tied = site.name in names or site.name.endswith(tuple(f".{name}" for name in names))
-        # where the two are on different devices, they cannot share memory, and PEFT's own reload keeps them apart
-        together = adapter in site.layer.lora_A and site.A.device == embedding.A.device
+        # on different devices they cannot share memory, and what fully_shard holds cannot be replaced
+        together = adapter in site.layer.lora_A and site.A.device == embedding.A.device and not is_sharded(site.A)
         if (
             tied
             and together

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batches import Forward, default_forward
+from .batches import REPEATABLE, Forward, default_forward
 from .config import InitConfig
 from .core.family import METHODS
 
@@ -94,6 +94,9 @@ def _for_the_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         batch = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
     return default_forward(model, batch)
+
+
+REPEATABLE.add(_for_the_model)
 
 
 def _one_argument(model: nn.Module, batch: Any) -> Any:
