@@ -103,14 +103,30 @@ def test_a_pass_that_fails_is_no_error() -> None:
     """An operation may want what is not kept."""
 
     model = tagger()
-    inner = model.base_model.model.bert.encoder
+    encoder = model.base_model.model.bert.encoder
+    forward, failed = encoder.forward, []
 
-    def failing(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
+            failed.append(0)
             raise RuntimeError("wants more")
+        return forward(*args, **kwargs)
 
-    inner.register_forward_pre_hook(failing, with_kwargs=True)
-    assert not initialize(model, text_batches()).unreached
+    encoder.forward = failing
+    assert not initialize(model, text_batches()).unreached and failed == [0]
+
+
+def test_hooks_of_the_user_are_not_called_once_more() -> None:
+    model, calls = tagger(), []
+    handle = model.base_model.model.bert.register_forward_hook(lambda *_: calls.append(0))
+    assert not initialize(model, text_batches()).unreached and len(calls) == len(text_batches())
+    handle.remove()
+    assert compute_plan(tagger(), text_batches()).unreached  # the control
+
+
+def test_a_tensor_alone_is_not_taken_for_a_loss() -> None:
+    assert reach.has_loss({"loss": torch.ones(())}) and not reach.has_loss(torch.ones(()))
+    assert not reach.has_loss((torch.ones(()),)) and not reach.has_loss({"loss": torch.ones(2)})
 
 
 def test_nothing_is_kept_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def collect(
     forward: Forward | None = None,
     token_mask: TokenMask = None,
     on_output: Callable[[int, Any], None] | None = None,
-    on_first: Callable[[Any], None] | None = None,
+    on_first: Callable[[Any, Any], None] | None = None,
     step: Callable[[], None] = lambda: None,
     inputs: bool = True,
     totals: bool = False,
@@ -223,7 +223,7 @@ def collect(
         forward: how to call the model with a batch; by default by the kind of the batch.
         token_mask: which tokens count, see `batches.token_masks`.
         on_output: receives the index of each batch and what the model gave for it, while gradients are enabled.
-        on_first: receives the first batch once it is read, in the mode of reading.
+        on_first: receives the first batch and what the model gave for it, in the mode of reading.
         inputs: whether the moments of the inputs are taken; else their tokens are only counted.
         step: called after each batch (progress).
         totals: whether the moments hold Σ x too.
@@ -251,7 +251,7 @@ def collect(
                 on_output(index, output)
             _hand_on(watcher, index, on_batch, seen)
             if on_first and index == 0:
-                on_first(moved)
+                on_first(moved, output)
             step()
     if seen.batches == 0:
         raise ValueError("batches: expected at least one batch, got none; is the loader empty, or already used up?")

@@ -101,7 +101,7 @@ class InitPlan:
             "loss_before", "loss_after" and the "batches" that they are the mean of, and "trials"; else empty.
         shared: sites that have the factors of another one, with the name of that, where they were made.
         unreached: sites that the loss of the first row does not depend on, so that they would not train. Empty where
-            it was not looked at: the batches give no loss, `forward=` is the caller's, or weights are sharded.
+            it was not looked at: the output names no loss, hooks or `forward=` are the caller's, weights are sharded.
     """
 
     sites: Mapping[str, SitePlan]

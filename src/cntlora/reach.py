@@ -20,6 +20,17 @@ from .gradients import loss_in
 from .sites import Site
 
 
+def is_watched(model: nn.Module) -> bool:
+    """Whether a module has hooks that are called in a forward pass."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def has_loss(output: Any) -> bool:
+    """Whether what a model gave names its loss: a tensor alone, or the first of a tuple, may be anything."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return isinstance(loss, Tensor) and loss.numel() == 1
+
+
 def unreached(model: nn.Module, sites: Iterable[Site], call: Forward, batch: Any) -> list[str]:
     """Names of the sites that are called and on whose output the loss of the first row does not depend.
 
@@ -41,7 +52,7 @@ def unreached(model: nn.Module, sites: Iterable[Site], call: Forward, batch: Any
                 handle = site.layer.register_forward_hook(_adding(zeros.setdefault(site.name, [])))
                 stack.callback(handle.remove)
             found = _leaves(loss_in(call(model, first_row(batch)), 0))
-    except (RuntimeError, ValueError):  # no loss in the output, or operations that want what is not kept
+    except (RuntimeError, ValueError):  # no loss of one row, or operations that want what is not kept
         return []
     depends = {name: any(id(zero) in found for zero in used) for name, used in zeros.items() if used}
     return [name for name, does in depends.items() if not does] if any(depends.values()) else []

@@ -23,7 +23,7 @@ from .core.family import METHODS
 from .gradients import weight_gradients
 from .memory import Budget, MaxMemory, parse_limits
 from .notices import quoted
-from .reach import unreached
+from .reach import has_loss, is_watched, unreached
 from .sharded import is_sharded, reshard
 from .sites import Site
 from .ties import Tied
@@ -174,23 +174,25 @@ def _read(reading: Reading, sites: list[Site]) -> Seen:
     return seen
 
 
-def _looking(reading: Reading, sites: list[Site]) -> Callable[[Any], None] | None:
+def _looking(reading: Reading, sites: list[Site]) -> Callable[[Any, Any], None] | None:
     """Notes from the first row which sites the loss does not depend on; for methods that run without gradients.
 
-    Not where a forward pass with gradients changes the state of sharded weights, and not again in a second pass.
+    Not where a forward pass with gradients changes the state of sharded weights, or where hooks or a function of the
+    caller would be called once more; and not again in a second pass.
     """
     request = reading.request
     call = request.forward or default_forward
     if METHODS[reading.work.config.method].reads != "inputs" or call not in REPEATABLE or reading.looked:
         return None
-    if any(map(is_sharded, request.model.parameters())):
+    if any(map(is_sharded, request.model.parameters())) or is_watched(request.model):
         return None
     leaders = {tied.leader.name for tied in reading.tied}  # which may train by what their followers give
 
-    def look(batch: Any) -> None:
+    def look(batch: Any, output: Any) -> None:
         reading.looked = True
-        found = unreached(unwrapped(request.model), sites, call, batch)
-        reading.unreached = [name for name in found if name not in leaders]
+        if has_loss(output):
+            found = unreached(unwrapped(request.model), sites, call, batch)
+            reading.unreached = [name for name in found if name not in leaders]
 
     return look
 
