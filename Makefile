@@ -2,7 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-all test-peft lint bench results clean
+TESTS := -n auto --dist loadfile
+KERNELS =
+
+.PHONY: setup demo test test-all test-kernels test-peft lint bench results clean
 setup: $(STAMP)  ## make .venv and install the project with everything the tests need
 
 $(STAMP): pyproject.toml constraints.txt
@@ -13,11 +16,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## MiniLM on labelled tweets: plain LoRA against cntlora, about five minutes on 2 cores
 	$(BIN)/cntlora demo
 
-test: setup lint  ## the fast tests
-	$(BIN)/python -m pytest
+test: setup lint  ## the fast tests, as many side by side as cores and memory allow; one process: make test TESTS=
+	$(BIN)/python -m pytest $(TESTS)
 
-test-all: setup lint  ## all tests, also those marked slow
-	$(BIN)/python -m pytest -m ''
+test-all: setup lint  ## all tests, also those marked slow, published and packages
+	$(BIN)/python -m pytest $(TESTS) -m ''
+
+test-kernels: setup  ## the numeric core under other CPU kernels and numbers of threads; everything: make test-kernels KERNELS='--all tests'
+	$(BIN)/python -m tests.kernels $(KERNELS)
 
 test-peft: setup  ## PEFT's own tests on adapters that we initialised: make test-peft PEFT=../peft, a checkout of PEFT's repository
 	@test -n "$(PEFT)" || { echo "usage: make test-peft PEFT=/path/to/a/checkout/of/PEFT [OPTIONS='--every 20']"; exit 2; }

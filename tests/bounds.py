@@ -38,6 +38,11 @@ def leading_columns(W: Tensor, r: int, dtype: torch.dtype = torch.float32) -> fl
     return MARGIN * eps(dtype) * float(s[0] / s[-1]) * float(torch.linalg.matrix_norm(W.double())) / part
 
 
-def product(n: int, dtype: torch.dtype = torch.float32) -> float:
-    """Error of a sum of n products relative to ‖a‖·‖b‖: √n·eps where rounding errors are independent (Higham 3.1)."""
-    return MARGIN * math.sqrt(n) * eps(dtype)
+def inverse(condition: float, n: int = 1, dtype: torch.dtype = torch.float64) -> float:
+    """Relative error of what an inverse or pseudo-inverse of n rows is made from: √n·eps·σ_max/σ_min."""
+    return MARGIN * math.sqrt(n) * eps(dtype) * condition
+
+
+def norm(n: int, dtype: torch.dtype = torch.float32) -> float:
+    """Relative error of the norm of n numbers: the rounding errors of their sum are independent of each other."""
+    return math.sqrt(n) * eps(dtype)

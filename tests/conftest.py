@@ -47,6 +47,13 @@ def _free_memory() -> int:
     return free[0] if free else WORKERS * WORKER_BYTES  # not Linux
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_out_of_sight() -> None:
+    """A garbage collection, which trainers ask for, would look through all that the libraries made when imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _the_same_threads_for_every_test() -> Iterator[None]:
     """A test may set the number of threads; the next one does not see it."""

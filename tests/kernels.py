@@ -62,11 +62,11 @@ def fingerprint(kernel: str) -> str:
     return done.stdout.strip()
 
 
-def settings(kernels: list[str], everything: bool) -> list[tuple[str, int]]:
-    """Every kernel with one thread, and the first with 2 and 4; or all with all."""
+def settings(kernels: list[str], everything: bool, once: bool) -> list[tuple[str, int]]:
+    """Every kernel with one thread, and the first with 2 and 4; or all with all; or no more than each once."""
     if everything:
         return [(kernel, threads) for kernel in kernels for threads in (1, 2, 4)]
-    return [(kernel, 1) for kernel in kernels] + [(kernels[0], threads) for threads in (2, 4)]
+    return [(kernel, 1) for kernel in kernels] + [(kernels[0], threads) for threads in (2, 4) if not once]
 
 
 def run(kernel: str, threads: int, arguments: list[str]) -> tuple[bool, str]:
@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(KERNELS), help=f"some of {', '.join(KERNELS)}")
     parser.add_argument("--all", action="store_true", help="every kernel with 1, 2 and 4 threads")
+    parser.add_argument("--once", action="store_true", help="every kernel with 1 thread, and no more")
     options, rest = parser.parse_known_args(arguments)
     kernels = options.only.split(",")
     unknown = [kernel for kernel in kernels if kernel not in KERNELS]
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     default = fingerprint("default")
     same = {kernel for kernel in kernels if kernel != "default" and fingerprint(kernel) == default}
     good = True
-    for kernel, threads in settings(kernels, options.all):
+    for kernel, threads in settings(kernels, options.all, options.once):
         passed, line = run(kernel, threads, files)
         good &= passed
         print(line + (" (as default)" if kernel in same else ""), flush=True)

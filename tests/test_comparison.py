@@ -62,17 +62,20 @@ def test_values_against_dense_float64() -> None:
 
 
 def test_of_offset_only_the_half_that_trains_counts() -> None:
-    """The same training from `offset` and from `subtract` moves the same directions by the same amount."""
+    """The same training from `offset` and from `subtract` moves the same directions by the same amount.
+
+    In float64: AdamW's first steps have the sign of a gradient, which rounding decides where it is next to nothing.
+    """
     results = {}
     for base in ("offset", "subtract", "paired"):
-        model = adapted("bert")
+        model = adapted("bert").double()
         initialize(model, text_batches(), InitConfig(base=base), progress=False)
         before = snapshot(model)
         train(model, text_batches(), weight_decay=0.1)
         results[base] = compare_adapters(before, model)
     for name, site in results["subtract"].sites.items():
-        assert results["offset"].sites[name].cosine == pytest.approx(site.cosine, abs=1e-4)
-        assert results["offset"].sites[name].spectral_norm == pytest.approx(site.spectral_norm, rel=3e-2)
+        assert results["offset"].sites[name].cosine == pytest.approx(site.cosine, abs=1e-6)
+        assert results["offset"].sites[name].spectral_norm == pytest.approx(site.spectral_norm, rel=1e-5)
         assert results["paired"].sites[name].spectral_norm != pytest.approx(site.spectral_norm, rel=0.1)  # the control
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -149,7 +150,9 @@ def _child(run: Run, path: Path, threads: int, function: RunFunction | None) -> 
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, which a user of the command cannot mend
     torch.set_num_threads(threads)
     try:
-        record = (function or _run_one())(run, path.parent)
+        make = function or _run_one()
+        gc.freeze()  # collections, which the trainer asks for, need not walk through a million objects of the libraries
+        record = make(run, path.parent)
     except Exception as error:
         record = failed(run, machine(), f"{type(error).__name__}: {error}", traceback.format_exc())
     try:
