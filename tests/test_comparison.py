@@ -61,21 +61,23 @@ def test_values_against_dense_float64() -> None:
         assert got.cosine == pytest.approx(float(one @ two / np.linalg.norm(one) / np.linalg.norm(two)))
 
 
-def test_of_offset_only_the_half_that_trains_counts() -> None:
+@pytest.mark.parametrize(("decay", "near"), [(0.0, 1e-5), (0.1, 3e-2)])
+def test_of_offset_only_the_half_that_trains_counts(decay: float, near: float) -> None:
     """The same training from `offset` and from `subtract` moves the same directions by the same amount.
 
-    In float64: AdamW's first steps have the sign of a gradient, which rounding decides where it is next to nothing.
+    Weight decay shrinks the frozen half too, and so acts on what is added to W, by 0.2 % here. In float64, since AdamW's
+    first steps have the sign of a gradient, which rounding decides where it is next to nothing.
     """
     results = {}
     for base in ("offset", "subtract", "paired"):
         model = adapted("bert").double()
         initialize(model, text_batches(), InitConfig(base=base), progress=False)
         before = snapshot(model)
-        train(model, text_batches(), weight_decay=0.1)
+        train(model, text_batches(), weight_decay=decay)
         results[base] = compare_adapters(before, model)
     for name, site in results["subtract"].sites.items():
-        assert results["offset"].sites[name].cosine == pytest.approx(site.cosine, abs=1e-6)
-        assert results["offset"].sites[name].spectral_norm == pytest.approx(site.spectral_norm, rel=1e-5)
+        assert results["offset"].sites[name].cosine == pytest.approx(site.cosine, abs=near / 10)
+        assert results["offset"].sites[name].spectral_norm == pytest.approx(site.spectral_norm, rel=near)
         assert results["paired"].sites[name].spectral_norm != pytest.approx(site.spectral_norm, rel=0.1)  # the control
 
 
