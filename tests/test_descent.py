@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cntlora import InitConfig, InitReport, compute_plan, initialize
 from cntlora.core.descent import ROW_NORM, descent_factors, descent_target, mean_square, whitening
 from cntlora.gradients import scalar_loss
-from cntlora.sizing import FIRST, LEAST, MOST, SEARCHED, search
+from cntlora.sizing import ENOUGH, LEAST, MOST, NEAR, TRIED, best_size, lowest_near
 
 DESCENT = InitConfig(method="descent")
 
@@ -104,26 +104,81 @@ def test_a_singular_input_without_damping_is_one_clear_error() -> None:
 # --- the size -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("best", [3 * LEAST, 0.004, 0.02, 0.1, 0.3])
-def test_the_search_finds_the_lowest_loss(best: float) -> None:
-    found = search(lambda size: 1 + (math.log2(size / best) ** 2 if size else 200.0))
-    assert found["size"] == pytest.approx(best, rel=1e-6) or (best < 4 * LEAST and found["size"] < 2 * best)
-    assert found["loss_after"] < found["loss_before"] and found["trials"] <= 13
+def falling(best: float, depth: float = 0.1, start: float = 1.0) -> Any:
+    """A loss that falls by start·depth at its lowest, and its slope: −slope·size·exp(−size/best)."""
+    slope = -start * depth * math.e / best
+    return (lambda size: start + slope * size * math.exp(-size / best)), start, slope
 
 
-def test_the_search_stays_within_bounds_and_survives_overflow() -> None:
-    assert search(lambda size: 1 - size)["size"] == MOST
-    rising = search(lambda size: 1 + size)
-    assert rising["size"] == LEAST and rising["loss_after"] == pytest.approx(1, abs=1e-3)
-    broken = search(lambda size: math.nan if size > 4 * FIRST else 1 - size)
-    assert FIRST <= broken["size"] <= 4 * FIRST * 2**0.5 and math.isfinite(broken["loss_after"])
+@pytest.mark.parametrize("best", [4 * LEAST, 0.004, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("depth", [0.03, 0.1, 0.4])
+def test_two_trials_find_the_lowest_loss(best: float, depth: float) -> None:
+    loss_at, before, slope = falling(best, depth)
+    found = best_size(loss_at, before, slope)
+    assert found["trials"] <= 2
+    assert 1 / NEAR <= found["size"] / best <= NEAR
+    assert before - found["loss_after"] > 0.9 * depth  # size/best within NEAR keeps 92 % of the fall
+    steeper = best_size(loss_at, before, 3 * slope)  # the control: with a wrong slope the trials do not agree
+    assert steeper["size"] != found["size"]
+
+
+@pytest.mark.parametrize("best", [0.004, 0.1])
+def test_a_parabola_is_followed_too(best: float) -> None:
+    found = best_size(lambda size: 1 + 0.1 * ((size / best - 1) ** 2 - 1), 1.0, -0.2 / best)
+    assert found["trials"] <= 2 and found["loss_after"] < 1 - 0.09
+
+
+def test_one_trial_is_enough_where_it_is_near_the_lowest() -> None:
+    loss_at, before, slope = falling(0.1, 0.25 / math.e)  # a quarter of before/|slope| is 0.1
+    assert best_size(loss_at, before, slope) == {
+        "size": pytest.approx(0.1), "loss_before": 1.0, "loss_after": pytest.approx(1 - 0.25 / math.e), "trials": 1
+    }  # fmt: skip
+
+
+def test_where_the_lowest_loss_is_placed_from_one_trial() -> None:
+    assert lowest_near(0.1, math.exp(-0.5)) == pytest.approx(0.2)
+    assert lowest_near(0.1, 0.0) == pytest.approx(0.025)  # the loss is as before
+    assert lowest_near(0.1, -math.inf) < 0.01 and lowest_near(0.1, 1.2) == pytest.approx(0.4)
+
+
+def test_the_size_stays_within_bounds_and_survives_overflow() -> None:
+    assert best_size(lambda size: 1 - size, 1.0, -1.0)["size"] == MOST
+    rising = best_size(lambda size: 1 + size, 1.0, -1.0)
+    assert rising["trials"] == ENOUGH and rising["loss_after"] == pytest.approx(1, abs=1e-2)
+    assert best_size(lambda size: 1.0, 1.0, 0.0)["size"] < 0.01  # a start without a slope
+    broken = best_size(lambda size: math.nan if size > 0.05 else 1 - size, 1.0, -1.0)
+    assert 0.01 < broken["size"] <= 0.05 and math.isfinite(broken["loss_after"])
+    assert best_size(lambda size: -5 - size, -5.0, -1.0)["loss_after"] < -5  # a loss below zero
+
+
+@pytest.mark.parametrize("options", [{}, {"base": "offset"}, {"base": "paired"}, {"batch_weights": (2.0, 1.0, 0.5)}])
+def test_the_slope_is_that_of_the_loss_along_the_start(options: Any) -> None:
+    """By finite differences in float64, of the first half of the directions where base "paired" keeps no more."""
+    base, batches = mlp(), token_batches(SIZES)[:3]
+    config = InitConfig(method="descent", strength=0.1, **options)
+    plan = compute_plan(wrapped(base), batches, config, loss=squares, progress=False)
+    weights = options.get("batch_weights", (1.0,) * len(batches))
+
+    def mean_loss(size: float) -> float:
+        moved = mlp()
+        with torch.no_grad():
+            for name, site in plan.sites.items():
+                r = site.file_rank // (2 if "base" in options else 1)
+                moved.get_submodule(name).weight += size * site.scaling * (site.B[:, :r] @ site.A[:r])
+            return sum(w * float(squares(moved, b)) for w, b in zip(weights, batches, strict=True)) / sum(weights)
+
+    numeric = (mean_loss(1e-4) - mean_loss(-1e-4)) / 2e-4
+    slope = sum(site.slope or 0.0 for site in plan.sites.values())
+    assert slope < 0
+    assert slope == pytest.approx(numeric, rel=1e-3)
+    assert sum(2 * (site.slope or 0.0) for site in plan.sites.values()) != pytest.approx(numeric, rel=0.3)  # control
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_the_step_lowers_the_loss_that_it_reports(kind: str) -> None:
     model, batches = adapted(kind), KINDS[kind].batches()
     report = initialize(model, batches, DESCENT, progress=False)
-    count = min(SEARCHED, len(batches))
+    count = min(TRIED, len(batches))
     model.eval()
     with torch.no_grad():
         after = sum(float(model(**batch).loss) for batch in batches[:count]) / count
@@ -148,8 +203,9 @@ def test_a_strength_is_the_size_and_costs_no_trial() -> None:
     plan = compute_plan(adapted(), batches, InitConfig(method="descent", strength=0.2), loss=loss, progress=False)
     assert plan.step == {"size": 0.2} and len(calls) == len(batches)
     assert max(s.start_norm / s.weight_norm for s in plan.sites.values()) == pytest.approx(0.2)
-    searched = compute_plan(adapted(), batches, DESCENT, loss=loss, progress=False)
-    assert len(calls) == 2 * len(batches) + searched.step["trials"] * min(SEARCHED, len(batches))
+    tried = compute_plan(adapted(), batches, DESCENT, loss=loss, progress=False)
+    assert tried.step["trials"] in (1, 2)
+    assert len(calls) == 2 * len(batches) + tried.step["trials"] * min(TRIED, len(batches))
 
 
 def test_dora_starts_at_the_same_function() -> None:
@@ -212,8 +268,9 @@ def test_a_loss_that_draws_noise_draws_the_same_in_every_trial() -> None:
             drawn.append(noise)
         return squares(model, batch) + 0 * noise.sum()
 
-    compute_plan(wrapped(mlp()), token_batches(SIZES)[:1], DESCENT, loss=loss, progress=False)
-    assert len(drawn) > 2 and all(torch.equal(noise, drawn[0]) for noise in drawn)
+    plan = compute_plan(wrapped(mlp()), token_batches(SIZES)[:1], DESCENT, loss=loss, progress=False)
+    # the loss before, too, is one that drew this noise: the data pass drew another
+    assert len(drawn) == plan.step["trials"] + 1 and all(torch.equal(noise, drawn[0]) for noise in drawn)
 
 
 def test_plans_keep_the_step() -> None:

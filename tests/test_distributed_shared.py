@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cntlora import InitConfig, assemble, compute_plan, distributed, initialize
 from cntlora.distributed import _linked, deal
 from cntlora.sites import find_sites
-from cntlora.sizing import SEARCHED
+from cntlora.sizing import TRIED
 
 METHODS = ("cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one", "pissa", "descent")
 UNSEEN = "bert.encoder.layer.1.attention.self.value"
@@ -116,7 +116,7 @@ def job_four(rank: int, world: int, folder: Path) -> Any:
 
 
 def job_step(rank: int, world: int, folder: Path) -> Any:
-    """The size of descent's step is searched by all together, on equally many batches of each."""
+    """The size of descent's step is found by all together, on equally many batches of each."""
     connect(rank, world, folder)
     model = adapted()
     report = initialize(model, own_batches(rank), InitConfig(method="descent"), loss=loss)
@@ -178,7 +178,7 @@ def test_the_size_of_a_step_is_found_together(results: Any) -> None:
     for rank in results["job_step"]:
         assert rank["same"] and rank["step"] == results["job_step"][0]["step"]
         assert rank["step"]["loss_after"] < rank["step"]["loss_before"]
-        assert rank["step"]["batches"] == 2 * min(fewest, SEARCHED)
+        assert rank["step"]["batches"] == 2 * min(fewest, TRIED)
 
 
 def test_more_processes_than_sites(results: Any) -> None:

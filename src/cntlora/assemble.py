@@ -21,7 +21,7 @@ from .core.linalg import default_rtol
 from .core.moments import Moments
 from .core.parallel import side_by_side
 from .core.peers import Target
-from .core.solve import InputEstimator
+from .core.solve import GradientSums, InputEstimator
 from .plan import SitePlan, weight_sketch
 from .sites import Site
 
@@ -65,6 +65,13 @@ class Work:
                 f"batch_weights: expected one for each of the batches, which are more than {index}, got {len(weights)}"
             )
         return 1.0 if weights is None else weights[index]
+
+    def slope(self, name: str, B: Tensor, A: Tensor, r: int, seen: Seen) -> float:
+        """⟨∂L/∂W, B·A⟩ over the first r directions, L being the mean loss over the batches with their w_j."""
+        assert isinstance(self.estimator, GradientSums)
+        weights = self.config.batch_weights  # each process has as many
+        total = seen.batches * (1.0 if weights is None else sum(weights) / len(weights))
+        return self.estimator.slope(name, B[:, :r], A[:r]) / total
 
     def rtol(self, site: Site) -> float | None:
         """The tolerance of † at a site, of its largest batch where that depends on the batch; None without †."""
@@ -216,6 +223,7 @@ def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | Non
     W = site.weight(DTYPE)
     _check_fits(site, W, B, A, scaling, base)
     start_norm = abs(scaling) * product_norm(B.double(), A.double())
+    slope = scaling * work.slope(site.name, B, A, r // 2 if base == "paired" else r, seen) if method.sized else None
     B, A = _arranged(B, A, r, base)
     use_rslora = site.use_rslora and not config.fold_alpha
     return SitePlan(
@@ -232,6 +240,7 @@ def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | Non
         delta_norm=known.frobenius if target.is_delta else None,
         weight_norm=float(torch.linalg.matrix_norm(W)),
         start_norm=start_norm,
+        slope=slope,
         sketch=weight_sketch(W),
         tokens=seen.tokens.get(site.name, 0),
         batches=seen.site_batches.get(site.name, 0),

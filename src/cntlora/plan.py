@@ -39,6 +39,7 @@ class SitePlan:
         factored_norm: ‖·‖_F of that matrix, (Σ s²)^½ over all its singular values; None for lora.
         delta_norm, weight_norm: ‖ΔW‖_F, None where that matrix is not ΔW, and ‖W‖_F.
         start_norm: scaling·‖B'·A'‖_F of the directions that train, the distance of the start if nothing cancels it.
+        slope: of descent, ⟨∂L/∂W, scaling·B'·A'⟩: how the mean loss changes along the start, to first order; else None.
         sketch: uᵀWv for four fixed random pairs u, v: tells another pretrained weight from a rounded one.
         tokens, batches: how many the site saw; masked: whether a mask was applied.
         effective_rank: smallest numerical rank of G over the batches, or that of all inputs (corda, eva): directions
@@ -60,6 +61,7 @@ class SitePlan:
     delta_norm: float | None
     weight_norm: float
     start_norm: float
+    slope: float | None
     sketch: list[float]
     tokens: int
     batches: int

@@ -11,16 +11,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .assemble import Take, Work, working_weight
-from .batches import REPEATABLE, Forward, TokenMask, default_forward, first_batches, unwrapped
+from .batches import REPEATABLE, Forward, TokenMask, default_forward, device_of, first_batches, unwrapped
 from .checks import check_adapter, usable_sites
 from .collect import Seen, collect
 from .config import InitConfig
 from .core.estimator import GradientReader, InputReader
 from .core.family import METHODS
-from .gradients import weight_gradients
+from .gradients import loss_in, weight_gradients
 from .memory import Budget, MaxMemory, parse_limits
 from .notices import quoted
 from .reach import has_loss, is_watched, unreached
@@ -71,6 +72,7 @@ class Reading:
         work, seen: the statistics of the data.
         budget: which sites they are of, and where they are held.
         started, seconds: the clock at the start, and the seconds of the data passes.
+        losses: of the batches, for a method whose size is found by the loss.
     """
 
     request: Request
@@ -84,6 +86,7 @@ class Reading:
     tied: list[Tied] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
     looked: bool = False
+    losses: Losses = field(default_factory=lambda: Losses())
 
     def pass_over(self, sites: list[Site]) -> Seen:
         """Reads the batches, once more or for the first time, for as many of `sites` as there is room for.
@@ -159,6 +162,9 @@ def _read(reading: Reading, sites: list[Site]) -> Seen:
         if reads == "gradients":
             backward = stack.enter_context(weight_gradients(request.model, sites, _gradient_sink(work)))
             forward = request.loss or forward
+            if METHODS[config.method].sized:
+                reading.losses = Losses()
+                forward = reading.losses.noted(forward or default_forward)
         totals = isinstance(work.estimator, InputReader) and work.estimator.totals
         step = stack.enter_context(_progress(config.num_batches, request.progress))
         seen = collect(
@@ -203,6 +209,40 @@ def _batches(request: Request, config: InitConfig, budget: Budget) -> Iterable[A
     if (budget.limited or config.searches) and not isinstance(request.batches, _Kept):
         request.batches = _Kept(request.batches, config.num_batches)
     return request.batches
+
+
+class Losses:
+    """The losses of the batches of a data pass, and whether they depend on torch's random generators.
+
+    Attributes:
+        noisy: whether a call drew random numbers, so that another one of the same batch gives another loss.
+    """
+
+    def __init__(self) -> None:
+        self.noisy = False
+        self._losses: list[Tensor] = []
+
+    def noted(self, call: Forward) -> Forward:
+        """`call`, whose losses are kept."""
+
+        def noting(model: nn.Module, batch: Any) -> Any:
+            before = _random_states(model)
+            output = call(model, batch)
+            self.noisy |= not all(map(torch.equal, before, _random_states(model)))
+            self._losses.append(loss_in(output, len(self._losses)).detach())
+            return output
+
+        return noting
+
+    def first(self, count: int) -> list[float]:
+        """The first so many, read back from the device at once."""
+        return torch.stack([loss.double().reshape(()) for loss in self._losses[:count]]).tolist() if count else []
+
+
+def _random_states(model: nn.Module) -> list[Tensor]:
+    """Of the CPU's generator, and of that of the GPU which the model is on."""
+    device = device_of(model)
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 class _Kept:

@@ -275,6 +275,12 @@ class GradientSums:
         total = self.gradients.get(name)
         return total is not None and bool(total.any())
 
+    def slope(self, name: str, B: Tensor, A: Tensor) -> float:
+        """Σ_j w_j ⟨∂L_j/∂W, B·A⟩ without the product: how the losses change along B (k, r) A (r, d), to first order."""
+        total = self.gradients.get(name)
+        assert total is not None, f"{name} has no gradient"
+        return float((B.to(total) * (total @ A.to(total).mT)).sum(dtype=torch.float64))
+
     def mean_gradient(self, name: str, batches: int) -> Tensor:
         """The mean of ∂L/∂W (k, d) over so many batches."""
         total = self.gradients.get(name)
