@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from itertools import count
 from typing import Any, TypeVar
 
@@ -69,6 +70,7 @@ def in_step(call: Forward, check: Callable[[Any, int], Any] | None = None) -> Fo
     """
     indices = count()
 
+    @wraps(call)  # with what is noted on it, such as `by_labels`
     def stepped(model: nn.Module, batch: Any) -> Any:
         index = next(indices)
         agreed(None, f"batch {index}")

@@ -244,10 +244,12 @@ def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | Non
         sketch=weight_sketch(W),
         tokens=seen.tokens.get(site.name, 0),
         batches=seen.site_batches.get(site.name, 0),
-        masked=site.name in seen.masked,
+        masked=site.name in seen.masks,
         effective_rank=work.estimator.effective_rank(site.name),
         rtol=work.rtol(site),
         seconds=work.seconds.get(site.name, 0.0) + time.perf_counter() - start,
+        mask=", ".join(sorted(seen.masks.get(site.name, ()))),
+        unmasked="; ".join(sorted(seen.unmasked.get(site.name, ()))),
     )
 
 

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .notices import in_short, quoted
+from .notices import in_short
 
 Forward = Callable[[nn.Module, Any], Any]
-TokenMask = str | Callable[[Any], Tensor | None] | None
 
 
 def first_batches(batches: Iterable[Any], count: int) -> Iterator[Any]:
@@ -159,49 +158,3 @@ def _misplaced(batch: Any, error: Exception) -> bool:
     """Whether arguments by position may have been taken for others, which shows anywhere in the model."""
     several = isinstance(batch, (list, tuple)) and len(batch) > 1
     return several and not isinstance(error, torch.cuda.OutOfMemoryError)
-
-
-def token_masks(batch: Any, rule: TokenMask) -> list[Tensor]:
-    """The (batch, tokens) boolean masks of the tokens that count; an empty list if all do.
-
-    Args:
-        rule: None for the batch's `attention_mask` (and `decoder_attention_mask`) if it has two dimensions;
-            "labels" for those with labels other than −100 among them; "none" for every token; or a function of the
-            batch that returns a mask or None.
-
-    Raises:
-        ValueError: for an unknown rule, or "labels" without labels of shape (batch, tokens).
-    """
-    if callable(rule):
-        mask = rule(batch)
-        return [] if mask is None else [_two_dimensional(mask)]
-    if rule not in (None, "attention", "labels", "none"):
-        raise ValueError(f"token_mask: expected None, 'labels', 'none' or a function of the batch, got {quoted(rule)}")
-    if rule == "none" or not isinstance(batch, Mapping):
-        if rule == "labels":
-            raise ValueError(
-                f"token_mask='labels' needs batches that are mappings with labels, got {type(batch).__name__}"
-            )
-        return []
-    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
-    found = [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2]
-    return [_label_mask(batch, found)] if rule == "labels" else found
-
-
-def _label_mask(batch: Mapping[str, Any], masks: list[Tensor]) -> Tensor:
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
-        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"token_mask='labels' needs labels of shape (batch, tokens), got {shape}")
-    counted = labels != -100
-    for mask in masks:
-        if mask.shape == counted.shape:
-            counted = counted & mask
-    return counted
-
-
-def _two_dimensional(mask: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"token_mask: the function must return a (batch, tokens) mask or None, got {got}")
-    return mask.bool()

@@ -1,4 +1,4 @@
-"""The only hooks: reads the inputs of all sites during one forward pass a batch, and leaves the model as found.
+"""Reads the inputs of all sites during one forward pass a batch, by hooks, and leaves the model as found.
 
 Sites that are given the very same tensor (q, k, v; gate, up) share one accumulator. Tensors are recognised by
 identity through weak references, so a reused address cannot be mistaken and no activation is kept alive.
@@ -17,24 +17,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .anatomy import Anatomy
 from .batches import (
     Forward,
-    TokenMask,
     default_forward,
     device_of,
     first_batches,
     read_eagerly,
     to_device,
-    token_masks,
     unwrapped,
 )
 from .bypass import bypassed
 from .core.estimator import read_back
 from .core.moments import Moments, TokenCount
 from .core.parallel import full_precision
+from .padding import TokenMask, TokenMasks, token_masks
 from .patches import geometry, is_convolution, patches
 from .quantised import left_unpacked
-from .sites import Site
+from .rows import Rows
+from .sites import Site, lora_layers
+from .streams import Streams, following
 
 Stats = Moments | TokenCount
 Groups = list[tuple[tuple[str, ...], Any]]
@@ -47,19 +49,39 @@ OnBatch = Callable[[int, Groups], None]
 
 @dataclass
 class Seen:
-    """What a data pass saw: batches read, and per site the tokens and the batches in which it saw any."""
+    """What a data pass saw.
+
+    Attributes:
+        batches: that were read; tokens, site_batches: per site the tokens, and the batches in which it saw any.
+        masks: per site the masks that were applied, as "stream (what it comes from)".
+        unmasked: per site why no mask was applied, where one was given.
+    """
 
     batches: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     site_batches: dict[str, int] = field(default_factory=dict)
-    masked: set[str] = field(default_factory=set)
+    masks: dict[str, set[str]] = field(default_factory=dict)
+    unmasked: dict[str, set[str]] = field(default_factory=dict)
 
     def update(self, other: Seen) -> None:
         """Takes over what another pass over the same batches saw."""
         self.batches = other.batches
         self.tokens.update(other.tokens)
         self.site_batches.update(other.site_batches)
-        self.masked |= other.masked
+        self.note_masks(other)
+
+    def note_masks(self, other: Seen) -> None:
+        """Adds the masks that another pass, or another process, applied."""
+        for mine, theirs in ((self.masks, other.masks), (self.unmasked, other.unmasked)):
+            for name, found in theirs.items():
+                mine.setdefault(name, set()).update(found)
+
+    def note_rows(self, name: str, rows: Rows) -> None:
+        """Notes which mask chose the tokens of a site."""
+        if rows.keep is not None:
+            self.masks.setdefault(name, set()).add(f"{rows.stream} ({rows.why})")
+        elif rows.why:
+            self.unmasked.setdefault(name, set()).add(rows.why)
 
 
 @contextmanager
@@ -98,14 +120,13 @@ def _generators(batches: object) -> Iterator[torch.Generator]:
 class _Watcher:
     """Takes the moments of one forward pass."""
 
-    def __init__(self, new: Callable[[Site], Stats], admits: Admits, masks: list[Tensor], batch: int) -> None:
-        self.new, self.admits, self.batch = new, admits, batch
-        self.masks = [(mask.shape, mask.flatten().nonzero().squeeze(1)) for mask in masks]
-        self.values = masks
-        # tensor → its version, and by how it is looked at (see `_see`) its statistics and whether a mask was applied
+    def __init__(
+        self, new: Callable[[Site], Stats], admits: Admits, streams: Streams | None, batch: int, noted: Seen
+    ) -> None:
+        self.new, self.admits, self.streams, self.batch, self.noted = new, admits, streams, batch, noted
+        # tensor → its version, and by how it is looked at (see `_see`) its statistics and which rows counted
         self.known: Any = WeakIdKeyDictionary()
         self.seen: dict[str, list[Stats]] = {}
-        self.masked: set[str] = set()
 
     def hook(self, site: Site) -> Callable[..., None]:
         convolution = is_convolution(site.base)
@@ -130,41 +151,34 @@ class _Watcher:
         if entry is None or version is None or entry[0] != version:
             entry = self.known[x] = (version, {})
         stats = entry[1]  # by view, and whether it is read: a site that waits for another pass shares no moments
+        if self.streams is not None and site.name in self.streams.masks.sites:
+            view = (view, site.name)  # with a mask of its own
         admitted = self.admits(site, (view, True) in stats)
         if (view, admitted) not in stats:
             stats[view, admitted] = self._taken(site, x, self.new(site) if admitted else TokenCount())
-        self.seen.setdefault(site.name, []).append(stats[view, admitted][0])
-        if stats[view, admitted][1]:
-            self.masked.add(site.name)
+        taken, rows = stats[view, admitted]
+        self.seen.setdefault(site.name, []).append(taken)
+        if rows is not None:
+            self.noted.note_rows(site.name, rows)
 
-    def _taken(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, bool]:
-        """The statistics of an input, and whether a mask was applied. Patches are never masked."""
-        masked = False
+    def _taken(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, Rows | None]:
+        """The statistics of an input, and which of its rows counted. Patches are never masked."""
+        rows = None
         if is_convolution(site.base):
             blocks: Iterable[Tensor] = patches(site.base, x.detach())
+            if self.streams is not None and self.streams.masks.given:
+                rows = Rows("patches", None, "patches of a convolution are never masked")
         else:
-            rows, masked = self._rows(site, x)
-            blocks = (rows,)
-        for rows in blocks:
-            rows = rows.to("cpu") if rows.device.type == "mps" else rows  # which has no float64
-            with full_precision(rows.device):
-                new.update(rows)
-        return new, masked
-
-    def _rows(self, site: Site, x: Tensor) -> tuple[Tensor, bool]:
-        """The tokens of `x` that count, as rows (n, d), and whether a mask chose them."""
-        lead = x.shape[:-1]
-        # (batch, tokens, d), or the same flattened to (batch·tokens, d) as some layers do
-        fitting = [i for i, (shape, _) in enumerate(self.masks) if lead in (shape, torch.Size([shape.numel()]))]
-        if len(fitting) > 1 and not torch.equal(self.values[fitting[0]], self.values[fitting[1]]):
-            raise ValueError(
-                f"site {site.name}, batch {self.batch}: its input {tuple(x.shape)} fits both attention_mask and "
-                "decoder_attention_mask, and they differ; say which tokens count with token_mask="
-            )
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if fitting:
-            rows = rows.index_select(0, self.masks[fitting[0]][1].to(rows.device))
-        return rows, bool(fitting)
+            block = x.detach().reshape(-1, x.shape[-1])
+            rows = self.streams.at(site.name, x) if self.streams is not None else None
+            if rows is not None and rows.keep is not None:
+                block = block.index_select(0, rows.chosen().to(block.device))
+            blocks = (block,)
+        for block in blocks:
+            block = block.to("cpu") if block.device.type == "mps" else block  # which has no float64
+            with full_precision(block.device):
+                new.update(block)
+        return new, rows
 
     def groups(self) -> list[tuple[tuple[str, ...], Stats]]:
         """Distinct inputs in the order of the forward pass, each with the sites that saw exactly it."""
@@ -215,13 +229,14 @@ def collect(
     inputs: bool = True,
     totals: bool = False,
     admits: Admits = lambda site, known: True,
+    by_loss: bool = False,
 ) -> Seen:
     """Runs the first `num_batches` batches through the model in eval mode; with gradients only for `on_output`.
 
     Args:
         on_batch: receives the moments of all distinct inputs after each forward pass.
         forward: how to call the model with a batch; by default by the kind of the batch.
-        token_mask: which tokens count, see `batches.token_masks`.
+        token_mask: which tokens count, see `padding.token_masks`; by_loss: of these, only those that the loss reaches.
         on_output: receives the index of each batch and what the model gave for it, while gradients are enabled.
         on_first: receives the first batch and what the model gave for it, in the mode of reading.
         inputs: whether the moments of the inputs are taken; else their tokens are only counted.
@@ -236,6 +251,7 @@ def collect(
     call = forward or default_forward
     model = unwrapped(model)
     device = device_of(model)
+    anatomy = Anatomy(model)
 
     def new(site: Site) -> Stats:
         return Moments(site.in_features, gram, totals=totals) if inputs else TokenCount()
@@ -243,8 +259,10 @@ def collect(
     with reading_mode(model, sites, batches), torch.set_grad_enabled(on_output is not None):
         for index, batch in enumerate(first_batches(batches, num_batches)):
             moved = to_device(batch, device)
-            watcher = _Watcher(new, admits, _usable_masks(moved, token_mask, index), index)
-            with watching(sites, watcher):
+            masks = _usable_masks(token_masks(anatomy, moved, token_mask, by_loss), sites, model, index)
+            streams = Streams(anatomy, moved, masks) if masks.needed() else None
+            watcher = _Watcher(new, admits, streams, index, seen)
+            with following(anatomy, streams), watching(sites, watcher):
                 output = call(model, moved)
             if on_output:
                 _check_called(watcher, sites, index)
@@ -266,13 +284,19 @@ def reading_mode(model: nn.Module, sites: list[Site], batches: Iterable[Any]) ->
         yield
 
 
-def _usable_masks(batch: Any, rule: TokenMask, index: int) -> list[Tensor]:
-    masks = token_masks(batch, rule)
-    for mask in masks:
+def _usable_masks(masks: TokenMasks, sites: list[Site], model: nn.Module, index: int) -> TokenMasks:
+    for mask in masks.all():
         if not bool(mask.any()):
             raise ValueError(
                 f"batch {index}: its mask {tuple(mask.shape)} hides every token, so there is nothing to learn from; "
                 "check padding and labels, or choose what counts with token_mask="
+            )
+    names = {name for name, _ in lora_layers(model, sites[0].adapter)} if masks.sites and sites else set()
+    for name in masks.sites:
+        if name not in names:
+            raise ValueError(
+                "token_mask: expected masks for streams ('text', 'decoder', 'encoder', 'frames', a key of the batch) "
+                f"or sites, got one for {name!r}; sites are {', '.join(sorted(names)[:3])}, …"
             )
     return masks
 
@@ -302,5 +326,4 @@ def _hand_on(watcher: _Watcher, index: int, on_batch: OnBatch, seen: Seen) -> No
         for name in names:
             seen.tokens[name] = seen.tokens.get(name, 0) + stats.tokens
             seen.site_batches[name] = seen.site_batches.get(name, 0) + (stats.tokens > 0)
-    seen.masked |= watcher.masked
     seen.batches += 1

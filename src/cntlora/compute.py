@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from .assemble import Alone, Share, Work, plan_sites
-from .batches import Forward, TokenMask
+from .batches import Forward
 from .checks import check_any_left, leave_silent, report_missing
 from .collect import Seen
 from .config import InitConfig
 from .core.estimator import GradientReader
 from .core.family import METHODS
 from .memory import MaxMemory
+from .padding import TokenMask
 from .passes import Again, Passes
 from .plan import InitPlan
 from .reading import Loss, Reading, Request, read
@@ -53,8 +54,12 @@ def compute_plan(
         forward: how to call the model, `forward(model, batch)`; None for model(**batch), (*batch) or (batch).
         loss: for the methods that read gradients (descent, lora_ga, lora_one): `loss(model, batch)`, a scalar; None for
             the loss in the model's own output, which transformers models give when the batch has labels.
-        token_mask: which tokens count: None for the attention mask in the batch, "labels" for those with a label
-            besides, "none" for all, or a function of the batch.
+        token_mask: which tokens count. None for the masks in the batch, each for its own stream of tokens; without one,
+            the decoder of an encoder-decoder model counts tokens with a label other than −100. "labels" for those with
+            a label besides, "none" for all. Or a function of the batch that returns a (batch, tokens) mask, or a
+            mapping from streams ("text", "decoder", "encoder", "frames") or site names to masks (None: all count).
+            For methods that read gradients, tokens that the loss does not reach do not count either, where the labels
+            tell them: with the model's own loss, not with `loss`, where the masks alone decide.
         adapter_name: of the adapter, where the model has several.
         on_missing: "raise" if a target cannot be initialised, or "warn" and leave it plain LoRA. With methods that
             read gradients, sites without one stay plain LoRA with a warning in either case, unless they are most.

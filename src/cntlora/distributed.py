@@ -212,15 +212,14 @@ def _send(sums: SharedSums, group: _Group, owner: int, device: torch.device) -> 
 
 def _add_up_facts(reading: Reading) -> None:
     work, seen = reading.work, reading.seen
-    facts = gathered(
-        (work.estimator.ranks, work.largest_batch, seen.tokens, seen.site_batches, seen.masked, seen.batches)
-    )
-    ranks, largest, tokens, batches, masked, counts = zip(*facts, strict=True)
+    facts = gathered((work.estimator.ranks, work.largest_batch, seen.tokens, seen.site_batches, seen, seen.batches))
+    ranks, largest, tokens, batches, others, counts = zip(*facts, strict=True)
     work.estimator.ranks.update(_merged(ranks, min))
     work.largest_batch.update(_merged(largest, max))
     seen.tokens.update(_merged(tokens, sum))
     seen.site_batches.update(_merged(batches, sum))
-    seen.masked.update(*masked)
+    for other in others:
+        seen.note_masks(other)
     seen.batches = sum(counts)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .adapters import apply_plan
 from .agreement import agreed, alone, attempt, in_step
-from .batches import Forward, TokenMask, default_forward
+from .batches import Forward, default_forward
 from .compute import complete, plan_from
 from .config import InitConfig
 from .core.family import METHODS
@@ -18,6 +18,7 @@ from .distributed import plan_together
 from .gradients import scalar_loss
 from .lockstep import absorb_together
 from .memory import MaxMemory
+from .padding import TokenMask
 from .reading import Loss, Request, read
 from .sharded import partitioned, recover, reshard, shards
 from .sites import lora_layers

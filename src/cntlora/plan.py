@@ -42,6 +42,8 @@ class SitePlan:
         slope: of descent, ⟨∂L/∂W, scaling·B'·A'⟩: how the mean loss changes along the start, to first order; else None.
         sketch: uᵀWv for four fixed random pairs u, v: tells another pretrained weight from a rounded one.
         tokens, batches: how many the site saw; masked: whether a mask was applied.
+        mask: the stream of tokens that it saw and where their mask comes from, as "decoder (labels)"; "" without one.
+        unmasked: why no mask was applied, in some batch, though one was given; else "".
         effective_rank: smallest numerical rank of G over the batches, or that of all inputs (corda, eva): directions
             that the data determine; None where no inputs are read.
         rtol: the tolerance of † there; None without †.
@@ -69,6 +71,8 @@ class SitePlan:
     effective_rank: int | None
     rtol: float | None
     seconds: float
+    mask: str = ""
+    unmasked: str = ""
 
     @property
     def file_rank(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .assemble import Take, Work, working_weight
-from .batches import REPEATABLE, Forward, TokenMask, default_forward, device_of, first_batches, unwrapped
+from .batches import REPEATABLE, Forward, default_forward, device_of, first_batches, unwrapped
 from .checks import check_adapter, usable_sites
 from .collect import Seen, collect
 from .config import InitConfig
@@ -24,6 +24,7 @@ from .core.family import METHODS
 from .gradients import loss_in, weight_gradients
 from .memory import Budget, MaxMemory, parse_limits
 from .notices import quoted
+from .padding import TokenMask
 from .reach import has_loss, is_watched, unreached
 from .sharded import is_sharded, reshard
 from .sites import Site
@@ -172,6 +173,7 @@ def _read(reading: Reading, sites: list[Site]) -> Seen:
             num_batches=config.num_batches, gram=config.gram, forward=forward, token_mask=request.token_mask,
             on_output=backward, on_first=_looking(reading, sites), step=step, inputs=inputs, totals=totals,
             admits=reading.budget.admits,
+            by_loss=backward is not None and (request.loss is None or getattr(request.loss, "by_labels", False)),
         )  # fmt: skip
     if config.batch_weights is not None and len(config.batch_weights) != seen.batches:
         raise ValueError(

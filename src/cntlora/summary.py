@@ -20,7 +20,8 @@ class InitReport:
 
     Attributes:
         config: the configuration in force.
-        sites: per site rank (that trains), file_rank, scaling, tokens, batches, masked, effective_rank, rtol,
+        sites: per site rank (that trains), file_rank, scaling, tokens, batches, masked, mask (the stream of tokens, and
+            where their mask comes from), unmasked (why a mask that was given was not applied), effective_rank, rtol,
             delta_norm, weight_norm, start_norm, captured (share of the squared spectrum that the rank covers), seconds.
         skipped: sites left as plain LoRA, and why.
         batches: batches read. seconds, forward_seconds: of the whole, and of the data pass with its statistics.
@@ -71,10 +72,13 @@ class InitReport:
             f"{c.method} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
         )
-        heads = ("rank", "file rank", "tokens", "eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms")
-        lines = [text_table(title, heads, [(name, *_cells(s)) for name, s in self.sites.items()])]
+        masks = any(site["mask"] or site["unmasked"] for site in self.sites.values())
+        heads = ["rank", "file rank", "tokens", *(["mask"] if masks else [])]
+        heads += ["eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms"]
+        lines = [text_table(title, heads, [(name, *_cells(s, masks)) for name, s in self.sites.items()])]
         if any(_starving(s) for s in self.sites.values()):
             lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
+        lines += _without_mask(self.sites)
         lines += [_taken(self.step)] if self.step else []
         lines += _places(self.memory)
         lines += [f"{name}: shares the factors of {leader}, made there" for name, leader in self.shared.items()]
@@ -89,6 +93,19 @@ def _taken(step: Mapping[str, float]) -> str:
     if "loss_before" in step:
         losses = f"; loss {step['loss_before']:.4f} → {step['loss_after']:.4f} on {step['batches']:.0f} batches"
     return f"step: ‖s·B·A‖/‖W‖ is {step['size']:.3g} at the site where it is largest{losses}"
+
+
+def _without_mask(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Each reason why a mask was not applied, with the sites that saw all tokens for it."""
+    by_reason: dict[str, list[str]] = {}
+    for name, site in sites.items():
+        if site["unmasked"]:
+            by_reason.setdefault(site["unmasked"], []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        lines.append(f"† every token counts at {len(names)} site{'s' * (len(names) > 1)} ({some}): {reason}")
+    return lines
 
 
 def _places(memory: Mapping[str, int]) -> list[str]:
@@ -122,7 +139,7 @@ def _starving(s: Mapping[str, Any]) -> bool:
     return s["effective_rank"] is not None and s["effective_rank"] < s["rank"]
 
 
-def _cells(s: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(s: Mapping[str, Any], masks: bool) -> tuple[str, ...]:
     def cell(value: Any, form: str, mark: str = "") -> str:
         return "–" if value is None else f"{value:{form}}{mark}"
 
@@ -131,6 +148,7 @@ def _cells(s: Mapping[str, Any]) -> tuple[str, ...]:
         str(s["rank"]),
         str(s["file_rank"]),
         f"{s['tokens']:,}",
+        *([(s["mask"] or "–") + "†" * bool(s["unmasked"])] if masks else []),
         cell(s["effective_rank"], "d", "*" if _starving(s) else ""),
         cell(s["rtol"], ".0e"),
         "–" if s["delta_norm"] is None or not weight else f"{s['delta_norm'] / weight:.3f}",

@@ -72,7 +72,7 @@ def training_arguments(
         )
     loader = trainer.get_train_dataloader()
     if METHODS[config.method].reads == "gradients" and forward is None:
-        return {"batches": loader, "forward": None, "loss": loss or _own_loss(trainer)}
+        return {"batches": loader, "forward": None, "loss": loss or _OwnLoss(trainer)}
     if callable(getattr(trainer, "collect_features", None)) and forward is None:
         return {"batches": Columns(loader, trainer.collect_features), "forward": _one_argument, "loss": loss}
     return {"batches": loader, "forward": forward or _for_the_model, "loss": loss}
@@ -83,11 +83,17 @@ def _generates(trainer: Any) -> bool:
     return callable(getattr(trainer, "_generate", None))
 
 
-def _own_loss(trainer: Any) -> Callable[[nn.Module, Any], Any]:
-    def loss(model: nn.Module, batch: Any) -> Any:
-        return trainer.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
+class _OwnLoss:
+    """A trainer's loss; `by_labels`: whether it is that of the model, which leaves out tokens labelled −100."""
 
-    return loss
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        library = type(trainer).compute_loss.__module__.split(".")[0]
+        changed = any(getattr(trainer, name, None) is not None for name in ("label_smoother", "compute_loss_func"))
+        self.by_labels = library in ("transformers", "trl") and not changed
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        return self.trainer.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
 
 
 def _for_the_model(model: nn.Module, batch: Any) -> Any:
