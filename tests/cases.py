@@ -37,6 +37,11 @@ def relative_error(got: Tensor | np.ndarray, expected: Tensor | np.ndarray) -> f
     return error if np.isfinite(error) else float("inf")
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """How the reference names a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 def array(M: Tensor | np.ndarray) -> np.ndarray:
     """As a float64 numpy array."""
     return (M.detach().cpu().double().numpy() if isinstance(M, Tensor) else np.asarray(M)).astype(np.float64)
@@ -143,7 +148,7 @@ def gaussian_constant(k: int, name: str, seed: int) -> np.ndarray:
 
 
 def reference_delta(mode: Mode, W: np.ndarray, batches: Sequence[np.ndarray], site: str = "site", **more: Any) -> Any:
-    """ΔW (k, d) of the reference."""
+    """ΔW (k, d) of the reference; `precision` of the inputs is that of float64 unless given."""
     arguments = {**mode.arguments, **more}
     if mode.options.get("shift_constant") == "gaussian":
         arguments["C"] = gaussian_constant(len(W), site, mode.options["seed"])

@@ -57,6 +57,19 @@ def default_rtol(d: int, b: int) -> float:
     return max(d, b) * EPS
 
 
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def rounding_share(d: int, b: int, precision: str) -> float:
+    """The share of ||X||_F up to which a singular value of X (d, b) is rounding, its entries being of that precision.
+
+    8 u (1/sqrt(d) + 1/sqrt(b)) for entries that are rounded independently, and 32 u' for the sums behind them, which
+    are in float32 or better.
+    """
+    u = UNIT_ROUNDOFF[precision]
+    return float(8 * u * (1 / np.sqrt(d) + 1 / np.sqrt(b)) + 32 * min(u, UNIT_ROUNDOFF["float32"]))
+
+
 def cross_target(
     W: np.ndarray,
     X: np.ndarray,
@@ -82,7 +95,12 @@ def _eigen_root(X: np.ndarray, gram_kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def self_target(
-    W: np.ndarray, X: np.ndarray, root: str = "paper", rtol: float | None = None, gram_kind: str = "sum"
+    W: np.ndarray,
+    X: np.ndarray,
+    root: str = "paper",
+    rtol: float | None = None,
+    gram_kind: str = "sum",
+    precision: str | None = "float64",
 ) -> np.ndarray:
     """Eq. 9-12; W (k, d), X (d, b) -> (k, d).
 
@@ -90,14 +108,17 @@ def self_target(
     root "symmetric": W_tar = W P (D^1/2)^+ P^T, another solution of eq. 8.
     root "cholesky": W_tar = W (R^T)^+ with R of the QR of D^1/2 P^T, its diagonal positive, so that G = R^T R and R^T
     is the Cholesky factor of a G of full rank; another solution of eq. 8.
-    rtol is on the singular values D^1/2 of P D^1/2. The default keeps the eigenvalues D above
-    default_rtol(d, b) * max D, which is its square root on D^1/2.
+    rtol is on the singular values D^1/2 of P D^1/2, those of X. The default keeps the eigenvalues D above
+    default_rtol(d, b) * max D, which is its square root on D^1/2, if D^1/2 is also above rounding_share * ||X||_F,
+    X having come in that precision (None: exact).
     """
     W, X = _f64(W), _f64(X)
     d, b = X.shape
+    P, half = _eigen_root(X, gram_kind)
     if rtol is None:
         rtol = float(np.sqrt(default_rtol(d, b)))
-    P, half = _eigen_root(X, gram_kind)
+        if precision is not None and half.max(initial=0.0) > 0:
+            rtol = max(rtol, rounding_share(d, b, precision) * float(np.linalg.norm(half) / half.max()))
     inverse_half = _inverse(half, rtol)
     if root == "symmetric":
         return W @ ((P * inverse_half) @ P.T)
@@ -165,12 +186,13 @@ def delta(
     C: np.ndarray | float | None = None,
     rtol: float | None = None,
     gram_kind: str = "sum",
+    precision: str | None = "float64",
 ) -> np.ndarray:
     """Delta W = W_est - W (section 3.2: W_tar = W + Delta W); W (k, d), each batch (d, b_j) -> (k, d)."""
     if method == "cross":
         targets = [cross_target(W, X, rtol, gram_kind) for X in batches]
     elif method == "self":
-        targets = [self_target(W, X, root, rtol, gram_kind) for X in batches]
+        targets = [self_target(W, X, root, rtol, gram_kind, precision) for X in batches]
     elif method == "shift":
         targets = [shift_target(W, X, C, rtol, gram_kind) for X in batches]
     else:

@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks import accuracy, exact, init_cost, measure, parts, predict, scaling, standin, starts, tables, workloads
+from benchmarks import (
+    accuracy,
+    exact,
+    init_cost,
+    measure,
+    parts,
+    predict,
+    rounding,
+    scaling,
+    standin,
+    starts,
+    tables,
+    workloads,
+)
 from benchmarks.peers import rows_alone
 from benchmarks.rows import FLOOR, ROWS, Bench, Job
 from tests import reference
@@ -226,8 +239,8 @@ def test_the_plan_is_accurate_on_the_tiny_workload(tmp_path: Path, capsys: pytes
     assert "| tiny | shift | 14 |" in capsys.readouterr().out
     for method, row in record["summary"]["tiny"].items():
         for name, site in record["sites"]["tiny"][method].items():
-            assert abs(site["excess"]) < rounding(method, site["margin"]), (method, name)
-            assert site["distance"] < rounding(method, site["margin"]) + eps(torch.float32) / site["gap"], (
+            assert abs(site["excess"]) < rounding_bound(method, site["margin"]), (method, name)
+            assert site["distance"] < rounding_bound(method, site["margin"]) + eps(torch.float32) / site["gap"], (
                 method,
                 name,
             )
@@ -235,7 +248,7 @@ def test_the_plan_is_accurate_on_the_tiny_workload(tmp_path: Path, capsys: pytes
         assert worst["distance"] == row["distance_worst"] >= row["distance_median"]
 
 
-def rounding(method: str, margin: float) -> float:
+def rounding_bound(method: str, margin: float) -> float:
     """What rounding may do to the factors of a site: that of its float32 factors, and that of G.
 
     G carries rounding of max(d, b)·eps·λ_max, which moves 1/λ_min by 1/margin: 0.03 at the worst of the tiny model's
@@ -255,7 +268,7 @@ def test_the_bound_on_the_accuracy_tells_other_data_apart() -> None:
         inputs = accuracy.inputs_of(model, layers, batches)
         for name, site in plan.sites.items():
             found = accuracy.site_errors(layers[name], site, method, inputs[name][1:])
-            assert found["excess"] > rounding(method, exact.margin(inputs[name])), (method, name)
+            assert found["excess"] > rounding_bound(method, exact.margin(inputs[name])), (method, name)
 
 
 def test_caught_inputs_leave_out_padding_and_take_their_hooks_with_them() -> None:
@@ -389,3 +402,28 @@ def test_the_starts_of_a_tiny_task(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SystemExit):
         starts.main(["any.toml", "--methods", "lroa", "--out", str(tmp_path)])
     assert "did you mean" in capsys.readouterr().err
+
+
+# --- how much of the inputs is rounding -----------------------------------------------------------------------
+
+
+def test_the_noise_of_rounded_inputs_is_that_of_their_dtype() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact_inputs = torch.randn(40, 3, generator=generator, dtype=torch.float64) @ torch.randn(
+        3, 90, generator=generator, dtype=torch.float64
+    )
+    rounded = exact_inputs.to(torch.bfloat16).double()
+    found = rounding.noise_facts(rounded, exact_inputs, torch.bfloat16, torch.bfloat16)
+    assert 0.1 < found["entries"] < 1.0  # one rounding: u/√3 of each entry at most
+    assert found["dropped"] == found["near"] == 37 and found["left"] == 0
+    fine = rounding.noise_facts(rounded, exact_inputs, torch.float32, torch.float32)  # control
+    assert fine["entries"] > 1e3 and fine["dropped"] == 0 and fine["left"] == 37
+
+
+def test_the_rounding_of_a_tiny_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    tiny = smoke(load_experiment(Path(__file__).parents[1] / "experiments" / "tweets_modes.toml"), tmp_path)
+    monkeypatch.setattr(rounding, "load_experiment", lambda file: tiny)
+    rounding.main(["any.toml", "--threads", "1"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| any")]
+    assert [line[1] for line in lines] == ["float32", "bfloat16", "autocast"]
+    assert 0 < float(lines[0][3]) < 30 and 0 < float(lines[1][3]) < 8

@@ -25,6 +25,7 @@ from tests.cases import (
     inputs_of,
     lora,
     mlp,
+    precision_of,
     reference_delta,
     relative_error,
     seeded,
@@ -103,7 +104,7 @@ def test_a_plan_equals_the_reference(mode: Mode, dtype: torch.dtype, record_prop
         assert list(plan.sites) == list(Mlp.targets)
         r = adapter.get("r", 3)
         for name, site in plan.sites.items():
-            M = reference_delta(mode, W[name], inputs[name], name, **arguments)
+            M = reference_delta(mode, W[name], inputs[name], name, precision=precision_of(dtype), **arguments)
             expected = options.get("strength", 2.0) * truncated(M, r)  # None is 2 for the paper's modes
             s = adapter.get("alpha", 6) / (r**0.5 if adapter.get("use_rslora") else r)
             assert site.scaling == pytest.approx(s, rel=1e-12)
@@ -129,7 +130,7 @@ def test_factors_are_those_of_the_reference(p: float, mode: Mode, dtype: torch.d
     inputs, W = inputs_of(base, batches), weights_of(base)
     plan = plan_of(wrapped(base, lora(r=3, alpha=4, use_rslora=True)), batches, InitConfig(**mode.options, **KEEP, p=p))
     for name, site in plan.sites.items():
-        M = reference_delta(mode, W[name], inputs[name], name)
+        M = reference_delta(mode, W[name], inputs[name], name, precision=precision_of(dtype))
         B, A = reference.svd_factors(2 * 3**0.5 / 4 * M, 3, p)
         assert relative_error(site.A, A) <= 10 * TOLERANCE[dtype]  # vectors feel the gaps of the spectrum
         assert relative_error(site.B, B) <= 10 * TOLERANCE[dtype]
@@ -147,7 +148,7 @@ def test_qr_plans_equal_the_reference(decomposition: str, mode: Mode, dtype: tor
     config = InitConfig(**mode.options, **KEEP, decomposition=decomposition, strength=1.5)
     plan = plan_of(wrapped(base), batches, config)
     for name, site in plan.sites.items():
-        M = reference_delta(mode, W[name], inputs[name], name)
+        M = reference_delta(mode, W[name], inputs[name], name, precision=precision_of(dtype))
         assert relative_error(added(site), 1.5 * truncated(M, 3, decomposition)) <= TOLERANCE[dtype]
         assert relative_error(site.B, reference.qr_factors(M, 3, decomposition == "qr_pivoted")[0]) <= TOLERANCE[dtype]
         assert relative_error(added(site), 1.5 * truncated(M, 3)) > 1e-3  # control: it is not the SVD
@@ -562,8 +563,8 @@ def test_a_tensor_edited_between_two_layers_is_another_input(
     W = {name: array(base.get_submodule(name).weight) for name in ("a", "b")}
     plan = plan_of(wrapped(base, lora(targets=["a", "b"])), batches, forward=forward)
     for name, site in plan.sites.items():
-        expected = 2 * truncated(reference.delta(W[name], inputs[name], "self"), 3)
-        assert relative_error(added(site), expected) < TOLERANCE[dtype], name
+        delta = reference.delta(W[name], inputs[name], "self", precision=precision_of(dtype))
+        assert relative_error(added(site), 2 * truncated(delta, 3)) < TOLERANCE[dtype], name
     swapped = 2 * truncated(reference.delta(W["b"], inputs["a"], "self"), 3)
     assert relative_error(added(plan.sites["b"]), swapped) > 1e-2  # control: the two inputs do differ
     calls = updates(monkeypatch)

@@ -22,6 +22,7 @@ from tests.cases import (
     draw,
     gaussian_constant,
     moments,
+    precision_of,
     reference_delta,
     relative_error,
 )
@@ -60,7 +61,8 @@ def test_delta_equals_the_reference(case: Case, mode: Mode, dtype: torch.dtype, 
             }
         )
         got = delta(config, case.W, case.batches)
-        expected = reference_delta(mode, W, batches, gram_kind=gram, rtol=rtol, initial=initial, weights=w)
+        arguments = {"gram_kind": gram, "rtol": rtol, "initial": initial, "weights": w}
+        expected = reference_delta(mode, W, batches, precision=precision_of(dtype), **arguments)
         errors[gram, rtol, initial, w] = relative_error(got, expected)
     worst = max(errors, key=lambda key: errors[key])
     record_property("worst", errors[worst])

@@ -74,10 +74,12 @@ class Work:
         return self.estimator.slope(name, B[:, :r], A[:r]) / total
 
     def rtol(self, site: Site) -> float | None:
-        """The tolerance of † at a site, of its largest batch where that depends on the batch; None without †."""
+        """The tolerance of † at a site, where that depends on the batch the largest; None without †."""
         if "rtol" not in METHODS[self.config.method].options:
             return None
-        if self.config.effective_rtol is not None:
+        if self.config.effective_rtol is None:
+            return self.estimator.noted.rtols[site.name]
+        if self.config.effective_rtol > 0:
             return self.config.effective_rtol
         other = site.out_features if self.config.method == "shift" else self.largest_batch[site.name]
         return default_rtol(site.in_features, other, DTYPE)

@@ -12,6 +12,7 @@ from .core.family import METHODS
 from .layouts import INSIDE_ATTENTION
 from .notices import quoted, warn_caller
 from .offloaded import fetched
+from .plan import FAR, InitPlan
 from .sharded import check_rank
 from .sites import Site, config_holder, factor_of, factor_slots, find_sites
 from .ties import Group, Tied, groups, leader_of
@@ -216,3 +217,23 @@ def leave_silent(silent: Sequence[str], heard: int, batches: int, on_missing: st
             "still train where the loss of other batches depends on it"
         )
     return dict.fromkeys(silent, reason)
+
+
+def report_far(plan: InitPlan) -> InitPlan:
+    """Warns of starts whose ‖s·B·A‖/‖W‖ is far beyond what trained adapters reach; returns the plan."""
+    far = plan.far_starts()
+    if far:
+        name, size = next(iter(far.items()))
+        others = f" (and {len(far) - 1} more, see the report)" if len(far) > 1 else ""
+        warn_caller(
+            f"site {name}{others}: ‖s·B·A‖/‖W‖ of its start is {size:.3g}, expected at most {FAR:g}; trained adapters "
+            f"stay far below, and such starts train badly; {far_cure(plan.config)}"
+        )
+    return plan
+
+
+def far_cure(config: InitConfig) -> str:
+    """What makes a start smaller."""
+    if "rtol" not in METHODS[config.method].options:
+        return "lower strength"
+    return "raise rtol (1e-3 cuts off what the data hardly determine), read more or larger batches, or lower strength"

@@ -93,7 +93,7 @@ def init(
     gram: Annotated[str, typer.Option(help="sum or mean over the tokens of a batch.")] = "sum",
     root: Annotated[str, typer.Option(help="Square root in self mode: paper, symmetric or cholesky.")] = "paper",
     rtol: Annotated[
-        float | None, typer.Option(help="Cut-off of the pseudo-inverse; 0 for rounding. Cross, shift: 1e-3.")
+        float | None, typer.Option(help="Cut-off of the pseudo-inverse; 0: NumPy's. Cross, shift: 1e-3.")
     ] = None,
     shift_constant: Annotated[str, typer.Option(help="C of shift mode: a number, or gaussian.")] = "1",
     center: Annotated[bool, typer.Option(help="eva: subtract the mean token.")] = True,

@@ -163,7 +163,7 @@ class _Watcher:
 
     def _taken(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, Rows | None]:
         """The statistics of an input, and which of its rows counted. Patches are never masked."""
-        rows = None
+        rows, precision = None, _autocast_dtype(x)
         if is_convolution(site.base):
             blocks: Iterable[Tensor] = patches(site.base, x.detach())
             if self.streams is not None and self.streams.masks.given:
@@ -177,7 +177,7 @@ class _Watcher:
         for block in blocks:
             block = block.to("cpu") if block.device.type == "mps" else block  # which has no float64
             with full_precision(block.device):
-                new.update(block)
+                new.update(block, precision)
         return new, rows
 
     def groups(self) -> list[tuple[tuple[str, ...], Stats]]:
@@ -189,6 +189,13 @@ class _Watcher:
             names.setdefault(key, []).append(name)
             inputs[key] = moments
         return [(tuple(names[key]), _merged(inputs[key])) for key in names]
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which a layer that is called now multiplies x, where autocast makes it another than that of x."""
+    kind = x.device.type
+    applies = x.dtype in (torch.float16, torch.bfloat16, torch.float32) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if applies else None
 
 
 def _merged(parts: list[Stats]) -> Stats:

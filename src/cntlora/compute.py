@@ -13,7 +13,7 @@ from torch import nn
 
 from .assemble import Alone, Share, Work, plan_sites
 from .batches import Forward
-from .checks import check_any_left, leave_silent, report_missing
+from .checks import check_any_left, leave_silent, report_far, report_missing
 from .collect import Seen
 from .config import InitConfig
 from .core.estimator import GradientReader
@@ -89,10 +89,13 @@ def compute_plan(
 
 
 def complete(plan: InitPlan, reading: Reading) -> InitPlan:
-    """The plan with the sites that share the factors of others; a collective where their weights are sharded."""
+    """The plan with the sites that share the factors of others; warns of starts that are far out.
+
+    A collective where the weights of those sites are sharded.
+    """
     request = reading.request
     order = [name for name, _ in lora_layers(request.model, request.adapter_name)]
-    return with_followers(plan, reading.tied, order) if reading.tied else plan
+    return report_far(with_followers(plan, reading.tied, order) if reading.tied else plan)
 
 
 def plan_from(reading: Reading, share: Share | None = None, again: Again | None = None) -> InitPlan:

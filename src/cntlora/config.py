@@ -56,8 +56,9 @@ class InitConfig:
         root: square root in self mode, "paper" (D^(−½) Pᵀ), "symmetric" (P D^(−½) Pᵀ) or "cholesky" (L⁻¹ of G = L Lᵀ,
             the fastest).
         rtol: singular values at or under rtol·σ_max are dropped by †. None for the method's own: 1e-3 for cross and
-            shift, which blow up at less (docs/results.md), and rounding for self. 0 for rounding, max(d, b)·eps of the
-            statistics' dtype, as NumPy has it: the paper's letter.
+            shift, which blow up at less (docs/results.md); for self whatever may be rounding of the inputs, by the
+            dtype that they come in (docs/math.md). 0 for max(d, b)·eps of the statistics' dtype, as NumPy has it: the
+            paper's letter.
         shift_constant: C in shift mode: a multiple of the identity, or "gaussian".
         center: eva: subtract the mean token, as its own code does; False for eq. 39 as printed.
         damping: corda, descent: the input covariance gets damping·mean(diag C)·I before it is inverted.
@@ -171,8 +172,11 @@ class InitConfig:
 
     @property
     def effective_rtol(self) -> float | None:
-        """The tolerance of † in force: the one given, else the method's own; None for that of rounding."""
-        return METHODS[self.method].rtol if self.rtol is None else self.rtol or None
+        """The tolerance of † in force: the one given, else the method's own.
+
+        0 for that of the sums, as NumPy has it; None for that of the rounding of the inputs.
+        """
+        return METHODS[self.method].rtol if self.rtol is None else self.rtol
 
     @property
     def effective_decomposition(self) -> str:
@@ -196,8 +200,13 @@ class InitConfig:
         return values
 
     def stated(self) -> dict[str, Any]:
-        """As `to_dict`, with base and tolerance in force where they are left to the method."""
-        return {**self.to_dict(), "base": self.stated_base, "rtol": self.effective_rtol}
+        """As `to_dict`, with base and tolerance in force where they are left to the method.
+
+        The tolerance is None where it is NumPy's, or there is none; "rounding" where it follows from the inputs.
+        """
+        follows = self.effective_rtol is None and "rtol" in METHODS[self.method].options
+        rtol = "rounding" if follows else self.effective_rtol or None
+        return {**self.to_dict(), "base": self.stated_base, "rtol": rtol}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> InitConfig:

@@ -21,6 +21,9 @@ from .config import InitConfig
 from .sites import Site
 
 FORMAT = 6
+FAR = 20.0
+"""‖s·B·A‖/‖W‖ beyond which a start is said to be far: twice the largest that trained as well as smaller ones, ten times
+what training adds at its best rate, and under all that trained worse (docs/math.md)."""
 _KEY, _DIGEST = "cntlora_plan", "cntlora_digest"
 
 
@@ -121,6 +124,12 @@ class InitPlan:
     step: Mapping[str, float] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     unreached: Sequence[str] = field(default_factory=list)
+
+    def far_starts(self) -> dict[str, float]:
+        """Site → ‖scaling·B·A‖/‖W‖ of the directions that train where that is above `FAR`, the largest first."""
+        sizes = {name: s.start_norm / s.weight_norm for name, s in self.sites.items() if s.rank and s.weight_norm}
+        far = {name: size for name, size in sizes.items() if size > FAR}
+        return dict(sorted(far.items(), key=lambda item: -item[1]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, first under a temporary name. No pickle, no path inside."""

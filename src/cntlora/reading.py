@@ -99,15 +99,16 @@ class Reading:
         self.budget.next_pass(sites)
         if self.request.in_order or self.budget.of_gradients:
             self.budget.admit_in_order(sites)
-        ranks = self.work.estimator.ranks
+        noted = self.work.estimator.noted
         named = self.work.sites  # and not self: a cycle would keep the loader alive
         self.work.estimator = METHODS[self.work.config.method].estimator(
             lambda name: working_weight(named[name]), self.work.config
         )
-        self.work.estimator.ranks.update(ranks)
+        self.work.estimator.noted.update(noted)
         for sums in self.work.estimator.accumulated:
             sums.place = self.budget.place
         seen = _read(self, sites)
+        self.work.estimator.noted.plain()
         reshard(self.request.model)
         self.seconds += time.perf_counter() - start
         return seen

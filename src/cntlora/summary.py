@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .checks import far_cure
 from .config import InitConfig
-from .plan import InitPlan, site_dict
+from .plan import FAR, InitPlan, site_dict
+
+NAMED = 5
+"""Sites that a note under the table names; those that it is of are marked in the table."""
 
 _UNREACHED = "the loss of the first row does not depend on it, so that it would not train; leave it out"
 
@@ -29,6 +33,7 @@ class InitReport:
         step: of descent, see `InitPlan`; else empty.
         shared: sites that have the factors of another one, with the name of that, where they were made.
         unreached: sites that the loss of the first row does not depend on, see `InitPlan`.
+        far: sites whose start is far beyond what trained adapters reach, see `InitPlan.far_starts`.
     """
 
     config: InitConfig
@@ -41,13 +46,16 @@ class InitReport:
     step: Mapping[str, float] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     unreached: Sequence[str] = field(default_factory=list)
+    far: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: InitPlan) -> InitReport:
         """The report of a plan."""
         sites = {name: site_dict(site) for name, site in plan.sites.items()}
         rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory), dict(plan.step))
-        return cls(plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared), list(plan.unreached))
+        return cls(
+            plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared), list(plan.unreached), plan.far_starts()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -62,6 +70,7 @@ class InitReport:
             "step": dict(self.step),
             "shared": dict(self.shared),
             "unreached": list(self.unreached),
+            "far": dict(self.far),
         }
 
     def __str__(self) -> str:
@@ -75,9 +84,11 @@ class InitReport:
         masks = any(site["mask"] or site["unmasked"] for site in self.sites.values())
         heads = ["rank", "file rank", "tokens", *(["mask"] if masks else [])]
         heads += ["eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms"]
-        lines = [text_table(title, heads, [(name, *_cells(s, masks)) for name, s in self.sites.items()])]
+        rows = [(name, *_cells(s, masks, name in self.far)) for name, s in self.sites.items()]
+        lines = [text_table(title, heads, rows)]
         if any(_starving(s) for s in self.sites.values()):
             lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
+        lines += [_far(self.far, c)] if self.far else []
         lines += _without_mask(self.sites)
         lines += [_taken(self.step)] if self.step else []
         lines += _places(self.memory)
@@ -85,6 +96,12 @@ class InitReport:
         lines += [f"{name}: {_UNREACHED}" for name in self.unreached]
         lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _far(far: Mapping[str, float], config: InitConfig) -> str:
+    """The sites that start far out, the furthest first, and the cure."""
+    names = ", ".join(list(far)[:NAMED]) + (f" and {len(far) - NAMED} more" if len(far) > NAMED else "")
+    return f"! further out than {FAR:g}·‖W‖, which trained adapters never reach: {names}; {far_cure(config)}"
 
 
 def _taken(step: Mapping[str, float]) -> str:
@@ -139,7 +156,7 @@ def _starving(s: Mapping[str, Any]) -> bool:
     return s["effective_rank"] is not None and s["effective_rank"] < s["rank"]
 
 
-def _cells(s: Mapping[str, Any], masks: bool) -> tuple[str, ...]:
+def _cells(s: Mapping[str, Any], masks: bool, far: bool) -> tuple[str, ...]:
     def cell(value: Any, form: str, mark: str = "") -> str:
         return "–" if value is None else f"{value:{form}}{mark}"
 
@@ -152,7 +169,7 @@ def _cells(s: Mapping[str, Any], masks: bool) -> tuple[str, ...]:
         cell(s["effective_rank"], "d", "*" if _starving(s) else ""),
         cell(s["rtol"], ".0e"),
         "–" if s["delta_norm"] is None or not weight else f"{s['delta_norm'] / weight:.3f}",
-        "–" if not weight else f"{s['start_norm'] / weight:.3f}",
+        "–" if not weight else f"{s['start_norm'] / weight:.3f}{'!' if far else ''}",
         cell(s["captured"], ".1%"),
         f"{1e3 * s['seconds']:.0f}",
     )

@@ -19,7 +19,7 @@ def cross_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, 
     Returns:
         T (d, d), whether it holds (), and then the rank of G. Where b ≤ d by the dual, G† = X (Xᵀ X)⁻² Xᵀ.
     """
-    tolerance = X.rtol if rtol is None else rtol
+    tolerance = rtol or X.rtol
     rows = X.rows()
     if rows is None:
         inverse, holds = cholesky_inverse(X.gram(), tolerance)
@@ -35,7 +35,7 @@ def cross_map(X: Moments, rtol: float | None = None) -> tuple[Tensor, int]:
     Returns:
         T (d, d) and the numerical rank of G.
     """
-    pairs = X.eigenpairs(X.rtol if rtol is None else rtol)
+    pairs = X.eigenpairs(rtol or X.rtol)
     return (pairs.P / pairs.D) @ pairs.P.mT, pairs.D.numel()
 
 
@@ -46,14 +46,15 @@ def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tupl
         root: "paper" for D^(−½) Pᵀ as printed, its rows ordered by falling eigenvalue and signed by
             `linalg.fix_signs`. Two members of the same solution family depend on neither order nor signs: "symmetric"
             for P D^(−½) Pᵀ, and "cholesky" for L⁻¹ with G = L Lᵀ, which needs no eigenvalues (`self_quick`).
-        rtol: singular values D^½ of P D^½ at or under rtol·max are dropped. The default drops eigenvalues D under
-            max(d, b)·eps instead, i.e. its square root on D^½, because D carries rounding noise of that size; for
-            the same reason a smaller rtol acts as the default.
+        rtol: singular values D^½ of P D^½ at or under rtol·max are dropped. They are those of X; None drops what may
+            be the rounding of its entries, D^½ at or under `X.noise`·‖X‖_F. 0 drops eigenvalues D under max(d, b)·eps,
+            i.e. its square root on D^½, because the sums in D carry rounding noise of that size; for the same reason
+            a smaller rtol acts as 0, and None drops those too.
 
     Returns:
         T (d, d) and the numerical rank of G.
     """
-    pairs = X.eigenpairs(_root_rtol(X, rtol))
+    pairs = X.eigenpairs(_root_rtol(X, rtol), _root_noise(X, rtol))
     half = (pairs.P / pairs.D.sqrt()).mT  # (n, d) = D^(−½) Pᵀ
     if root == "symmetric":
         return pairs.P @ half, pairs.D.numel()
@@ -72,22 +73,30 @@ def self_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, i
     Returns:
         T (d, d), its rows past min(d, b) zero, whether it holds (), and then the rank of G.
     """
-    tolerance = _root_rtol(X, rtol)
+    tolerance, noise = _root_rtol(X, rtol), _root_noise(X, rtol)
     rows = X.rows()
     if rows is None:
         L, info = torch.linalg.cholesky_ex(X.gram())
         L.diagonal().masked_fill_(info != 0, 1.0)  # a factor that was given up has zeros there
         T = triangular_inverse(L, upper=False)
-        return T, (info == 0) & (frobenius_condition(L, T).square() * tolerance < 1.0), X.dim
-    inverse, holds = cholesky_inverse(rows @ rows.mT, tolerance)
+        # tr(G)·tr(G⁻¹), so that no eigenvalue is under either tolerance, of λ_max or of tr(G)
+        return T, (info == 0) & (frobenius_condition(L, T).square() * max(tolerance, noise**2) < 1.0), X.dim
+    S = rows @ rows.mT
+    inverse, holds = cholesky_inverse(S, tolerance)
+    holds = holds & (S.diagonal().sum() * torch.linalg.matrix_norm(inverse) * noise**2 < 1.0)
     Q, R = torch.linalg.qr(rows)
     half = fix_diagonal(R)[:, None] * (Q.mT @ (inverse @ rows))
     return _padded(half, X.dim), holds, rows.shape[0]
 
 
 def _root_rtol(X: Moments, rtol: float | None) -> float:
-    """The tolerance on D that stands for `rtol` on D^½, no smaller than the rounding noise that D carries."""
+    """The tolerance on D that stands for `rtol` on D^½, no smaller than the rounding noise that the sums in D carry."""
     return X.rtol if rtol is None else max(rtol**2, X.rtol)
+
+
+def _root_noise(X: Moments, rtol: float | None) -> float:
+    """What of ‖X‖_F is taken for rounding of the inputs: none of it where a tolerance is given."""
+    return X.noise if rtol is None else 0.0
 
 
 def _padded(half: Tensor, d: int) -> Tensor:
@@ -98,9 +107,9 @@ def _padded(half: Tensor, d: int) -> Tensor:
 def shift_inverse(W: Tensor, G: Tensor, rtol: float | None = None) -> Tensor:
     """(Wᵀ − G Wᵀ)† (k, d) of eq. 17, W_tar = C (Wᵀ − G Wᵀ)†.
 
-    From W_tar Wᵀ − W_tar G Wᵀ = C (eq. 16). The default tolerance is max(d, k)·eps on the singular values.
+    From W_tar Wᵀ − W_tar G Wᵀ = C (eq. 16). The default tolerance, and 0, is max(d, k)·eps on the singular values.
     """
-    return pinv(W.mT - G @ W.mT, rtol)
+    return pinv(W.mT - G @ W.mT, rtol or None)
 
 
 def shift_resolvent(X: Moments, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -136,7 +145,7 @@ def shift_constant(C: float | str, k: int, generator: torch.Generator, like: Ten
 
 def shift_rtol(k: int, d: int, dtype: torch.dtype, rtol: float | None) -> float:
     """The tolerance that `shift_inverse` applies to a (d, k) matrix."""
-    return default_rtol(d, k, dtype) if rtol is None else rtol
+    return rtol or default_rtol(d, k, dtype)
 
 
 def combine(W: Tensor, W_tar_sum: Tensor, batches: int, initial: str = "pretrained") -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .linalg import coarser
 from .moments import Moments
 from .parallel import full_precision, side_by_side
 from .peers import Target
@@ -28,12 +29,60 @@ class Digest:
         shared: to those of all sites, or of those in `sharing` where that is not None.
         own: to those of single sites.
         rank: numerical rank of G, where it is noted batch by batch.
+        rtol: the tolerance of † () there, where it follows from the inputs.
+        precision: that of the inputs, where it is needed for the sum over batches.
     """
 
     shared: Tensor | None = None
     sharing: tuple[str, ...] | None = None
     own: Mapping[str, Tensor] = field(default_factory=dict)
     rank: int | None = None
+    rtol: Tensor | None = None
+    precision: torch.dtype | None = None
+
+
+@dataclass
+class Noted:
+    """What is noted of sites batch by batch, besides the sums; of several processes and passes it is put together.
+
+    Attributes:
+        ranks: site → smallest numerical rank of G over batches.
+        rtols: site → largest tolerance of †, where it follows from the inputs.
+        precisions: site → coarsest dtype of the inputs.
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    rtols: dict[str, float] = field(default_factory=dict)
+    precisions: dict[str, torch.dtype] = field(default_factory=dict)
+    _rtols: dict[str, Tensor] = field(default_factory=dict)  # where they were made, so that nothing waits for them
+
+    def add(self, names: Sequence[str], digest: Digest) -> None:
+        """Notes one batch of the sites that saw it."""
+        for name in names:
+            if digest.rank is not None:
+                self.ranks[name] = min(digest.rank, self.ranks.get(name, digest.rank))
+            if digest.rtol is not None:
+                self._rtols[name] = torch.maximum(digest.rtol, self._rtols.get(name, digest.rtol))
+            if digest.precision is not None:
+                self.precisions[name] = coarser(self.precisions.get(name), digest.precision)
+
+    def plain(self) -> Noted:
+        """The same, with numbers in place of tensors; on a GPU the first thing that waits for them."""
+        found = read_back([rtol[None] for rtol in self._rtols.values()])
+        for name, (value,) in zip(self._rtols, found, strict=True):
+            self.rtols[name] = max(value, self.rtols.get(name, value))
+        self._rtols.clear()
+        return self
+
+    def update(self, other: Noted) -> None:
+        """Takes in what another process or pass has noted."""
+        self.plain()
+        for name, rank in other.ranks.items():
+            self.ranks[name] = min(rank, self.ranks.get(name, rank))
+        for name, rtol in other.plain().rtols.items():
+            self.rtols[name] = max(rtol, self.rtols.get(name, rtol))
+        for name, precision in other.precisions.items():
+            self.precisions[name] = coarser(self.precisions.get(name), precision)
 
 
 class Estimator(Protocol):
@@ -41,11 +90,11 @@ class Estimator(Protocol):
 
     Attributes:
         accumulated: all that has been summed; several processes add theirs up.
-        ranks: site → smallest numerical rank of G over batches, where that is noted batch by batch.
+        noted: what is noted of the inputs besides.
     """
 
     accumulated: tuple[SharedSums, ...]
-    ranks: dict[str, int]
+    noted: Noted
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         """What one site's factors are made from, `batches` being those in which it saw a token."""
@@ -146,8 +195,3 @@ def read_back(numbers: Sequence[Tensor | None]) -> list[list[float]]:
         for i, values in zip(indices, stacked.tolist(), strict=True):
             found[i] = values
     return found
-
-
-def note_rank(ranks: dict[str, int], names: Sequence[str], rank: int) -> None:
-    """Keeps the smallest numerical rank of G over batches, per site."""
-    ranks.update({name: min(rank, ranks.get(name, rank)) for name in names})

@@ -13,6 +13,7 @@ from .constraints import cross_map, cross_quick, self_map, self_quick
 from .descent import DescentEstimator, descent_factors
 from .estimator import Estimator
 from .factor import Spectrum, qr_factors, svd_factors
+from .moments import Moments
 from .peers import (
     Target,
     corda_target,
@@ -98,7 +99,8 @@ class Method:
         base: its own, where `InitConfig.base` is at its default.
         sized: whether the size of the start is found by the loss (`cntlora.sizing`), and `strength` is that size.
         decomposition: its own, where `InitConfig.decomposition` is at its default.
-        rtol: its own tolerance of †, where `InitConfig.rtol` is at its default; None for that of rounding.
+        rtol: its own tolerance of †, where `InitConfig.rtol` is at its default; None for that of the rounding of its
+            inputs.
         options: those of `InitConfig` that have an effect on it, of `METHOD_OPTIONS`.
     """
 
@@ -150,7 +152,8 @@ def _cross(weight_of: WeightOf, o: Options) -> Estimator:
 def _self(weight_of: WeightOf, o: Options) -> Estimator:
     rtol = o.effective_rtol
     quick = partial(self_quick, rtol=rtol) if o.root == "cholesky" else None
-    return MapEstimator(weight_of, partial(self_map, root=o.root, rtol=rtol), quick)
+    noise = Moments.noise_rtol if rtol is None else None
+    return MapEstimator(weight_of, partial(self_map, root=o.root, rtol=rtol), quick, noise)
 
 
 def _shift(weight_of: WeightOf, o: Options) -> Estimator:

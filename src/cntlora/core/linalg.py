@@ -13,6 +13,36 @@ def default_rtol(rows: int, columns: int, dtype: torch.dtype) -> float:
     return max(rows, columns) * torch.finfo(dtype).eps
 
 
+def coarser(one: torch.dtype | None, other: torch.dtype) -> torch.dtype:
+    """The one of two floating dtypes that rounds more; `other` if there is no first."""
+    return one if one is not None and torch.finfo(one).eps > torch.finfo(other).eps else other
+
+
+ENTRIES, SUMS = 8.0, 32.0
+"""Rounding of activations, in unit roundoffs: of the entries by themselves, and of the sums that they come from.
+
+Measured against float64 (docs/math.md): 2.6 at most under autocast (4.5 in 30 layers of bfloat16), and 2.1 in float32.
+The margins are for deeper models, and for kernels that add up in another order; in half precision there is room for a
+small one only.
+"""
+
+
+def rounding_noise(dtype: torch.dtype, d: int, b: int) -> float:
+    """How large singular values of X (d, b) may be that are nothing but the rounding of its entries, over ‖X‖_F.
+
+    Entries that are rounded to a unit roundoff u independently of each other make a random matrix; its largest singular
+    value is near u·rms·(√d + √b), a share of u·(1/√d + 1/√b) of ‖X‖_F. The errors of the sums behind the entries may be
+    alike in many rows, so that the bound for any matrix is taken, u' of ‖X‖_F, with u' of the dtype that layers sum in:
+    float32 for half precision.
+
+    Args:
+        dtype: that of the activations, the coarsest that they went through since the last sum.
+    """
+    u = torch.finfo(dtype).eps / 2
+    summed = min(u, torch.finfo(torch.float32).eps / 2)
+    return ENTRIES * u * (d**-0.5 + max(b, 1) ** -0.5) + SUMS * summed
+
+
 def fix_signs(columns: Tensor) -> Tensor:
     """The signs (n,) that make the largest-magnitude entry of every column of an (m, n) matrix positive.
 
@@ -72,18 +102,22 @@ def cholesky_inverse(S: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
 
 
 def full_rank(S: Tensor, rtol: float) -> Tensor:
-    """Whether all eigenvalues of a positive semi-definite matrix are above rtol·λ_max for certain: S − rtol·tr(S)·I
-    has a Cholesky factor; boolean ()."""
+    """Whether all eigenvalues of a positive semi-definite matrix are above rtol·tr(S), and so above rtol·λ_max, for
+    certain: S − rtol·tr(S)·I has a Cholesky factor; boolean ()."""
     shifted = S - rtol * S.diagonal().sum() * torch.eye(S.shape[0], dtype=S.dtype, device=S.device)
     return torch.linalg.cholesky_ex(shifted).info == 0
 
 
-def numerical_rank(S: Tensor, rtol: float) -> int:
-    """Number of eigenvalues above rtol·λ_max of a positive semi-definite matrix: by Cholesky alone where it is full."""
-    if bool(full_rank(S, rtol)):
+def kept(D: Tensor, rtol: float, noise: float = 0.0) -> Tensor:
+    """Which of the eigenvalues D (n,) of S = Y Yᵀ are above rtol·λ_max and above (noise·‖Y‖_F)²; boolean (n,)."""
+    return torch.maximum(rtol * D.amax(), noise**2 * D.sum()) < D
+
+
+def numerical_rank(S: Tensor, rtol: float, noise: float = 0.0) -> int:
+    """Number of eigenvalues that `kept` keeps of a positive semi-definite S: by Cholesky alone where it is full."""
+    if bool(full_rank(S, max(rtol, noise**2))):
         return S.shape[0]
-    D = torch.linalg.eigvalsh(S)
-    return int((rtol * D[-1] < D).sum())
+    return int(kept(torch.linalg.eigvalsh(S).clamp_min(0.0), rtol, noise).sum())
 
 
 def tall_pinv(M: Tensor, rtol: float) -> Tensor | None:

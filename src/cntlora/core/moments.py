@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import default_rtol, eigh_descending, fix_signs, numerical_rank, symmetric_product
+from .linalg import (
+    coarser,
+    default_rtol,
+    eigh_descending,
+    fix_signs,
+    kept,
+    numerical_rank,
+    rounding_noise,
+    symmetric_product,
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +50,14 @@ class Moments:
 
     Attributes:
         seen_dtype: of the tokens, float32 at least: the precision that a result is worth.
+        precision: the coarsest dtype that the tokens came in or are multiplied in; None before the first.
     """
 
     def __init__(self, dim: int, gram: str = "sum", dtype: torch.dtype | None = None, totals: bool = False) -> None:
         self.dim, self.kind, self.totals = dim, gram, totals
         self._dtype = dtype
         self.seen_dtype = torch.float64
+        self.precision: torch.dtype | None = None
         self.tokens = 0
         self._rows: list[Tensor] = []  # as they came, until there are more than d
         self._gram: Tensor | None = None
@@ -67,9 +78,15 @@ class Moments:
         """A new one of the same kind."""
         return Moments(self.dim, self.kind, self._dtype, self.totals)
 
-    def update(self, rows: Tensor) -> None:
-        """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards."""
+    def update(self, rows: Tensor, precision: torch.dtype | None = None) -> None:
+        """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards.
+
+        Args:
+            precision: that the layer casts them to, where it is another than theirs (autocast).
+        """
         self._dtype = self._dtype or accumulation_dtype(rows.dtype)
+        if rows.shape[0]:
+            self.precision = coarser(coarser(self.precision, rows.dtype), precision or rows.dtype)
         self.seen_dtype = torch.promote_types(rows.dtype, torch.float32)
         self.tokens += rows.shape[0]
         if self.totals:
@@ -92,10 +109,11 @@ class Moments:
         """Adds what `other` has seen (a module called several times in one forward pass)."""
         if other._gram is None:
             for rows in other._rows:
-                self.update(rows)
+                self.update(rows, other.precision)
             return
         mine = self.gram_sum()
         self._dtype, self.seen_dtype = self._dtype or other.dtype, other.seen_dtype
+        self.precision = coarser(self.precision, other.precision or other.seen_dtype)
         self._gram = other._gram.clone() if mine is None else mine + other._gram
         self._rows = []
         self.tokens += other.tokens
@@ -131,6 +149,11 @@ class Moments:
         """The default tolerance on the eigenvalues of G: max(d, b)·eps."""
         return default_rtol(self.dim, self.tokens, self.dtype)
 
+    @property
+    def noise(self) -> float:
+        """Singular values of X that may be rounding of its entries, over ‖X‖_F: see `linalg.rounding_noise`."""
+        return rounding_noise(self.precision or self.seen_dtype, self.dim, self.tokens)
+
     def gram_sum(self) -> Tensor | None:
         """X Xᵀ (d, d), whatever `gram` is; None before the first token."""
         if self._gram is not None or not self._rows:
@@ -150,17 +173,35 @@ class Moments:
             return None
         return self._kept() if self.scale == 1.0 else self._kept() * self.scale**0.5
 
-    def eigenpairs(self, rtol: float) -> Eigenpairs:
-        """P and D of G = P D Pᵀ with D > rtol·max D, by the b×b dual where b ≤ d (P = X V D^(-½))."""
+    def eigenpairs(self, rtol: float, noise: float = 0.0) -> Eigenpairs:
+        """P and D of G = P D Pᵀ with D > rtol·max D and D > noise²·Σ D (`linalg.kept`), by the b×b dual where b ≤ d
+        (P = X V D^(-½))."""
         rows = self.rows()
         if rows is None:
             D, P = eigh_descending(self.gram())
         else:
             D, V = eigh_descending(rows @ rows.mT)
-        keep = rtol * D[0] < D
+        keep = kept(D, rtol, noise)
         D = D[keep]
         P = P[:, keep] if rows is None else (rows.mT @ V[:, keep]) / D.sqrt()
         return Eigenpairs(P * fix_signs(P), D)
+
+    def noise_rtol(self) -> Tensor:
+        """`noise` over σ_max(X) and not over ‖X‖_F, at least the tolerance of the sums, as a tolerance on singular
+        values of X; (). σ_max by eight steps of power iteration: from below, within a few percent on real inputs.
+        """
+        rows = self.rows()
+        S = self.gram() if rows is None else rows
+        energy = S.diagonal().sum() if rows is None else S.square().sum()
+        v = S.diagonal() if rows is None else S.square().sum(dim=0)  # most weight where the features are large
+        largest = energy.new_zeros(())
+        for _ in range(8):
+            v = v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
+            image = S @ v
+            largest = torch.maximum(largest, v @ image if rows is None else image @ image)
+            v = image if rows is None else S.mT @ image
+        share = torch.where(largest > 0, energy / largest, torch.ones_like(energy))
+        return (self.noise**2 * share).clamp_min(self.rtol).sqrt()
 
     def numerical_rank(self, rtol: float) -> int:
         """Number of eigenvalues of G above rtol·λ_max: the directions that the data determine."""
@@ -185,7 +226,7 @@ class TokenCount:
         """A new one."""
         return TokenCount()
 
-    def update(self, rows: Tensor) -> None:
+    def update(self, rows: Tensor, precision: torch.dtype | None = None) -> None:
         """Counts `rows` (n, d)."""
         self.tokens += rows.shape[0]
         self._note(torch.isfinite(rows).all())

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from .constraints import combine, shift_constant, shift_inverse, shift_resolvent, shift_rtol
-from .estimator import Digest, note_rank
+from .estimator import Digest, Noted
 from .linalg import (
     column_condition,
     default_rtol,
     full_rank,
     numerical_rank,
+    rounding_noise,
     tall_pinv,
 )
 from .moments import Moments
@@ -41,15 +42,22 @@ class MapEstimator:
     Args:
         map: T (d, d) and the rank of G.
         quick: T, whether it holds, and the rank: tried first, where there is one.
+        rtol: the tolerance of † (), where it follows from the inputs; None where it is given.
     """
 
     totals = False
 
-    def __init__(self, weight_of: WeightOf, map: Map, quick: QuickMap | None = None) -> None:
-        self.weight_of, self.map, self.quick = weight_of, map, quick
+    def __init__(
+        self,
+        weight_of: WeightOf,
+        map: Map,
+        quick: QuickMap | None = None,
+        rtol: Callable[[Moments], Tensor] | None = None,
+    ) -> None:
+        self.weight_of, self.map, self.quick, self.rtol = weight_of, map, quick, rtol
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
-        self.ranks: dict[str, int] = {}
+        self.noted = Noted()
         self._failed: set[str] = set()  # sites where `quick` did not hold: it would not in the next batch either
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
@@ -65,12 +73,12 @@ class MapEstimator:
             self._failed.update(names)
             del prepared  # as large as what is made now
             T, rank = self.map(X)
-        return Digest(shared=T.to(X.seen_dtype), rank=rank)
+        return Digest(shared=T.to(X.seen_dtype), rank=rank, rtol=None if self.rtol is None else self.rtol(X))
 
     def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
         assert digest.shared is not None and digest.rank is not None
         self.sums.add(names, digest.shared, weight)
-        note_rank(self.ranks, names, digest.rank)
+        self.noted.add(names, digest)
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         T = self.sums.get(name)
@@ -79,7 +87,7 @@ class MapEstimator:
         return Target(M=combine(W, W @ T.to(W), batches, initial), is_delta=True)
 
     def effective_rank(self, name: str) -> int | None:
-        return self.ranks.get(name)
+        return self.noted.ranks.get(name)
 
 
 class ShiftEstimator:
@@ -90,7 +98,7 @@ class ShiftEstimator:
 
     Args:
         constant: C, a multiple of the identity or "gaussian".
-        rtol: tolerance on the singular values of Wᵀ − G Wᵀ; None for max(d, k)·eps.
+        rtol: tolerance on the singular values of Wᵀ − G Wᵀ; None and 0 for max(d, k)·eps.
         seed: of the Gaussian C; every site draws its own, by its name.
 
     Attributes:
@@ -102,10 +110,10 @@ class ShiftEstimator:
     def __init__(
         self, weight_of: WeightOf, constant: float | str = 1.0, rtol: float | None = None, seed: int = 0
     ) -> None:
-        self.weight_of, self.constant, self.rtol, self.seed = weight_of, constant, rtol, seed
+        self.weight_of, self.constant, self.rtol, self.seed = weight_of, constant, rtol or None, seed
         self.shared, self.own = SharedSums(), SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.shared, self.own)
-        self.ranks: dict[str, int] = {}
+        self.noted = Noted()
         self.weight_facts: dict[str, tuple[tuple[int, ...], float]] = {}
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
@@ -128,10 +136,10 @@ class ShiftEstimator:
         for name, term in digest.own.items():
             self.own.add([name], term, weight)
         assert digest.rank is not None
-        note_rank(self.ranks, names, digest.rank)
+        self.noted.add(names, digest)
 
     def _rank_rtol(self, X: Moments) -> float:
-        return X.rtol if self.rtol is None else self.rtol
+        return self.rtol or X.rtol
 
     def asks_weight(self, names: Sequence[str], numbers: Sequence[float]) -> tuple[str, ...]:
         """Those of `names` that cannot share a sum, so that `finish` needs their W."""
@@ -148,7 +156,7 @@ class ShiftEstimator:
         """Whether † of the product drops nothing for certain: cond(I − G)·cond(W)·rtol < 1."""
         self.note_weight(name)
         (k, d), of_weight = self.weight_facts[name]
-        return condition * of_weight * (max(k, d) * eps if self.rtol is None else self.rtol) < 1.0
+        return condition * of_weight * (self.rtol or max(k, d) * eps) < 1.0
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         stored = self.weight_of(name)
@@ -164,7 +172,7 @@ class ShiftEstimator:
         return Target(M=combine(W, W_tar_sum, batches, initial).to(stored), is_delta=True)
 
     def effective_rank(self, name: str) -> int | None:
-        return self.ranks.get(name)
+        return self.noted.ranks.get(name)
 
 
 def _left_divided(W: Tensor, S: Tensor) -> Tensor:
@@ -183,7 +191,7 @@ class WeightEstimator:
     def __init__(self, weight_of: WeightOf, make: Callable[[Tensor], Target] | None) -> None:
         self.weight_of, self.make = weight_of, make
         self.accumulated: tuple[SharedSums, ...] = ()
-        self.ranks: dict[str, int] = {}
+        self.noted = Noted()
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         return Target() if self.make is None else self.make(self.weight_of(name))
@@ -218,7 +226,7 @@ class InputEstimator(Generic[Shared]):
         self.share, self.make, self.totals = share, make, totals
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
-        self.ranks: dict[str, int] = {}
+        self.noted = Noted()
         self._last: tuple[str, Shared, int | None] | None = None  # one only: sites with the same input are neighbours
         self._lock = Lock()
 
@@ -231,33 +239,36 @@ class InputEstimator(Generic[Shared]):
         return torch.cat([gram, total[None], count[None]]), None
 
     def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Digest:
-        return Digest(shared=prepared)
+        return Digest(shared=prepared, precision=X.precision)
 
     def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
         assert digest.shared is not None
         self.sums.add(names, digest.shared, weight)
+        self.noted.add(names, digest)
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         packed = self.sums.get(name)
         assert packed is not None, f"{name} saw no batch"
         with self._lock:  # neighbours may be made side by side
             if self._last is None or not self.sums.same(self._last[0], name):
-                self._last = name, *self._shared(packed)
+                self._last = name, *self._shared(packed, self.noted.precisions[name])
             _, shared, rank = self._last
             if rank is not None:
-                self.ranks[name] = rank
+                self.noted.ranks[name] = rank
         return self.make(name, batches, shared)
 
-    def _shared(self, packed: Tensor) -> tuple[Shared, int | None]:
+    def _shared(self, packed: Tensor, precision: torch.dtype) -> tuple[Shared, int | None]:
         gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
         if tokens <= 0:
             raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
         rtol = default_rtol(gram.shape[0], int(tokens), gram.dtype)
-        rank = numerical_rank(gram, rtol) if gram.shape[0] <= COUNTED or bool(full_rank(gram, rtol)) else None
+        noise = rounding_noise(precision, gram.shape[0], int(tokens))
+        counted = gram.shape[0] <= COUNTED or bool(full_rank(gram, max(rtol, noise**2)))
+        rank = numerical_rank(gram, rtol, noise) if counted else None
         return self.share(gram.double(), total.double(), tokens), rank
 
     def effective_rank(self, name: str) -> int | None:
-        return self.ranks.get(name)
+        return self.noted.ranks.get(name)
 
 
 class GradientSums:
@@ -295,7 +306,7 @@ class GradientEstimator(GradientSums):
         super().__init__()
         self.make = make
         self.accumulated: tuple[SharedSums, ...] = (self.gradients,)
-        self.ranks: dict[str, int] = {}
+        self.noted = Noted()
 
     def target(self, name: str, batches: int, initial: str) -> Target:
         return self.make(self.mean_gradient(name, batches))
