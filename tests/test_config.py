@@ -134,3 +134,17 @@ def test_the_nearest_name_is_offered_only_if_there_is_one() -> None:
         == "x: 'abd' is not known (did you mean 'abc'?); expected one of: abc, xyz"
     )
     assert "did you mean" not in unknown_name("x", "q", ["abc", "xyz"])
+
+
+def test_what_is_stated_of_the_tolerance_tells_the_letter_from_the_default() -> None:
+    for options, effective, stated in (
+        ({"method": "self"}, None, "rounding"),  # which follows from the inputs
+        ({"method": "self", "rtol": 0.0}, 0.0, None),  # NumPy's
+        ({"method": "self", "rtol": 1e-3}, 1e-3, 1e-3),
+        ({"method": "cross"}, 1e-3, 1e-3),
+        ({"method": "cross", "rtol": 0.0}, 0.0, None),
+        ({"method": "pissa"}, None, None),  # without †
+    ):
+        config = InitConfig(**options)
+        assert config.effective_rtol == effective and config.stated()["rtol"] == stated, options
+        assert InitConfig.from_dict(config.to_dict()) == config
