@@ -65,8 +65,8 @@ def test_values_against_dense_float64() -> None:
 def test_of_offset_only_the_half_that_trains_counts(decay: float, near: float) -> None:
     """The same training from `offset` and from `subtract` moves the same directions by the same amount.
 
-    Weight decay shrinks the frozen half too, and so acts on what is added to W, by 0.2 % here. In float64, since the
-    first steps of AdamW have the sign of a gradient, which rounding decides where it is next to nothing.
+    Weight decay shrinks the frozen half too, and so acts on what is added to W, by 0.2 %. In float64, since AdamW's
+    first steps have the sign of a gradient, which rounding decides where it is next to nothing.
     """
     results = {}
     for base in ("offset", "subtract", "paired"):

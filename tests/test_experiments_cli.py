@@ -119,6 +119,20 @@ def test_smoke_makes_a_tiny_model_and_takes_it_away(file: Path, monkeypatch: pyt
     assert made and not made[0].exists()
 
 
+def test_smoke_runs_side_by_side_and_others_as_asked(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def seen(experiment: Any, out: Path, **options: Any) -> Sweep:
+        asked.append(options["jobs"])
+        return in_process(experiment, out, **options)
+
+    monkeypatch.setattr(sweep_module, "run_sweep", seen)
+    monkeypatch.setattr("cntlora.experiments.processes.cores", lambda: 3)
+    for more in (["--smoke"], ["--smoke", "--jobs", "2"], [], ["--jobs", "2"]):
+        assert call("run", file, *more, *(["--out", "out"] if "--smoke" not in more else [])).exit_code == 0
+    assert asked == [3, 2, 1, 2]
+
+
 def test_settings_data_and_model_are_put_over_the_file(file: Path, tmp_path: Path) -> None:
     (tmp_path / "a b.csv").write_text("text,label\na,b\n")
     done = call("run", file, "--set", "lora.rank=2", "--set", "train.epochs=3", "--data", "a b.csv", "--model", "m/1",

@@ -232,7 +232,7 @@ def test_a_limit_on_threads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
     for limit, cores in (("2", 2), ("64", 6), ("", 6), ("0", 6), ("4,2", 6)):
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
-        assert processes._cores() == cores
+        assert processes.cores() == cores
 
 
 def test_jobs_under_one_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ File = Annotated[Path, typer.Argument(help="Experiment file: TOML with differenc
 _OUT = """Folder of the records, one JSON file a run.
 [default: results/NAME; with --data results/NAME-DATA; with --model or --set alone results/NAME-changed]"""
 Out = Annotated[Path | None, typer.Option(help=_OUT)]
-Jobs = Annotated[int, typer.Option(help="Processes side by side; each gets its share of the cores.", min=1)]
+_JOBS = "Processes side by side; each gets its share of the cores. [default: 1; with --smoke one a core, 8 at most]"
+Jobs = Annotated[int | None, typer.Option(help=_JOBS, min=1)]
 Smoke = Annotated[
     bool,
     typer.Option(
@@ -51,7 +52,7 @@ class Options:
     """What `run` and `compare` share."""
 
     out: Path | None
-    jobs: int
+    jobs: int | None
     smoke: bool
     dry_run: bool
     retry_failed: bool
@@ -71,7 +72,7 @@ def register(app: typer.Typer) -> None:
 def run(
     experiment: File,
     out: Out = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     smoke: Smoke = False,
     dry_run: DryRun = False,
     retry_failed: RetryFailed = False,
@@ -98,7 +99,7 @@ def compare(
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated.  [default: the file's]")] = None,
     out: Out = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     smoke: Smoke = False,
     dry_run: DryRun = False,
     retry_failed: RetryFailed = False,
@@ -251,6 +252,7 @@ def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from .experiments.processes import cores
     from .experiments.sweep import run_sweep
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -268,7 +270,7 @@ def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
         return run_sweep(
             experiment,
             out,
-            jobs=options.jobs,
+            jobs=options.jobs or (min(cores(), 8) if options.smoke else 1),  # a tiny model gains nothing from threads
             retry_failed=options.retry_failed,
             replace=options.replace,
             save_adapters=options.save_adapters,

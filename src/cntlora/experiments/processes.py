@@ -54,7 +54,7 @@ class Pool:
 
     def work(self, pending: list[Run]) -> None:
         """Runs all; on any exception (Ctrl-C above all) its processes are ended."""
-        context, threads = _context(self.function), max(1, _cores() // self.jobs)
+        context, threads = _context(self.function), max(1, cores() // self.jobs)
         running: list[_Running] = []
         try:
             while pending or running:
@@ -107,7 +107,7 @@ _FIRST = "cntlora.experiments.server"
 _PRELOADED = ("cntlora.experiments.run", "cntlora.recipes.trainer", "cntlora.recipes.loading")
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use: no more than OMP_NUM_THREADS, where it is set, as everywhere else in torch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = os.environ.get("OMP_NUM_THREADS", "")
