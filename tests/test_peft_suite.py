@@ -252,4 +252,4 @@ def test_a_suite_that_cannot_be_collected_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "checkout" / "tests" / "test_helpers.py").write_text("import a_module_that_is_not_there")
     code, printed = run_command(tmp_path, "--suites", "helpers", "--settings", "plain")
     assert code == 1
-    assert "ERROR helpers, plain: ModuleNotFoundError" in printed
+    assert "ERROR tests/test_helpers.py, plain: ModuleNotFoundError" in printed

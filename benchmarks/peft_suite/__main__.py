@@ -34,6 +34,7 @@ from benchmarks.peft_suite.outcomes import (
     Failure,
     Judged,
     Refusal,
+    by_suite,
     judge,
     read_expected,
     read_outcomes,
@@ -104,21 +105,24 @@ def _run_all(
     options: argparse.Namespace, folder: Path, failures: list[Failure], refusals: list[Refusal]
 ) -> tuple[dict[str, dict[str, Judged]], list[str]]:
     """Every suite in every setting, and what did not run at all."""
-    results: dict[str, dict[str, Judged]] = {setting: {} for setting in options.settings}
-    broken = []
+    results: dict[str, dict[str, Judged]] = {}
+    broken, plain = [], {}
     environment = _environment(options, folder)
     for setting in options.settings:
-        for suite in options.suites:
-            path = folder / f"{suite}-{setting}.jsonl"
-            if not (options.resume and path.exists()):
-                problem = _run(options, setting, suite, path, refusals, environment)
-                if problem:
-                    broken.append(problem)
-            plain = read_outcomes(folder / f"{suite}-{PLAIN}.jsonl")
-            results[setting][suite] = judge(setting, read_outcomes(path), plain, failures, refusals)
-            counts = results[setting][suite].counts
-            shown = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
-            print(f"{setting:14} {suite:26} {shown or 'no test'}", file=sys.stderr, flush=True)
+        path = folder / f"{setting}.jsonl"
+        if not (options.resume and path.exists()):
+            problem = _run(options, setting, path, refusals, environment)
+            broken += [problem] if problem else []
+        lines = by_suite(read_outcomes(path))
+        plain = lines if setting == PLAIN else plain
+        broken += [f"{line['test']}, {setting}: {line['message']}" for line in lines.pop("", [])]
+        suites = [suite for suite in options.suites if suite in lines]
+        results[setting] = {
+            suite: judge(setting, lines[suite], plain.get(suite, []), failures, refusals) for suite in suites
+        }
+        counts = total(results[setting].values()).counts
+        shown = ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS if counts[verdict])
+        print(f"{setting}: {shown or 'no test'}", file=sys.stderr, flush=True)
     return results, broken
 
 
@@ -135,17 +139,17 @@ def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
 
 
 def _run(
-    options: argparse.Namespace, setting: str, suite: str, path: Path, refusals: list[Refusal],
-    environment: dict[str, str],
+    options: argparse.Namespace, setting: str, path: Path, refusals: list[Refusal], environment: dict[str, str]
 ) -> str | None:  # fmt: skip
-    """Runs one suite in one setting; what stopped it as a whole, or None."""
+    """Runs the suites in one setting; what stopped them as a whole, or None."""
     path.unlink(missing_ok=True)
     unfinished = path.with_suffix(".part")
     unfinished.unlink(missing_ok=True)
     method, _, base = setting.partition("+")
     command = [
         sys.executable, "-W", "ignore", "-m", "pytest", "-q", "--tb=short",
-        str(options.checkout / "tests" / f"test_{suite}.py"),
+        *(str(options.checkout / "tests" / f"test_{suite}.py") for suite in options.suites),
+        "--continue-on-collection-errors",
         "-c", os.devnull, f"--rootdir={options.checkout}", "-p", "no:cacheprovider", "-p", "peft_suite.plugin",
         f"--cntlora-method={method}", f"--cntlora-base={base or 'offset'}", f"--cntlora-every={options.every}",
         f"--cntlora-outcomes={unfinished.absolute()}",
@@ -160,11 +164,7 @@ def _run(
         unfinished.touch()
         unfinished.replace(path)
         return None
-    lines = [
-        line for line in path.with_suffix(".log").read_text(encoding="utf-8").splitlines() if line.startswith("E  ")
-    ]
-    reason = lines[-1][1:].strip() if lines else f"pytest ended with exit code {done.returncode}"
-    return f"{suite}, {setting}: {reason}"
+    return f"{setting}: pytest ended with exit code {done.returncode}, see {path.with_suffix('.log')} (--out keeps it)"
 
 
 def report(results: dict[str, dict[str, Judged]], minutes: float) -> str:

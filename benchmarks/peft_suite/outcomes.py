@@ -110,6 +110,15 @@ def read_outcomes(path: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def by_suite(lines: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The outcomes by the name of their file without `test_`; files that could not be imported stand under ""."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        suite = Path(line["test"].partition("::")[0]).stem.removeprefix("test_")
+        found.setdefault("" if line["outcome"] == "not collected" else suite, []).append(line)
+    return found
+
+
 def judge(
     setting: str,
     lines: Iterable[Mapping[str, Any]],

@@ -122,11 +122,25 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[Any]:
             "message": _message(report) if outcome in ("failed", "skipped") else "",
             "starts": [] if session is None else list(session.starts),
         }
-        path = item.config.getoption("--cntlora-outcomes")
-        if path:
-            with Path(path).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        _write(item.config, line)
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[Any]:
+    report = yield
+    if report.failed:
+        lines = [text for text in str(report.longrepr).splitlines() if text.startswith("E  ")]
+        message = lines[-1][1:].strip() if lines else str(report.longrepr)[-200:]
+        _write(collector.config, {"test": collector.nodeid, "outcome": "not collected", "message": message})
+    return report
+
+
+def _write(config: pytest.Config, line: dict[str, Any]) -> None:
+    path = config.getoption("--cntlora-outcomes")
+    if path:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def _message(report: Any) -> str:

@@ -149,13 +149,17 @@ def _initialise(session: Session, model: nn.Module, adapter: str, changes: bool)
     """
     config = _init_config(session, changes)
     batches, forward = (None, None) if session.method in WEIGHTS_ONLY else inputs(model, session.test)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sites, refused = usable_sites(model, adapter, config, "warn")
-    refusals = [f"{name} cannot be initialised: {reason}" for name, reason in refused.items()]
-    too_small = any(site.rank > min(site.in_features, site.out_features) for site in sites)
-    undo = [_fitted(site, config.effective_base == "offset", even=session.base == "offset") for site in sites]
+    refusals: list[str] = []
+    sites: list[Any] = []
+    undo: list[Callable[[], None]] = []
+    too_small = False
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sites, refused = usable_sites(model, adapter, config, "warn")
+        refusals += [f"{name} cannot be initialised: {reason}" for name, reason in refused.items()]
+        too_small = any(site.rank > min(site.in_features, site.out_features) for site in sites)
+        undo += [_fitted(site, config.effective_base == "offset", even=session.base == "offset") for site in sites]
         if sites:
             with warnings.catch_warnings():
                 if refused:
@@ -239,10 +243,19 @@ def inputs(model: nn.Module, test: Any) -> tuple[list[Any], Any]:
         return [_latents()], lambda unet, batch: unet(**batch)
     if names[0] == "pixel_values":
         return [{"pixel_values": torch.rand(2, 3, 96, 96)}], None
+    if "dummy_image_input" in names:  # the model of test_lora_variants.py
+        return [{"input_ids": torch.arange(10).view(1, -1), "dummy_image_input": torch.rand(1, 1, 10, 10)}], None
     if "input_ids" in names:
         return [{"input_ids": torch.arange(10).view(1, -1)}], None
     X = torch.arange(90).view(9, 10)
-    return [X if any(isinstance(m, nn.Embedding) for m in inner.modules()) else X.float()], None
+    embeddings = [m for m in inner.modules() if isinstance(m, nn.Embedding)]
+    if embeddings:
+        return [X % embeddings[0].num_embeddings], None
+    layers = [m for m in inner.modules() if isinstance(m, nn.Linear) or hasattr(m, "kernel_size")]
+    if layers and isinstance(layers[0], nn.Linear):
+        width = layers[0].in_features
+        return [torch.arange(9.0 * width).view(9, width)], None
+    return [X.float()], None
 
 
 def _inner(model: nn.Module) -> nn.Module:
