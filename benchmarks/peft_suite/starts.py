@@ -247,6 +247,9 @@ def inputs(model: nn.Module, test: Any) -> tuple[list[Any], Any]:
         return [{"input_ids": torch.arange(10).view(1, -1), "dummy_image_input": torch.rand(1, 1, 10, 10)}], None
     if "input_ids" in names:
         return [{"input_ids": torch.arange(10).view(1, -1)}], None
+    data = getattr(test, "funcargs", {}).get("data")  # a fixture of many tests
+    if isinstance(data, torch.Tensor):
+        return [data], None
     X = torch.arange(90).view(9, 10)
     embeddings = [m for m in inner.modules() if isinstance(m, nn.Embedding)]
     if embeddings:
