@@ -14,7 +14,8 @@ from cntlora import InitConfig, initialize, save_adapter
 from cntlora.export_parts import read_parts
 
 Batch = tuple[Tensor, Tensor, Tensor]
-NEAR = {"rtol": 1e-4, "atol": 1e-5}
+NEAR = {"rtol": 1e-4, "atol": 5e-5}
+"""Of outputs of size 1: moving every weight by eps moves them by up to 9e-6, so much do the layers amplify."""
 ATTENTION = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 UNET = rf"(unet\.)?({ATTENTION}|.*ff\.net\.(0\.proj|2)|.*time_emb_proj)"
 CLIP = r"text_encoder\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -58,7 +59,12 @@ def output(model: Any) -> Tensor:
 
 
 def trained(lora: dict[str, Any] | None = None, **init: Any) -> Any:
-    """A Both with an initialised adapter, moved by noise as training would."""
+    """A Both with an initialised adapter, moved by noise as training would.
+
+    Some of its inputs have nearly no spread in some directions. Without a tolerance the start is as large as their
+    rounding is small, and so is what rounding does to the output.
+    """
+    init = init if "method" in init else {"rtol": 1e-3, **init}
     options = {"r": 3, "lora_alpha": 12, "target_modules": f"{UNET}|{CLIP}", **(lora or {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
