@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before NumPy and to
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
@@ -56,8 +58,11 @@ def _imported_objects_are_out_of_sight() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _the_same_threads_for_every_test() -> Iterator[None]:
-    """A test may set the number of threads; the next one does not see it."""
+def _the_same_for_every_test() -> Iterator[None]:
+    """A test may draw numbers and set the number of threads; the next one in its process does not see it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(THREADS)

@@ -88,9 +88,9 @@ def test_start_of_every_policy(kind_and_dtype: tuple[str, torch.dtype], base: st
         if base == "keep":  # the same check without the shift fails
             assert not ((out - expected).abs() <= bound).all()
     if dtype == torch.float32:
-        tolerance = 50 * torch.finfo(dtype).eps * float(start.abs().max())
+        tolerance = 100 * torch.finfo(dtype).eps * float(start.abs().max())
         moved = float((logits(model, batches[0]) - start).abs().max())
-        assert moved > 1000 * tolerance if base == "keep" else moved <= tolerance
+        assert moved > 100 * tolerance if base == "keep" else moved <= tolerance
 
 
 @pytest.mark.parametrize("base", ["subtract", "keep"])

@@ -186,8 +186,9 @@ def test_layers_inside_other_adapted_layers(saver: str, use_rslora: bool, tmp_pa
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")  # missing keys are a warning
         read = PeftModel.from_pretrained(mixture(), tmp_path)(batches[0])
-    torch.testing.assert_close(read, trained, rtol=1e-4, atol=1e-4)
-    assert (trained - pristine).abs().max() > 0.1
+    scale = float(trained.abs().max())  # a sum of several layers: what they add may cancel, their rounding does not
+    torch.testing.assert_close(read, trained, rtol=0, atol=1e-4 * scale)
+    assert (trained - pristine).abs().max() > 1e-2 * scale
 
 
 def test_quantised_weights_are_refused_with_the_way_out() -> None:
