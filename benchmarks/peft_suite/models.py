@@ -40,8 +40,8 @@ _OPT = Tiny(
 _OPT_12 = Tiny(
     "OPTForCausalLM",
     {
-        "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4, "ffn_dim": 64,
-        "max_position_embeddings": 128, "word_embed_proj_dim": 32,
+        "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "ffn_dim": 64,
+        "max_position_embeddings": 128, "word_embed_proj_dim": 64,
     },
 )  # fmt: skip
 _GPT2 = Tiny(

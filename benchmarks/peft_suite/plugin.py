@@ -76,6 +76,16 @@ def _stand_in_for_data() -> None:
     datasets.load_dataset = load_dataset
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
+    """Puts LoRA among the cases of test_quantization.py, which PEFT tests there for its other methods only."""
+    from peft import LoraConfig
+
+    cases = getattr(collector.obj, "TEST_CASES", None)
+    if name == "TestQuantization" and cases and not any(kind is LoraConfig for kind, _ in cases):
+        cases.append((LoraConfig, {"target_modules": ["q_proj", "v_proj"]}))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for module in list(sys.modules.values()):
         if hasattr(module, "_HUB_MODEL_ACCESSES"):
