@@ -116,7 +116,7 @@ MODELS = {
         "RobertaForSequenceClassification", _ENCODER
     ),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": Tiny(
-        "LlamaForSequenceClassification", {**_GROUPED, "num_labels": 1, "pad_token_id": 0}
+        "LlamaForSequenceClassification", {**_GROUPED, "num_labels": 1}
     ),
     "bert-base-uncased": Tiny("BertForSequenceClassification", {**_ENCODER, "num_hidden_layers": 12}),
     "peft-internal-testing/tiny-random-ResNetForImageClassification": Tiny(
@@ -166,7 +166,8 @@ def build(name: str) -> Any:
     return kind(kind.config_class(**options)).eval()
 
 
-_SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+"""PEFT's tests feed the ids 1 and 2, of which neither may be padding: its embedding is zero."""
 
 
 def _model_maker(name: str) -> Callable[[Path], None]:
@@ -188,7 +189,7 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<unk>", "<pad>", "<s>", "</s>"]
+    special = ["<pad>", "<unk>", "<s>", "</s>"]
     words = [*special, *(f"word{index}" for index in range(WORDS - len(special)))]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -218,7 +219,7 @@ def _save_clip_text(folder: Path) -> None:
 
 _CLIP = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 5, "num_attention_heads": 4,
-    "max_position_embeddings": 77, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 1,
+    "max_position_embeddings": 77, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
 }  # fmt: skip
 
 

@@ -241,6 +241,8 @@ def inputs(model: nn.Module, test: Any) -> tuple[list[Any], Any]:
         return [own], None
     if names[0] == "sample":
         return [_latents()], lambda unet, batch: unet(**batch)
+    if "img_ids" in names:
+        return [_image_tokens()], lambda transformer, batch: transformer(**batch)
     if names[0] == "pixel_values":
         return [{"pixel_values": torch.rand(2, 3, 96, 96)}], None
     if "dummy_image_input" in names:  # the model of test_lora_variants.py
@@ -274,4 +276,17 @@ def _latents() -> dict[str, Any]:
         "sample": torch.randn(2, 4, 32, 32, generator=generator),
         "timestep": torch.tensor([0, 0]),
         "encoder_hidden_states": torch.randn(2, 7, 32, generator=generator),
+    }
+
+
+def _image_tokens() -> dict[str, Any]:
+    """Inputs of the small Flux transformer: 16 tokens of an image and 7 of a prompt."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(1, 16, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 7, 16, generator=generator),
+        "timestep": torch.tensor([1.0]),
+        "guidance": torch.tensor([1.0]),
+        "img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4), torch.arange(1))[None],
+        "txt_ids": torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(7))[None],
     }
