@@ -156,7 +156,8 @@ def _initialise(session: Session, model: nn.Module, adapter: str, changes: bool)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sites, refused = usable_sites(model, adapter, config, "warn")
+            sites, tied, refused = usable_sites(model, adapter, config, "warn")
+        sites += [one.site for one in tied]
         refusals += [f"{name} cannot be initialised: {reason}" for name, reason in refused.items()]
         too_small = any(site.rank > min(site.in_features, site.out_features) for site in sites)
         undo += [_fitted(site, config.effective_base == "offset", even=session.base == "offset") for site in sites]
