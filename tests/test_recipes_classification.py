@@ -123,6 +123,7 @@ print(json.dumps([model.config.id2label[i] for i in guesses]))
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_knows_the_names_of_the_classes(tmp_path: Path, run_fresh: RunFresh) -> None:
     """The rows come with the class that is last by name, so that an order of appearance would be the other one."""
     tiny = RECIPES["text"].tiny(SETTINGS[0], tmp_path)
