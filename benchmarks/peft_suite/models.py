@@ -32,8 +32,8 @@ class Tiny:
 _OPT = Tiny(
     "OPTForCausalLM",
     {
-        "vocab_size": 2048, "hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 4, "ffn_dim": 32,
-        "max_position_embeddings": 128, "word_embed_proj_dim": 16, "dropout": 0.1,
+        "vocab_size": 2048, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "ffn_dim": 32,
+        "max_position_embeddings": 128, "word_embed_proj_dim": 32, "dropout": 0.1,
     },
     std=0.05,
 )  # fmt: skip
@@ -48,7 +48,7 @@ _GPT2 = Tiny(
     "GPT2LMHeadModel", {"vocab_size": 128, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 128}, std=0.2
 )
 _DECODER = {
-    "vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
+    "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
     "max_position_embeddings": 128,
 }  # fmt: skip
 _GROUPED = {**_DECODER, "num_key_value_heads": 4}
