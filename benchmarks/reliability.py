@@ -203,8 +203,10 @@ def main() -> None:
         chosen = list(parts) if options.parts is None else options.parts.split(",")
         if unknown := [name for name in chosen if name not in parts]:
             raise SystemExit(f"--parts: {unknown[0]!r} is not known; expected some of {', '.join(parts)}")
-        record = {} if options.parts is None else json.loads(RECORD.read_text(encoding="utf-8"))
-        record |= {"machine": describe(1), "date": time.strftime("%Y-%m-%d")}
+        if options.parts is None:
+            record = {"machine": describe(1), "date": time.strftime("%Y-%m-%d")}
+        else:  # most parts stay those of the machine and the day of the whole run
+            record = json.loads(RECORD.read_text(encoding="utf-8"))
         for name in chosen:
             began = time.monotonic()
             record[name] = parts[name]()

@@ -30,7 +30,7 @@ def usable_sites(
     if started_by not in (True, False, "gaussian"):
         raise ValueError(
             f"adapter {adapter!r} was made with init_lora_weights={quoted(started_by)}; expected True, so that the "
-            "base is untouched and no other initialisation on top. Make the adapter again with init_lora_weights=True"
+            "base is untouched and nothing else below. Make the adapter again with init_lora_weights=True"
         )
     method = METHODS[config.method]
     factors_weight = method.reads != "gradients" and not method.zero_start
