@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from benchmarks.peft_suite import starts
+from benchmarks.peft_suite import models, starts
 from benchmarks.peft_suite.document import content
 from benchmarks.peft_suite.outcomes import Failure, Refusal, judge, read_expected, read_outcomes, rows, total
 from peft import LoraConfig, PeftMixedModel, PeftModel
@@ -188,6 +188,65 @@ def test_what_is_loaded_is_left_alone(session: starts.Session, tmp_path: Path) -
     assert session.starts == []
     saved, loaded = (m.base_model.model.wide.lora_B["default"].weight for m in (model, again))
     assert torch.equal(saved, loaded)
+
+
+class Takes(nn.Module):
+    """A model that runs on inputs of one shape alone."""
+
+    def __init__(self, layer: nn.Module, *shape: int) -> None:
+        super().__init__()
+        self.layer, self.shape = layer, shape
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.layer(X.float().reshape(*self.shape) if self.shape else X)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (Takes(nn.Linear(7, 3)), (9, 7)),
+        (Takes(nn.Conv2d(1, 3, 2), 9, 1, 5, 2), (9, 10)),  # makes images of the numbers itself
+        (Takes(nn.Conv2d(3, 5, 3)), (9, 3, 10, 10)),
+        (Takes(nn.Conv1d(3, 5, 4)), (9, 3, 10)),
+        (nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Flatten(), nn.Linear(45, 2)), (9, 3, 3, 3)),
+    ],
+)
+def test_a_model_gets_an_input_that_it_can_be_called_with(model: nn.Module, shape: tuple[int, ...]) -> None:
+    batches, forward = starts.inputs(model, None)
+    assert forward is None and batches[0].shape == shape
+    assert model(batches[0]) is not None
+
+
+class TestOfAClassWithData:
+    @pytest.fixture
+    def data(self) -> torch.Tensor:
+        return torch.rand(6, 20)
+
+    def test_they_come_first_where_the_model_takes_them(self, request: pytest.FixtureRequest) -> None:
+        both = Takes(nn.Conv2d(3, 5, 3), 1, 3, 5, 8), Takes(nn.Linear(7, 3))
+        before = torch.get_rng_state()
+        taken, other = (starts.inputs(model, request.node)[0][0] for model in both)
+        assert (taken.shape, other.shape) == ((6, 20), (9, 7))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_test_without_data_gets_a_generic_input(request: pytest.FixtureRequest) -> None:
+    assert starts.inputs(Takes(nn.Linear(20, 3)), request.node)[0][0].shape == (9, 20)
+
+
+def test_looking_for_an_input_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    starts.inputs(model, None)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_encoder_decoder_gets_inputs_of_both() -> None:
+    model = models.build("peft-internal-testing/tiny-random-t5")
+    batches, _ = starts.inputs(model, None)
+    assert model(**batches[0]).logits.isfinite().all()
 
 
 # --- the command ----------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ MODELS = {
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": Tiny(
         "BartForConditionalGeneration",
         {
-            "vocab_size": 128, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+            "vocab_size": 128, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
             "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
             "max_position_embeddings": 128,
         },

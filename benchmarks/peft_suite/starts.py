@@ -26,12 +26,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from torch import nn
 
 import cntlora
 from cntlora.checks import usable_sites
+from cntlora.collect import as_found
 from cntlora.sites import factor_slots
 
 WEIGHTS_ONLY = ("pissa", "olora", "lora")
@@ -169,7 +171,7 @@ def _initialise(session: Session, model: nn.Module, adapter: str, changes: bool)
                     model, batches, config, forward=forward, adapter_name=adapter, progress=False,
                     on_missing="warn" if refused else "raise",
                 )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # of cntlora or of the model; what the list does not know fails the test below
         refusals.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
         sites = []
         for put_back in undo:
@@ -249,19 +251,53 @@ def inputs(model: nn.Module, test: Any) -> tuple[list[Any], Any]:
     if "dummy_image_input" in names:  # the model of test_lora_variants.py
         return [{"input_ids": torch.arange(10).view(1, -1), "dummy_image_input": torch.rand(1, 1, 10, 10)}], None
     if "input_ids" in names:
-        return [{"input_ids": torch.arange(10).view(1, -1)}], None
-    data = getattr(test, "funcargs", {}).get("data")  # a fixture of many tests
-    if isinstance(data, torch.Tensor):
-        return [data], None
-    X = torch.arange(90).view(9, 10)
-    embeddings = [m for m in inner.modules() if isinstance(m, nn.Embedding)]
-    if embeddings:
-        return [X % embeddings[0].num_embeddings], None
-    layers = [m for m in inner.modules() if isinstance(m, nn.Linear) or hasattr(m, "kernel_size")]
-    if layers and isinstance(layers[0], nn.Linear):
-        width = layers[0].in_features
-        return [torch.arange(9.0 * width).view(9, width)], None
-    return [X.float()], None
+        ids = torch.arange(10).view(1, -1)
+        decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
+        return [{"input_ids": ids, **decoder}], None
+    return [_first_that_fits(inner, [*_fixture(inner, test), *_generic(inner)])], None
+
+
+def _first_that_fits(model: nn.Module, batches: list[torch.Tensor]) -> torch.Tensor:
+    """The first batch that the model can be called with; the first one if there is none."""
+    for batch in batches if len(batches) > 1 else []:
+        with as_found(model, []), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                model.eval()(batch)
+            except Exception:  # a model may raise anything on an input that is not its own
+                continue
+        return batch
+    return batches[0]
+
+
+def _fixture(model: nn.Module, test: Any) -> list[torch.Tensor]:
+    """The value of the fixture `data` of a test's class, whether this test asks for it or not."""
+    if test is None:
+        return []
+    with as_found(model, []):  # the random state is the test's
+        torch.manual_seed(0)
+        try:
+            data = test._request.getfixturevalue("data")
+        except pytest.FixtureLookupError:
+            return []
+    return [data] if isinstance(data, torch.Tensor) else []
+
+
+def _generic(model: nn.Module) -> list[torch.Tensor]:
+    """Batches in the form that the first layer of a model takes."""
+    X = torch.arange(90).view(9, 10)  # what most models of test_custom_models.py take, also those with convolutions
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    first = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if embedding is not None:
+        return [X % embedding.num_embeddings]
+    if isinstance(first, nn.Linear):
+        return [torch.arange(9.0 * first.in_features).view(9, first.in_features)]
+    if first is None:
+        return [X.float()]
+    generator = torch.Generator().manual_seed(0)
+    sizes = ([10] * len(first.kernel_size), first.kernel_size)
+    return [X.float(), *(torch.rand(9, first.in_channels, *size, generator=generator) for size in sizes)]
 
 
 def _inner(model: nn.Module) -> nn.Module:
