@@ -30,10 +30,11 @@ test-peft: setup  ## PEFT's own tests on adapters that we initialised: make test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,peft-tests]'
 	$(BIN)/python -W ignore benchmarks/peft_suite $(PEFT) $(OPTIONS)
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and the contract between the rooms of the package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: setup  ## cost, scaling, accuracy and memory of the initialisation; an hour on 2 cores (one workload: benchmarks/init_cost.py --workloads minilm)
 	$(BIN)/python -W ignore benchmarks/init_cost.py

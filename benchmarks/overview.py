@@ -16,9 +16,9 @@ from benchmarks.machine import RESULTS as RECORDS
 from benchmarks.tables import inputs_table, starts_table, table
 
 from cntlora.atomic import write_atomically
-from cntlora.report import between, load_records, studies
-from cntlora.report.records import Estimate, Group, Study
-from cntlora.report.seen import later_against
+from cntlora.lab.report import between, load_records, studies
+from cntlora.lab.report.records import Estimate, Group, Study
+from cntlora.lab.report.seen import later_against
 
 ROOT = Path(__file__).parents[1]
 CHOOSING, MEASURED = ROOT / "docs" / "choosing.md", ROOT / "docs" / "results.md"

@@ -28,9 +28,9 @@ import torch
 from benchmarks.machine import wait_for
 from torch import Tensor
 
-from cntlora.core.factor import spectrum
-from cntlora.core.linalg import symmetric_product
-from cntlora.core.parallel import full_precision
+from cntlora.linalg.factors import spectrum
+from cntlora.linalg.parallel import full_precision
+from cntlora.linalg.pseudo_inverse import symmetric_product
 
 TRIPLET_PASSES = 20
 """Products with a thin block that finding leading triplets is counted as."""

@@ -1,6 +1,6 @@
 """PEFT's own initialisations, called on any workload as its documentation says; pinned to the behaviour of PEFT 0.21.
 
-`cntlora.experiments.peers` does the same for classifiers of text; here batches may also be images or hidden states.
+`cntlora.lab.experiments.peers` does the same for classifiers of text; here batches may also be images or hidden states.
 """
 
 from __future__ import annotations

@@ -25,14 +25,14 @@ from benchmarks.exact import caught_inputs
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from cntlora.core.linalg import default_rtol, rounding_noise
-from cntlora.core.moments import accumulation_dtype
-from cntlora.experiments.adapting import lora_options
-from cntlora.experiments.records import Run
-from cntlora.experiments.settings import Experiment, load_experiment
-from cntlora.experiments.tasks import make_task
-from cntlora.recipes.scoring import modes
-from cntlora.sites import find_sites
+from cntlora.lab.experiments.adapting import lora_options
+from cntlora.lab.experiments.records import Run
+from cntlora.lab.experiments.settings import Experiment, load_experiment
+from cntlora.lab.experiments.tasks import make_task
+from cntlora.lab.recipes.scoring import modes
+from cntlora.linalg.moments import accumulation_dtype
+from cntlora.linalg.pseudo_inverse import default_rtol, rounding_noise
+from cntlora.model.sites import find_sites
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.bfloat16}
 HEADS = (

@@ -14,7 +14,7 @@ from benchmarks.workloads import Batch, Workload, forward_pass, with_lora
 from torch import nn
 
 import cntlora
-from cntlora.core.family import METHODS
+from cntlora.methods.family import METHODS
 
 FLOOR = "forward pass"
 OURS: dict[str, dict[str, Any]] = {

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from cntlora import start_curvature
 from cntlora.atomic import write_atomically
-from cntlora.experiments.adapting import adapt, lora_options
-from cntlora.experiments.arms import parse_arm
-from cntlora.experiments.records import Run
-from cntlora.experiments.settings import Experiment, load_experiment
-from cntlora.experiments.tasks import make_task
-from cntlora.recipes.scoring import modes
-from cntlora.sites import find_sites
+from cntlora.lab.experiments.adapting import adapt, lora_options
+from cntlora.lab.experiments.arms import parse_arm
+from cntlora.lab.experiments.records import Run
+from cntlora.lab.experiments.settings import Experiment, load_experiment
+from cntlora.lab.experiments.tasks import make_task
+from cntlora.lab.recipes.scoring import modes
+from cntlora.model.sites import find_sites
 
 RTOL = 1e-3
 """The tolerance of † that docs/choosing.md recommends for cross and shift."""

@@ -86,13 +86,13 @@ DINOV2_TARGETS = (*BERT_TARGETS, "q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _minilm() -> nn.Module:
-    from cntlora.recipes.text.sentiment import SentimentTask
+    from cntlora.lab.recipes.text.sentiment import SentimentTask
 
     return SentimentTask().build_model(0).eval()
 
 
 def _tweet_batches() -> list[Batch]:
-    from cntlora.recipes.text.sentiment import SentimentTask
+    from cntlora.lab.recipes.text.sentiment import SentimentTask
 
     return [batch for batch, _ in zip(SentimentTask().train_batches(0), range(8), strict=False)]
 
@@ -100,8 +100,8 @@ def _tweet_batches() -> list[Batch]:
 def _dinov2() -> nn.Module:
     from transformers import Dinov2ForImageClassification
 
-    from cntlora.notices import quiet_transformers
-    from cntlora.recipes.samples.models import dinov2_folder
+    from cntlora.lab.recipes.samples.models import dinov2_folder
+    from cntlora.messages import quiet_transformers
 
     with quiet_transformers():
         return seeded(lambda: Dinov2ForImageClassification.from_pretrained(dinov2_folder(), num_labels=10))
@@ -125,14 +125,14 @@ def _digit_batches() -> list[Batch]:
 
 
 def _smollm2() -> nn.Module:
-    from cntlora.recipes.samples.models import smollm2
+    from cntlora.lab.recipes.samples.models import smollm2
 
     return smollm2()[0]
 
 
 def _running_text_batches(count: int = 8, rows: int = 2, tokens: int = 128) -> list[Batch]:
     """Tweets one after another, cut into rows of as many tokens each."""
-    from cntlora.recipes.samples.models import smollm2, tweets
+    from cntlora.lab.recipes.samples.models import smollm2, tweets
 
     tokenizer = smollm2()[1]
     needed = count * rows * tokens

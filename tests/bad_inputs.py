@@ -25,11 +25,11 @@ from cntlora import (
     initialize_from_trainer,
     save_adapter,
 )
-from cntlora.experiments.settings import load_experiment
-from cntlora.inspection import inspect_adapter
-from cntlora.recipes.picture_files import open_picture
-from cntlora.recipes.text.tables import read_table
-from cntlora.sites import find_sites
+from cntlora.files.inspection import inspect_adapter
+from cntlora.lab.experiments.settings import load_experiment
+from cntlora.lab.recipes.picture_files import open_picture
+from cntlora.lab.recipes.text.tables import read_table
+from cntlora.model.sites import find_sites
 
 Call = Callable[[Path], object]
 

@@ -19,11 +19,11 @@ from tests import reference
 from torch import Tensor, nn
 
 from cntlora import InitConfig
-from cntlora.core.constraints import shift_constant
-from cntlora.core.estimator import InputReader, absorb_batch
-from cntlora.core.family import METHODS
-from cntlora.core.moments import Moments
-from cntlora.core.solve import site_generator
+from cntlora.linalg.moments import Moments
+from cntlora.methods.constraints import shift_constant
+from cntlora.methods.estimator import InputReader, absorb_batch
+from cntlora.methods.family import METHODS
+from cntlora.methods.solve import site_generator
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """What the relative error against the reference may be, by the dtype of the inputs."""

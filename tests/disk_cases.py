@@ -14,9 +14,9 @@ from tests.report_cases import few, write
 from tests.tiny import adapted, text_batches
 
 from cntlora import compute_plan, initialize, save_adapter
-from cntlora.experiments.records import write_record
-from cntlora.export import export_adapter
-from cntlora.report import write_report
+from cntlora.files.export import export_adapter
+from cntlora.lab.experiments.records import write_record
+from cntlora.lab.report import write_report
 
 Writer = Callable[[Path], object]
 

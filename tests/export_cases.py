@@ -11,7 +11,7 @@ from tests.tiny import unet
 from torch import Tensor, nn
 
 from cntlora import InitConfig, initialize, save_adapter
-from cntlora.export_parts import read_parts
+from cntlora.files.export_parts import read_parts
 
 Batch = tuple[Tensor, Tensor, Tensor]
 NEAR = {"rtol": 1e-4, "atol": 5e-5}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from cntlora import InitConfig, initialize, sharded
+from cntlora import InitConfig, initialize
+from cntlora.model import sharded
 
 READ_NOTHING = ("pissa", "lora")
 

@@ -13,7 +13,7 @@ from tests.fuzz_models import Node, Whole, build, sizes, trees
 from torch import Tensor, nn
 
 from cntlora import InitConfig, InitPlan, InitReport, apply_plan, compute_plan, initialize
-from cntlora.core.family import METHOD_OPTIONS, METHODS
+from cntlora.methods.family import METHOD_OPTIONS, METHODS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -22,7 +22,7 @@ from tests.fuzz_cases import Case, adapted, base_of, cases, start
 from torch import Tensor, nn
 
 from cntlora import InitConfig, InitReport, save_adapter
-from cntlora.sites import Site, find_sites
+from cntlora.model.sites import Site, find_sites
 
 SECONDS = 20
 """After which a case counts as hanging."""

@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CORE = (
-    "test_core_*.py", "test_compute.py", "test_descent.py", "test_family.py", "test_layers.py", "test_masks.py",
-    "test_memory.py", "test_plan.py",
+    "linalg/test_[!r]*.py", "methods/test_[!f]*.py", "methods/test_family.py", "execution/test_compute.py",
+    "model/test_layers.py", "model/test_masks.py", "data/test_memory.py", "test_plan.py",
 )  # fmt: skip
 """Where the numbers are made, and nothing that takes long to import."""
 KERNELS = {

@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cntlora import InitPlan
-from cntlora.experiments import processes
-from cntlora.experiments.records import read_record
+from cntlora.lab.experiments import processes
+from cntlora.lab.experiments.records import read_record
 
 LONGEST = 300
 """Seconds that a process may take."""
@@ -70,7 +70,7 @@ class Ended:
 
 def run_command(arguments: list[str], folder: Path, moment: Moment = NEVER) -> Ended:
     """Runs `cntlora` with these arguments in a fork; `folder` is the one that it writes into."""
-    from cntlora.cli import main
+    from cntlora.cli.app import main
 
     def command() -> None:
         context: Any = processes.multiprocessing.get_context("fork")  # as the server of forks, without its start
@@ -186,7 +186,7 @@ class Command:
 
 def prepared(folder: Path) -> list[Command]:
     """The commands on a tiny model and data, which are made in `folder`."""
-    from cntlora.recipes.text.sentiment import TweetsSettings, tiny
+    from cntlora.lab.recipes.text.sentiment import TweetsSettings, tiny
 
     made = tiny(TweetsSettings(), folder)
     adapters = [adapter_of_a_unet(folder / f"unet{rank}", rank) for rank in (2, 3)]

@@ -34,9 +34,10 @@ def run(file: str, folder: Path, jobs: dict[str, int]) -> dict[str, list[Any]]:
     """What every job of a test file gives, by rank; for a rank that ended without a result the text of its error."""
     wanted = [f"{job}:{world}" for job, world in jobs.items()]
     root = str(Path(__file__).parents[1])
+    module = ".".join(Path(file).resolve().relative_to(root).with_suffix("").parts)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.processes", f"tests.{Path(file).stem}", str(folder), *wanted],
+        [sys.executable, "-m", "tests.processes", module, str(folder), *wanted],
         env=environment, cwd=root, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

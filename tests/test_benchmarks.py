@@ -33,7 +33,7 @@ from tests.bounds import eps
 from torch import Tensor, nn
 
 import cntlora
-from cntlora.experiments.settings import load_experiment, smoke
+from cntlora.lab.experiments.settings import load_experiment, smoke
 
 TINY = workloads.WORKLOADS["tiny"]
 

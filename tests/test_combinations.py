@@ -11,7 +11,7 @@ from peft import PeftModel
 from tests.tiny import adapted, base_model, logits, text_batches, train
 
 from cntlora import InitConfig, initialize, save_adapter, start_diagnostics
-from cntlora.experiments.arms import Arm, parse_arm
+from cntlora.lab.experiments.arms import Arm, parse_arm
 
 TARGETS = ["query", "key", "value", "attention.output.dense"]
 MODES = ("cross", "self", "shift")

@@ -10,7 +10,8 @@ import pytest
 
 import cntlora
 from cntlora import InitConfig
-from cntlora.config import CHOICES, unknown_name
+from cntlora.config import CHOICES
+from cntlora.messages import unknown_name
 
 WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     # names of options and of choices: the error lists all that are right

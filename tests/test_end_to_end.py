@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import cntlora
-from cntlora.demo import run_demo
-from cntlora.recipes.scoring import evaluate_classifier
-from cntlora.recipes.text.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
-from cntlora.recipes.training import train
+from cntlora.lab.demo import run_demo
+from cntlora.lab.recipes.scoring import evaluate_classifier
+from cntlora.lab.recipes.text.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
+from cntlora.lab.recipes.training import train
 
 pytestmark = pytest.mark.packages
 

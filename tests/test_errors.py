@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
-from cntlora.sites import find_sites
+from cntlora.model.sites import find_sites
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -162,7 +162,7 @@ def test_a_long_cause_is_cut_in_the_middle() -> None:
 )
 def test_what_was_given_is_quoted_in_short(value: Any) -> None:
     """A model or a tensor in the place of an option is not printed."""
-    from cntlora.memory import parse_limits
+    from cntlora.data.memory import parse_limits
 
     calls: list[Callable[[], object]] = [
         lambda: InitConfig(method=value),

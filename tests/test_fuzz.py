@@ -9,7 +9,7 @@ import torch
 from tests import fuzz_judge
 from tests.fuzz_judge import judge, outcomes
 
-from cntlora.core import factor
+from cntlora.linalg import factors as factor
 
 
 def kinds(found: Counter[str]) -> Counter[str]:
@@ -46,13 +46,15 @@ def test_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: a NaN in a factor, halves that do not cancel, a moved generator, a changed weight."""
     plain = factor.svd_factors
     with monkeypatch.context() as patch:
-        patch.setattr("cntlora.assemble.offset", lambda B, A: (torch.cat([B, -0.9 * B], 1), torch.cat([A, A])))
+        patch.setattr(
+            "cntlora.execution.assemble.offset", lambda B, A: (torch.cat([B, -0.9 * B], 1), torch.cat([A, A]))
+        )
         assert "the start is off" in judged("halves")
     with monkeypatch.context() as patch:
-        patch.setattr("cntlora.core.family.svd_factors", lambda *a: [plain(*a), torch.rand(1)][0])
+        patch.setattr("cntlora.methods.family.svd_factors", lambda *a: [plain(*a), torch.rand(1)][0])
         assert "random generator" in judged("the generator")
     with monkeypatch.context() as patch:
-        patch.setattr("cntlora.checks.check_fresh", lambda site: site.base.weight.data.add_(1e-3))
+        patch.setattr("cntlora.model.checks.check_fresh", lambda site: site.base.weight.data.add_(1e-3))
         assert "weight was changed" in judged("a weight") or "traces" in judged("a weight")
     with monkeypatch.context() as patch:
         patch.setattr(fuzz_judge, "start", lambda case, model: (_ for _ in ()).throw(ValueError("no")))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
-from cntlora.collect import watching
-from cntlora.sites import find_sites
+from cntlora.data.collect import watching
+from cntlora.model.sites import find_sites
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 

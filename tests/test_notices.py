@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cntlora.notices import warn_caller
-from cntlora.recipes.picture_files import left_out
+from cntlora.lab.recipes.picture_files import left_out
+from cntlora.messages import warn_caller
 
 
 def test_frames_of_the_standard_library_are_passed_over() -> None:
     """The caller of the package's function is functools itself here."""
-    namespace = {"warn_caller": warn_caller, "__name__": "cntlora.recipes.some"}
+    namespace = {"warn_caller": warn_caller, "__name__": "cntlora.lab.recipes.some"}
     exec("def rows(self):\n    warn_caller('one')\n    return 1", namespace)
     rows = functools.cached_property(namespace["rows"])  # type: ignore[call-overload]
     holder = type("Holder", (), {"rows": rows})

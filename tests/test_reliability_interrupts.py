@@ -17,9 +17,10 @@ from tests.tiny import adapted, changed, state, text_batches
 from torch import nn
 from typer.testing import CliRunner
 
-from cntlora import InitConfig, adapters, compute_plan, initialize
-from cntlora.cli import app
+from cntlora import InitConfig, compute_plan, initialize
+from cntlora.cli.app import app
 from cntlora.interrupts import ended_within, held_back
+from cntlora.model import writer as adapters
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +47,11 @@ def patched(name: str) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
 MOMENTS = {
     "in a forward pass": (in_forward, {}),
     "in the eigenvalues of a batch": (patched("torch.linalg.eigh"), {}),
-    "in a factorisation": (patched("cntlora.assemble.spectrum"), {}),
+    "in a factorisation": (patched("cntlora.execution.assemble.spectrum"), {}),
     "in a QR": (patched("torch.linalg.qr"), {"decomposition": "qr", "rtol": 1e-3}),
     "in a backward pass": (patched("torch.Tensor.backward"), {"method": "lora_ga"}),
-    "with ranks by the data": (patched("cntlora.assemble.allocate"), {"adaptive_ranks": True}),
-    "while the plan is checked": (patched("cntlora.adapters.check_holders"), {}),
+    "with ranks by the data": (patched("cntlora.execution.assemble.allocate"), {"adaptive_ranks": True}),
+    "while the plan is checked": (patched("cntlora.model.writer.check_holders"), {}),
 }
 
 
@@ -104,7 +105,7 @@ def test_what_is_held_back_comes_at_the_end() -> None:
 
 
 def test_a_command_says_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("cntlora.recipes.loading.load_model", stop)
+    monkeypatch.setattr("cntlora.lab.recipes.loading.load_model", stop)
     result = CliRunner().invoke(app, ["init", "any", "--out", str(tmp_path / "a"), "--method", "lora"])
     assert result.exit_code == 130 and result.stderr.splitlines() == ["cntlora: stopped; nothing was half-written"]
     assert not (tmp_path / "a").exists()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-from cntlora.sites import find_sites
+from cntlora.model.sites import find_sites
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 QUIET: dict[str, Any] = {

@@ -32,9 +32,9 @@ from peft import LoraConfig, PeftMixedModel, PeftModel
 from torch import nn
 
 import cntlora
-from cntlora.checks import usable_sites
-from cntlora.collect import as_found
-from cntlora.sites import factor_slots
+from cntlora.data.collect import as_found
+from cntlora.model.checks import usable_sites
+from cntlora.model.sites import factor_slots
 
 WEIGHTS_ONLY = ("pissa", "olora", "lora")
 """Methods that read no data."""

@@ -9,17 +9,17 @@
 `save_adapter` writes an ordinary LoRA for the untouched base, whatever `base` was.
 """
 
-from .adapters import apply_plan
-from .comparison import AdapterComparison, compare_adapters, snapshot
-from .compute import compute_plan
+from .analysis.comparison import AdapterComparison, compare_adapters, snapshot
+from .analysis.diagnostics import StartDiagnostics, start_curvature, start_diagnostics
+from .api import initialize, initialize_from_trainer
 from .config import InitConfig
-from .core.family import methods
-from .diagnostics import StartDiagnostics, start_curvature, start_diagnostics
-from .initialize import initialize, initialize_from_trainer
-from .masks import freeze_offset
+from .execution.compute import compute_plan
+from .files.saving import save_adapter
+from .methods.family import methods
+from .model.freezing import freeze_offset
+from .model.writer import apply_plan
 from .plan import InitPlan, SitePlan
-from .saving import save_adapter
-from .summary import InitReport
+from .report import InitReport
 from .version import VERSION as __version__
 
 __all__ = [

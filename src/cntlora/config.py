@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .core.family import METHOD_OPTIONS, METHODS
-from .notices import quoted
+from .messages import quoted, unknown_name
+from .methods.family import METHOD_OPTIONS, METHODS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -20,14 +19,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "root": ("paper", "symmetric", "cholesky"),
     "initial_weight": ("pretrained", "zero"),
 }
-
-
-def unknown_name(what: str, name: object, allowed: Iterable[str]) -> str:
-    """One line that lists the right names, the nearest first if there is one."""
-    allowed = list(allowed)
-    near = difflib.get_close_matches(str(name), allowed, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{what}: {quoted(name)} is not known{hint}; expected one of: {', '.join(allowed)}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from .atomic import write_atomically
 from .config import InitConfig
-from .sites import Site
+
+if TYPE_CHECKING:
+    from .model.sites import Site
 
 FORMAT = 6
 FAR = 20.0

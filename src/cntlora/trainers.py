@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batches import REPEATABLE, Forward, default_forward
 from .config import InitConfig
-from .core.family import METHODS
+from .data.batches import REPEATABLE, Forward, default_forward
+from .methods.family import METHODS
 
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 """Keys of a batch that TRL's preference trainers read themselves and keep from the model."""

@@ -1,0 +1,1 @@
+"""What an adapter is and does: comparison of adapters, and diagnostics of a start."""

@@ -1,0 +1,280 @@
+"""The command line: `cntlora init`, `inspect`, `demo`, and the commands of `cli_experiments` and `cli_export`.
+
+Heavy imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..console import one_line_errors
+from ..interrupts import ended_within
+from ..messages import quiet_libraries
+from . import experiments as cli_experiments
+from . import export as cli_export
+
+app = typer.Typer(
+    help="Start a LoRA from the pretrained weights and a few batches of your data, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from ..version import VERSION
+
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Start a LoRA from the pretrained weights and a few batches of your data, without training."""
+
+
+@app.command("init")
+def init(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of the pretrained model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter; made if missing.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your fine-tuning texts: .csv, .tsv, .jsonl, .parquet or .txt (one a line). Not for pissa, olora and "
+            "lora, which read the weights alone."
+        ),
+    ] = None,
+    text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label: Annotated[
+        str | None, typer.Option(help="Column of the classes, for classification, or of the numbers, for regression.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="auto, causal-lm, classification, regression or encoder; auto with --label: classes.")
+    ] = "auto",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="descent, self, cross, shift; or a peer: eva, corda, lora_ga, lora_one, pissa, olora, lora.  "
+            "[default: descent, or self for an encoder, which has no loss]"
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="offset: file of rank 2r that starts at zero; paired: the same within rank r; keep: the function "
+            "moves by B·A. (subtract changes the base model and needs the Python call.)  [default: keep for descent, "
+            "else offset]"
+        ),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank that trains.")] = 16,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.  [default: 2 x rank]")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated module names, or all-linear.  [default: PEFT's choice for the model]"),
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha over the root of the rank.")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed LoRA.")] = False,
+    decomposition: Annotated[str, typer.Option(help="svd, qr or qr_pivoted.")] = "svd",
+    p: Annotated[float, typer.Option(help="Share of the singular values that A gets, 0 to 1.")] = 0.5,
+    strength: Annotated[float | None, typer.Option(help="Size of the start.  [default: the method's own]")] = None,
+    adaptive_ranks: Annotated[bool, typer.Option("--adaptive-ranks", help="Share the ranks out by the data.")] = False,
+    rank_budget: Annotated[int | None, typer.Option(help="Sum of all ranks.  [default: rank x sites]")] = None,
+    min_rank: Annotated[int, typer.Option(help="Least rank of a site, with --adaptive-ranks.")] = 0,
+    max_rank: Annotated[int | None, typer.Option(help="Largest rank of a site, with --adaptive-ranks.")] = None,
+    gram: Annotated[str, typer.Option(help="sum or mean over the tokens of a batch.")] = "sum",
+    root: Annotated[str, typer.Option(help="Square root in self mode: paper, symmetric or cholesky.")] = "paper",
+    rtol: Annotated[
+        float | None, typer.Option(help="Cut-off of the pseudo-inverse; 0: NumPy's. Cross, shift: 1e-3.")
+    ] = None,
+    shift_constant: Annotated[str, typer.Option(help="C of shift mode: a number, or gaussian.")] = "1",
+    center: Annotated[bool, typer.Option(help="eva: subtract the mean token.")] = True,
+    damping: Annotated[float, typer.Option(help="corda: relative damping of the input covariance.")] = 0.01,
+    initial_weight: Annotated[str, typer.Option(help="Start of the average over batches: pretrained or zero.")] = (
+        "pretrained"
+    ),
+    num_batches: Annotated[int, typer.Option(help="Batches to read.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Texts a batch.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens a text; longer ones are cut.")] = 256,
+    seed: Annotated[int, typer.Option(help="Order of the texts, and what else is random.")] = 0,
+    fold_alpha: Annotated[
+        bool, typer.Option(help="Write alpha = rank, right for every reader.", show_default=True)
+    ] = True,
+    plan: Annotated[Path | None, typer.Option(help="Also keep the plan, one safetensors file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write an initialised adapter folder that plain PEFT loads on the untouched model."""
+    options = {key: value for key, value in locals().items() if key in _CONFIG_OPTIONS}
+    with one_line_errors():
+        from ..lab.recipes.loading import LoraOptions
+        from ..lab.recipes.text.tables import label_line
+
+        options["shift_constant"] = _number_or_name(shift_constant)
+
+        if base == "subtract":
+            raise ValueError("--base subtract changes the base model, which a file cannot do; use offset, or Python")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file; expected a folder for the adapter")
+        if out.exists() and any(out.iterdir()) and not overwrite:
+            raise ValueError(f"--out {out} is not empty; choose another folder, or replace it with --overwrite")
+        lora = LoraOptions(
+            rank,
+            alpha,
+            None if targets is None else tuple(t.strip() for t in targets.split(",") if t.strip()),
+            rslora,
+            dora,
+        )
+        report, table = _initialise(
+            model, (data, text, label), task, lora, options, (batch_size, max_length), (out, plan)
+        )
+        if as_json:
+            named = {"classes": dict(enumerate(table.names))} if table.names else {}
+            typer.echo(json.dumps({**report.to_dict(), **named}, indent=2))
+        else:
+            typer.echo(str(report))
+            if label is not None:
+                typer.echo(f"\n{label_line(table)}")
+            typer.echo(f"\nadapter written to {out}")
+            if report.config.effective_base == "offset":
+                typer.echo("to train it: PeftModel.from_pretrained(model, folder, is_trainable=True), then")
+                typer.echo("cntlora.freeze_offset(model), before the optimizer is made")
+
+
+_CONFIG_OPTIONS = (
+    "method", "base", "decomposition", "p", "strength", "adaptive_ranks", "rank_budget", "min_rank", "max_rank", "gram",
+    "root", "rtol", "shift_constant", "center", "damping", "initial_weight", "num_batches", "seed", "fold_alpha",
+)  # fmt: skip
+
+
+def _number_or_name(value: str) -> float | str:
+    """C as the configuration takes it."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _initialise(
+    name: str,
+    source: tuple[Path | None, str, str | None],
+    task: str,
+    lora: Any,
+    options: dict[str, Any],
+    sizes: tuple[int, int],
+    outputs: tuple[Path, Path | None],
+) -> tuple[Any, Any]:
+    """Model, data, plan, adapter folder; returns the report and all rows."""
+    from ..config import InitConfig
+    from ..execution.compute import compute_plan
+    from ..files.saving import save_adapter
+    from ..lab.recipes.loading import add_lora, batches_of, load_model
+    from ..lab.recipes.text.tables import Table, shuffled
+    from ..methods.family import METHODS
+    from ..model.writer import apply_plan
+
+    given = options["method"] or "descent"
+    if options["method"] is not None:
+        InitConfig(**options)  # before the model is loaded, wrong options are found
+    path, text, label = source
+    reads = METHODS[given].reads
+    if path is None and reads != "weights":
+        raise ValueError(f"--data: method {given} reads {reads}, so it needs your texts")
+    rows = table = Table([], [], [])
+    if path is not None:
+        rows = _texts(path, text, label, regression=task == "regression")
+        table = shuffled(rows, options["seed"])
+        table = table.take(range(min(len(table), options["num_batches"] * sizes[0])))
+    base_model, tokenizer, resolved, new = load_model(name, task, table, options["seed"])
+    without_loss = options["method"] is None and resolved == "encoder"
+    config = InitConfig(**{**options, "method": "self" if without_loss else given})
+    model = add_lora(base_model, resolved, lora, config.seed, new)
+    plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes) if path else None, config)
+    report = apply_plan(model, plan)
+    save_adapter(model, outputs[0], fold_alpha=config.fold_alpha, plan=plan)
+    if outputs[1] is not None:
+        plan.save(outputs[1])
+    return report, rows
+
+
+def _texts(path: Path, text: str, label: str | None, *, regression: bool) -> Any:
+    """The rows of a file; of at least two classes or numbers where there are any."""
+    from ..lab.recipes.text.tables import one_class_only, read_table
+
+    table = read_table(path, text=text, label=label, regression=regression, instead="--task regression")
+    for kind, found in (("class", table.names), ("number", sorted(set(table.values)))):
+        if len(found) == 1:
+            raise ValueError(one_class_only(path, label, kind, found[0]))
+    return table
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, as PEFT or `cntlora init` writes it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show ranks, scalings and sizes of an adapter, site by site."""
+    with one_line_errors():
+        from ..files.class_names import read_names
+        from ..files.inspection import inspect_adapter
+
+        sites, names = inspect_adapter(adapter), read_names(adapter)
+        if as_json:
+            named = {"classes": dict(enumerate(names))} if names else {}
+            typer.echo(json.dumps({"sites": [site.to_dict() for site in sites], **named}, indent=2))
+            return
+        from ..files.model_card import spread
+        from ..report import text_table
+
+        ranks = [site.rank for site in sites]
+        title = f"{adapter} · {len(sites)} sites · ranks {spread(ranks)}, {sum(ranks)} in all"
+        heads = ("rank", "alpha", "scaling", "‖s·B·A‖", "σ max", "stable rank", "halves")
+        rows = [
+            (s.name, str(s.rank), f"{s.alpha:g}", f"{s.scaling:g}", f"{s.norm:.4g}", f"{s.spectral_norm:.4g}",
+             f"{s.stable_rank:.1f}", s.halves)
+            for s in sites
+        ]  # fmt: skip
+        typer.echo(text_table(title, heads, rows))
+        if names:
+            typer.echo(f"\nclasses: {', '.join(f'{i} = {name}' for i, name in enumerate(names))}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for curves, adapter and record.")] = Path("demo-output"),
+    steps: Annotated[int, typer.Option(help="Training steps of each run.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Of head, data order and dropout, the same for both runs.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Sentiment of tweets on MiniLM: plain LoRA against cntlora, about five minutes on 2 cores."""
+    with one_line_errors():
+        from ..lab.demo import run_demo
+
+        say = (lambda line: None) if as_json else typer.echo
+        record = run_demo(out, steps=steps, seed=seed, say=say)
+        if as_json:
+            typer.echo(json.dumps(record, indent=2))
+
+
+cli_export.register(app)
+cli_experiments.register(app)
+
+
+def main() -> None:
+    """Entry point of the `cntlora` command."""
+    quiet_libraries()
+    with ended_within(0.9):
+        app()
+
+
+if __name__ == "__main__":
+    main()

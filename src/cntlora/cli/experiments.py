@@ -1,0 +1,316 @@
+"""The commands of experiments: `cntlora run`, `compare` and `report`. `register` puts them on the application."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..console import one_line_errors
+
+if TYPE_CHECKING:
+    from ..lab.experiments.settings import Experiment
+    from ..lab.experiments.sweep import Listener, Sweep
+
+File = Annotated[Path, typer.Argument(help="Experiment file: TOML with differences from the defaults.")]
+_OUT = """Folder of the records, one JSON file a run.
+[default: results/NAME; with --data results/NAME-DATA; with --model or --set alone results/NAME-changed]"""
+Out = Annotated[Path | None, typer.Option(help=_OUT)]
+_JOBS = "Processes side by side; each gets its share of the cores. [default: 1; with --smoke one a core, 8 at most]"
+Jobs = Annotated[int | None, typer.Option(help=_JOBS, min=1)]
+Smoke = Annotated[
+    bool,
+    typer.Option(
+        "--smoke",
+        help="Only try the file out, offline: 2 steps, one rate, one seed, a tiny random model, made-up data; yours, "
+        "if you name it, is read and checked first.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs and what is there already; run nothing.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Run again what has a record of other settings.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE over the file, such as lora.rank=4 or train.epochs=3; may be repeated."),
+]
+Data = Annotated[str | None, typer.Option(help="Your data, for task.data: a file, a folder or a name on the hub.")]
+Model = Annotated[str | None, typer.Option(help="The model, for task.model: a folder or a name on the hub.")]
+SaveAdapters = Annotated[
+    bool, typer.Option("--save-adapters", help="Keep the trained adapter of every run done now beside its record.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `run` and `compare` share."""
+
+    out: Path | None
+    jobs: int | None
+    smoke: bool
+    dry_run: bool
+    retry_failed: bool
+    replace: bool
+    as_json: bool
+    save_adapters: bool = False
+    changes: tuple[str, ...] = ()
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    app.command()(run)
+    app.command()(compare)
+    app.command()(report)
+
+
+def run(
+    experiment: File,
+    out: Out = None,
+    jobs: Jobs = None,
+    smoke: Smoke = False,
+    dry_run: DryRun = False,
+    retry_failed: RetryFailed = False,
+    replace: Replace = False,
+    as_json: AsJson = False,
+    changes: Set = None,
+    data: Data = None,
+    model: Model = None,
+    save_adapters: SaveAdapters = False,
+) -> None:
+    """Run all methods, learning rates and seeds of an experiment file; goes on where it stopped."""
+    given = _changes(changes, data, model)
+    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given)
+    _command(experiment, {}, options, table=False)
+
+
+def compare(
+    experiment: File,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated, such as lora,self,cross+vas.  [default: the file's]")
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="Comma-separated, for every method.  [default: the file's]")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated.  [default: the file's]")] = None,
+    out: Out = None,
+    jobs: Jobs = None,
+    smoke: Smoke = False,
+    dry_run: DryRun = False,
+    retry_failed: RetryFailed = False,
+    replace: Replace = False,
+    as_json: AsJson = False,
+    changes: Set = None,
+    data: Data = None,
+    model: Model = None,
+    save_adapters: SaveAdapters = False,
+) -> None:
+    """Run an experiment, with other methods, learning rates or seeds if given, and print each method at its best."""
+    grid = {"methods": (methods, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
+    given = _changes(changes, data, model)
+    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given)
+    _command(experiment, grid, options, table=True)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of records; its subfolders are read too.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for page, tables and figures, or the page itself (.html); this or --into."),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="What the best learning rate has the best of: mean_loss, main (the main metric) or a held-out metric."
+        ),
+    ] = "mean_loss",
+    loss: Annotated[
+        float | None, typer.Option(help="Training loss to count steps to.  [default: where plain LoRA ends]")
+    ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="Put the tables between the marks of each study in this Markdown file; this, --out or both."),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="A setting that differs between experiments, such as lora.rank: tables over its values."),
+    ] = None,
+) -> None:
+    """Write tables, plots and one self-contained page from the records of runs."""
+    with one_line_errors():
+        from ..lab.report import write_into, write_report
+
+        if not results.is_dir():
+            raise ValueError(f"{results} is no folder; give the folder that the records of the runs are in")
+        if out is None and into is None:
+            raise ValueError("nothing to write: give --out for a page, or --into for the tables in a document")
+        for path in write_report(results, out, title, criterion, loss=loss, by=by) if out else ():
+            typer.echo(path)
+        if into is not None:
+            write_into(into, results, criterion, loss=loss, by=by)
+            typer.echo(into)
+
+
+def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options, *, table: bool) -> None:
+    """Reads the file, runs the sweep, says what came out; exit code 1 if a run failed."""
+    with one_line_errors():
+        from ..lab.experiments.settings import load_experiment, replaced
+
+        given = {name: _listed(name, text, kind) for name, (text, kind) in grid.items()}
+        experiment = replaced(load_experiment(path, options.changes), **given)
+        with _tried(experiment, options) as experiment, _folder(experiment, options) as out:
+            if options.dry_run:
+                _list(experiment, out, options)
+                return
+            sweep = _sweep(experiment, out, options)
+            _tell(sweep, out, options, table=table)
+        if sweep.count("failed"):
+            raise typer.Exit(1)
+
+
+def _changes(changes: list[str] | None, data: str | None, model: str | None) -> tuple[str, ...]:
+    """All that is put over the file, as KEY=VALUE."""
+    named = {"task.data": data, "task.model": model}
+    return (*(changes or ()), *(f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None))
+
+
+@contextmanager
+def _tried(experiment: Experiment, options: Options) -> Iterator[Experiment]:
+    """The experiment, or with --smoke its tiny form, whose model and data lie in a temporary folder.
+
+    Data that is named on the command line is checked before the trial, which does not use it.
+    """
+    from ..lab.experiments.own import check_data, sets_data
+    from ..lab.experiments.settings import smoke
+
+    if not options.smoke:
+        yield experiment
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = smoke(experiment, Path(folder))
+        if sets_data(options.changes):
+            found = check_data(experiment.task, tiny.task)
+            typer.echo(f"smoke: {experiment.task.data} can be used; the trial itself is on made-up data", err=True)
+            if found:
+                typer.echo(f"smoke: {found}", err=True)
+        yield tiny
+
+
+def _listed(name: str, text: str | None, kind: type) -> list[Any] | None:
+    """The values of a comma-separated option."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        values = [kind(part) for part in parts]
+    except ValueError:
+        values = []
+    if not values:
+        wanted = {int: "whole numbers", float: "numbers", str: "names"}[kind]
+        raise ValueError(f"--{name.replace('_', '-')}: expected {wanted} with commas between, got {text!r}")
+    return values
+
+
+@contextmanager
+def _folder(experiment: Experiment, options: Options) -> Iterator[Path]:
+    """Where the records go: --out, else a folder under results; a temporary one for a trial."""
+    from ..lab.experiments.own import default_folder
+
+    temporary = tempfile.TemporaryDirectory() if options.smoke and options.out is None else nullcontext()
+    with temporary as folder:
+        yield Path(folder) if folder else options.out or default_folder(experiment, options.changes)
+
+
+def _list(experiment: Experiment, out: Path, options: Options) -> None:
+    from ..lab.experiments.records import runs_of
+    from ..lab.experiments.sweep import plan_sweep
+
+    todo = plan_sweep(experiment, out, retry_failed=options.retry_failed, replace=options.replace)
+    pending = {run.name for run in todo.pending}
+    listed = pending | {run.name for run in todo.done}
+    names = [run.name for run in runs_of(experiment) if run.name in listed]
+    if options.as_json:
+        counts = {"present": len(todo.present), "later": todo.later}
+        typer.echo(json.dumps({"out": str(out), "pending": sorted(pending), **counts}, indent=2))
+        return
+    for name in names:
+        typer.echo(f"{'to run' if name in pending else 'present':8} {name}")
+    typer.echo(f"{len(names)} runs: {len(todo.present)} present in {out}, {len(pending)} to run")
+    if todo.later:
+        best = experiment.sweep.best
+        typer.echo(f"and up to {todo.later} of the other seeds, at each method's {best} best rates of the first")
+
+
+def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
+    """The sweep, with a line for every run that ends and a bar for all of them (on stderr)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from ..lab.experiments.processes import cores
+    from ..lab.experiments.sweep import run_sweep
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        line = bar.add_task("runs", total=None, left="")
+
+        def listener(sweep: Sweep, record: dict[str, Any]) -> None:
+            if options.changes and not (options.out or options.smoke) and len(sweep.records) == 1:
+                console.print(f"records go to {out}; --out names another folder", markup=False)
+            console.print(_line(sweep, record), markup=False)
+            bar.update(line, total=sweep.total, completed=len(sweep.records), left=_left(sweep))
+
+        heard: Listener = listener
+        return run_sweep(
+            experiment,
+            out,
+            jobs=options.jobs or (min(cores(), 8) if options.smoke else 1),  # a tiny model gains nothing from threads
+            retry_failed=options.retry_failed,
+            replace=options.replace,
+            save_adapters=options.save_adapters,
+            listener=heard,
+            say=None if options.smoke else lambda line: console.print(line, markup=False),
+        )
+
+
+def _line(sweep: Sweep, record: Mapping[str, Any]) -> str:
+    """One run that has ended, as a line."""
+    head = f"[{len(sweep.records)}/{sweep.total}] {record['label']} ({record['method']}), "
+    head += f"lr {record['learning_rate']:g}, seed {record['seed']}: "
+    if record["status"] != "finished":
+        return f"{head}{record['status']}, {record['error']}"
+    metric = record["main_metric"]
+    final = record["evaluations"][-1][metric] if record["evaluations"] else None
+    shown = "" if final is None else f", {metric} {final:.3f}"
+    times = f"{record['init_seconds']:.1f} + {record['train_seconds']:.1f} s"
+    return f"{head}mean loss {record['mean_loss']:.4f}{shown}, {times}; {_left(sweep)}"
+
+
+def _left(sweep: Sweep) -> str:
+    """The time to go in words."""
+    seconds = round(sweep.remaining or 0)
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours} h {minutes:02d} min to go" if hours else f"{minutes} min {seconds % 60:02d} s to go"
+
+
+def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
+    """What came out: for machines, or as a table and one line."""
+    if options.as_json:
+        typer.echo(json.dumps({**sweep.to_dict(), "out": None if options.smoke else str(out)}, indent=2))
+        return
+    if table:
+        from ..lab.report.records import studies
+        from ..lab.report.tables import main_table, strangers_table
+
+        for study in studies([*sweep.present, *sweep.records]):
+            for shown in filter(lambda table: table.rows, (main_table(study), strangers_table(study))):
+                typer.echo(shown.to_text())
+    counts = ", ".join(f"{sweep.count(status)} {status}" for status in ("finished", "diverged", "failed"))
+    place = "" if options.smoke and options.out is None else f"; records in {out}"
+    typer.echo(f"{sweep.total} runs in {sweep.elapsed:.0f} s: {counts}; {len(sweep.present)} were there before{place}")

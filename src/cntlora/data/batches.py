@@ -1,0 +1,160 @@
+"""What a batch may be: a mapping (BatchEncoding too), a tuple or list, or a tensor; sized or not; never edited."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..messages import in_short
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def first_batches(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """The first `count` batches and not one more, so that a one-shot iterator keeps the rest.
+
+    Raises:
+        TypeError: if `batches` is a single batch or no iterable at all.
+    """
+    if isinstance(batches, (Mapping, str, bytes, Tensor)):
+        raise TypeError(
+            f"batches: expected an iterable of batches (a DataLoader, a list), got one {type(batches).__name__}; "
+            "put it in a list: [batch]"
+        )
+    try:
+        iterator = iter(batches)
+    except TypeError:
+        raise TypeError(
+            f"batches: expected an iterable of batches (a DataLoader, a list, a generator), got "
+            f"{type(batches).__name__}"
+        ) from None
+    return islice(iterator, count)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`; containers are rebuilt, the caller's are left alone."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where batches go: the device of the first parameter that has values."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, whose own forward pass would wait for a backward pass of training."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+@contextmanager
+def read_eagerly(model: nn.Module) -> Iterator[None]:
+    """Inside, what torch.compile has compiled runs as it is written, so that hooks are called; nothing is forgotten."""
+    if not any(map(_is_compiled, model.modules())):
+        yield
+        return
+    if not hasattr(torch.compiler, "set_stance"):  # torch before 2.6
+        raise ValueError("the model is compiled (torch.compile); initialise first, then compile it, or use torch 2.6")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By torch.compile(module), or in place by module.compile()."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """model(**batch), model(*batch) or model(batch), by the kind of the batch.
+
+    Raises:
+        TypeError: if the batch does not fit the arguments of the model. What the model itself raises stays as it is.
+    """
+    args, kwargs = _arguments(batch)
+    try:
+        return model(*args, **kwargs)
+    except (TypeError, IndexError, AttributeError, RuntimeError) as error:
+        if not (_does_not_fit(model, args, kwargs, error) or _misplaced(batch, error)):
+            raise
+        raise TypeError(
+            f"the model could not be called: {in_short(error)}. It was given a batch that is {_kind(batch)}; say how "
+            f"with forward=, e.g. forward=lambda model, batch: {_example(model, batch)}"
+        ) from error
+
+
+REPEATABLE: set[Forward] = {default_forward}
+"""Our own ways to call a model, which may call it once more: a function of the user may count or print."""
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)), {}
+
+
+def _kind(batch: Any) -> str:
+    return (
+        f"a mapping with keys {in_short(sorted(map(str, batch)), 150)}"
+        if isinstance(batch, Mapping)
+        else type(batch).__name__
+    )
+
+
+def _example(model: nn.Module, batch: Any) -> str:
+    """A call that may be right for a batch of this kind."""
+    if isinstance(batch, (list, tuple)):
+        return "model(batch[0])"
+    if not isinstance(batch, Mapping):
+        return "model(batch.values)"
+    taken = {name for part in _layers_of(model) for name in _signature(part).parameters}
+    key = next((key for key in batch if key in taken), next(iter(batch), "x"))
+    return f"model(batch[{key!r}])"
+
+
+def _does_not_fit(model: nn.Module, args: Any, kwargs: Mapping[str, Any], error: Exception) -> bool:
+    """Whether a TypeError says that a batch does not fit the model, and is not one of a layer inside."""
+    if not isinstance(error, TypeError):
+        return False
+    for part in _layers_of(model):
+        try:
+            _signature(part).bind(*args, **kwargs)
+        except TypeError:
+            return True
+    # a model that takes **kwargs hands them on, and the complaint comes from further inside
+    named = re.search(r"unexpected keyword argument '([^']+)'", str(error))
+    return named is not None and named[1] in kwargs
+
+
+def _layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, and that which PEFT's class around it calls with the same arguments."""
+    yield model
+    base = getattr(model, "get_base_model", None)
+    if callable(base):
+        yield base()
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    try:
+        return inspect.signature(model.forward)
+    except ValueError:  # a function that is not written in Python
+        return inspect.signature(lambda *args, **kwargs: None)
+
+
+def _misplaced(batch: Any, error: Exception) -> bool:
+    """Whether arguments by position may have been taken for others, which shows anywhere in the model."""
+    several = isinstance(batch, (list, tuple)) and len(batch) > 1
+    return several and not isinstance(error, torch.cuda.OutOfMemoryError)

@@ -1,0 +1,335 @@
+"""Reads the inputs of all sites during one forward pass a batch, by hooks, and leaves the model as found.
+
+Sites that are given the very same tensor (q, k, v; gate, up) share one accumulator. Tensors are recognised by
+identity through weak references, so a reused address cannot be mistaken and no activation is kept alive.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..linalg.moments import Moments, TokenCount
+from ..linalg.parallel import full_precision, read_back
+from ..model.bypass import bypassed
+from ..model.patches import geometry, is_convolution, patches
+from ..model.quantised import left_unpacked
+from ..model.sites import Site, lora_layers
+from .anatomy import Anatomy
+from .batches import (
+    Forward,
+    default_forward,
+    device_of,
+    first_batches,
+    read_eagerly,
+    to_device,
+    unwrapped,
+)
+from .padding import TokenMask, TokenMasks, token_masks
+from .rows import Rows
+from .streams import Streams, following
+
+Stats = Moments | TokenCount
+Groups = list[tuple[tuple[str, ...], Any]]
+"""The distinct inputs of one forward pass: names of the sites that saw it, its `Stats`."""
+Admits = Callable[[Site, bool], bool]
+"""Whether the statistics of a site are taken, told whether its input is one that is taken for another site anyway."""
+OnBatch = Callable[[int, Groups], None]
+"""Called after a forward pass with the index of the batch and its inputs."""
+
+
+@dataclass
+class Seen:
+    """What a data pass saw.
+
+    Attributes:
+        batches: that were read; tokens, site_batches: per site the tokens, and the batches in which it saw any.
+        masks: per site the masks that were applied, as "stream (what it comes from)".
+        unmasked: per site why no mask was applied, where one was given.
+    """
+
+    batches: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    site_batches: dict[str, int] = field(default_factory=dict)
+    masks: dict[str, set[str]] = field(default_factory=dict)
+    unmasked: dict[str, set[str]] = field(default_factory=dict)
+
+    def update(self, other: Seen) -> None:
+        """Takes over what another pass over the same batches saw."""
+        self.batches = other.batches
+        self.tokens.update(other.tokens)
+        self.site_batches.update(other.site_batches)
+        self.note_masks(other)
+
+    def note_masks(self, other: Seen) -> None:
+        """Adds the masks that another pass, or another process, applied."""
+        for mine, theirs in ((self.masks, other.masks), (self.unmasked, other.unmasked)):
+            for name, found in theirs.items():
+                mine.setdefault(name, set()).update(found)
+
+    def note_rows(self, name: str, rows: Rows) -> None:
+        """Notes which mask chose the tokens of a site."""
+        if rows.keep is not None:
+            self.masks.setdefault(name, set()).add(f"{rows.stream} ({rows.why})")
+        elif rows.why:
+            self.unmasked.setdefault(name, set()).add(rows.why)
+
+
+@contextmanager
+def as_found(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
+    """Restores the mode of every module and the state of every random generator, also after an exception."""
+    training = [(module, module.training) for module in model.modules()]
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    numpy = sys.modules.get("numpy")
+    own = list(_generators(batches))
+    states = [g.get_state() for g in own]
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+            for generator, state in zip(own, states, strict=True):
+                generator.set_state(state)
+
+
+def _generators(batches: object) -> Iterator[torch.Generator]:
+    """The generators that a DataLoader draws its order from."""
+    found = {}
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    for owner in (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+    yield from found.values()
+
+
+class _Watcher:
+    """Takes the moments of one forward pass."""
+
+    def __init__(
+        self, new: Callable[[Site], Stats], admits: Admits, streams: Streams | None, batch: int, noted: Seen
+    ) -> None:
+        self.new, self.admits, self.streams, self.batch, self.noted = new, admits, streams, batch, noted
+        # tensor → its version, and by how it is looked at (see `_see`) its statistics and which rows counted
+        self.known: Any = WeakIdKeyDictionary()
+        self.seen: dict[str, list[Stats]] = {}
+
+    def hook(self, site: Site) -> Callable[..., None]:
+        convolution = is_convolution(site.base)
+        features, axis = (site.base.in_channels, -1 - len(site.base.kernel_size)) if convolution else (0, -1)
+        features = features or site.in_features
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next((kwargs[k] for k in ("x", "input", "hidden_states") if k in kwargs), None)
+            if not isinstance(x, Tensor) or x.dim() < -axis or x.shape[axis] != features:
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                wanted = ", ".join(("...", str(features), *(["size"] * (-1 - axis))))
+                raise ValueError(f"site {site.name}, batch {self.batch}: expected an input ({wanted}), got {got}")
+            self._see(site, x, geometry(site.base) if convolution else None)
+
+        return see
+
+    def _see(self, site: Site, x: Tensor, view: Any) -> None:
+        """Takes the moments of an input, once for all sites that look at it alike: as rows, or as the same patches."""
+        # an inference tensor counts no versions: an edit of it would go unseen, so it is never taken for known
+        version = None if x.is_inference() else x._version
+        entry = self.known.get(x)
+        if entry is None or version is None or entry[0] != version:
+            entry = self.known[x] = (version, {})
+        stats = entry[1]  # by view, and whether it is read: a site that waits for another pass shares no moments
+        if self.streams is not None and site.name in self.streams.masks.sites:
+            view = (view, site.name)  # with a mask of its own
+        admitted = self.admits(site, (view, True) in stats)
+        if (view, admitted) not in stats:
+            stats[view, admitted] = self._taken(site, x, self.new(site) if admitted else TokenCount())
+        taken, rows = stats[view, admitted]
+        self.seen.setdefault(site.name, []).append(taken)
+        if rows is not None:
+            self.noted.note_rows(site.name, rows)
+
+    def _taken(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, Rows | None]:
+        """The statistics of an input, and which of its rows counted. Patches are never masked."""
+        rows, precision = None, _autocast_dtype(x)
+        if is_convolution(site.base):
+            blocks: Iterable[Tensor] = patches(site.base, x.detach())
+            if self.streams is not None and self.streams.masks.given:
+                rows = Rows("patches", None, "patches of a convolution are never masked")
+        else:
+            block = x.detach().reshape(-1, x.shape[-1])
+            rows = self.streams.at(site.name, x) if self.streams is not None else None
+            if rows is not None and rows.keep is not None:
+                block = block.index_select(0, rows.chosen().to(block.device))
+            blocks = (block,)
+        for block in blocks:
+            block = block.to("cpu") if block.device.type == "mps" else block  # which has no float64
+            with full_precision(block.device):
+                new.update(block, precision)
+        return new, rows
+
+    def groups(self) -> list[tuple[tuple[str, ...], Stats]]:
+        """Distinct inputs in the order of the forward pass, each with the sites that saw exactly it."""
+        names: dict[tuple[int, ...], list[str]] = {}
+        inputs: dict[tuple[int, ...], list[Stats]] = {}
+        for name, moments in self.seen.items():
+            key = tuple(map(id, moments))
+            names.setdefault(key, []).append(name)
+            inputs[key] = moments
+        return [(tuple(names[key]), _merged(inputs[key])) for key in names]
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which a layer that is called now multiplies x, where autocast makes it another than that of x."""
+    kind = x.device.type
+    applies = x.dtype in (torch.float16, torch.bfloat16, torch.float32) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if applies else None
+
+
+def _merged(parts: list[Stats]) -> Stats:
+    if len(parts) == 1:
+        return parts[0]
+    total: Any = parts[0].empty()
+    for part in parts:
+        total.merge(part)
+    return total
+
+
+@contextmanager
+def watching(sites: list[Site], watcher: _Watcher) -> Iterator[None]:
+    """Hooks on all sites, removed on the way out whatever happens; hooks of others are not touched."""
+    handles = []
+    try:
+        for site in sites:
+            handles.append(site.layer.register_forward_pre_hook(watcher.hook(site), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect(
+    model: nn.Module,
+    sites: list[Site],
+    batches: Iterable[Any],
+    on_batch: OnBatch,
+    *,
+    num_batches: int = 8,
+    gram: str = "sum",
+    forward: Forward | None = None,
+    token_mask: TokenMask = None,
+    on_output: Callable[[int, Any], None] | None = None,
+    on_first: Callable[[Any, Any], None] | None = None,
+    step: Callable[[], None] = lambda: None,
+    inputs: bool = True,
+    totals: bool = False,
+    admits: Admits = lambda site, known: True,
+    by_loss: bool = False,
+) -> Seen:
+    """Runs the first `num_batches` batches through the model in eval mode; with gradients only for `on_output`.
+
+    Args:
+        on_batch: receives the moments of all distinct inputs after each forward pass.
+        forward: how to call the model with a batch; by default by the kind of the batch.
+        token_mask: which tokens count, see `padding.token_masks`; by_loss: of these, only those that the loss reaches.
+        on_output: receives the index of each batch and what the model gave for it, while gradients are enabled.
+        on_first: receives the first batch and what the model gave for it, in the mode of reading.
+        inputs: whether the moments of the inputs are taken; else their tokens are only counted.
+        step: called after each batch (progress).
+        totals: whether the moments hold Σ x too.
+        admits: which sites are read, see `memory.Budget`; the tokens of the others are counted.
+
+    Raises:
+        ValueError: no batch, a batch without a token that counts, NaN or Inf in an input (names site and batch).
+    """
+    seen = Seen()
+    call = forward or default_forward
+    model = unwrapped(model)
+    device = device_of(model)
+    anatomy = Anatomy(model)
+
+    def new(site: Site) -> Stats:
+        return Moments(site.in_features, gram, totals=totals) if inputs else TokenCount()
+
+    with reading_mode(model, sites, batches), torch.set_grad_enabled(on_output is not None):
+        for index, batch in enumerate(first_batches(batches, num_batches)):
+            moved = to_device(batch, device)
+            masks = _usable_masks(token_masks(anatomy, moved, token_mask, by_loss), sites, model, index)
+            streams = Streams(anatomy, moved, masks) if masks.needed() else None
+            watcher = _Watcher(new, admits, streams, index, seen)
+            with following(anatomy, streams), watching(sites, watcher):
+                output = call(model, moved)
+            if on_output:
+                _check_called(watcher, sites, index)
+                on_output(index, output)
+            _hand_on(watcher, index, on_batch, seen)
+            if on_first and index == 0:
+                on_first(moved, output)
+            step()
+    if seen.batches == 0:
+        raise ValueError("batches: expected at least one batch, got none; is the loader empty, or already used up?")
+    return seen
+
+
+@contextmanager
+def reading_mode(model: nn.Module, sites: list[Site], batches: Iterable[Any]) -> Iterator[None]:
+    """Inside, the model is in evaluation mode, its fresh adapters are left out, and all is as found afterwards."""
+    with as_found(model, batches), bypassed(sites), left_unpacked(model), read_eagerly(model):
+        model.eval()
+        yield
+
+
+def _usable_masks(masks: TokenMasks, sites: list[Site], model: nn.Module, index: int) -> TokenMasks:
+    for mask in masks.all():
+        if not bool(mask.any()):
+            raise ValueError(
+                f"batch {index}: its mask {tuple(mask.shape)} hides every token, so there is nothing to learn from; "
+                "check padding and labels, or choose what counts with token_mask="
+            )
+    names = {name for name, _ in lora_layers(model, sites[0].adapter)} if masks.sites and sites else set()
+    for name in masks.sites:
+        if name not in names:
+            raise ValueError(
+                "token_mask: expected masks for streams ('text', 'decoder', 'encoder', 'frames', a key of the batch) "
+                f"or sites, got one for {name!r}; sites are {', '.join(sorted(names)[:3])}, …"
+            )
+    return masks
+
+
+def _check_called(watcher: _Watcher, sites: list[Site], index: int) -> None:
+    """Raises ValueError if the model called no site, so that the loss can have no gradient by any."""
+    if not watcher.seen:
+        raise ValueError(
+            f"batch {index}: none of the {len(sites)} adapted layers was called (the first is {sites[0].name}), so "
+            "that there is no gradient by any; does this data reach them, is the adapter in the model that is called?"
+        )
+
+
+def _hand_on(watcher: _Watcher, index: int, on_batch: OnBatch, seen: Seen) -> None:
+    groups = watcher.groups()
+    device = groups[0][1].device if groups else torch.device("cpu")
+    with full_precision(device):
+        finite = read_back([stats.finite()[None] for _, stats in groups])
+    for (names, _), fine in zip(groups, finite, strict=True):
+        if not fine[0]:
+            raise ValueError(
+                f"site {names[0]}, batch {index}: its input has NaN or Inf; check the batch and the dtype "
+                "(float16 overflows where bfloat16 and float32 do not)"
+            )
+    on_batch(index, [(names, stats) for names, stats in groups if stats.tokens])
+    for names, stats in groups:
+        for name in names:
+            seen.tokens[name] = seen.tokens.get(name, 0) + stats.tokens
+            seen.site_batches[name] = seen.site_batches.get(name, 0) + (stats.tokens > 0)
+    seen.batches += 1

@@ -1,0 +1,123 @@
+"""Gradients of the loss by the pretrained weights, for the methods that read them; the model is left as found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg.parallel import read_back
+from ..model.layouts import as_matrix
+from ..model.sharded import full
+from ..model.sites import Site
+
+OnGradient = Callable[[int, str, Tensor], None]
+"""Called for each batch and site: batch index, name of the site, ∂L/∂W (k, d)."""
+
+
+@contextmanager
+def gradients_of(parameters: Iterable[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Inside, `parameters` are the only ones of the model with gradients; afterwards all are as before."""
+    wanted = list(parameters)
+    found = [(p, p.requires_grad, p.grad) for p in {id(p): p for p in (*model.parameters(), *wanted)}.values()]
+    try:
+        for p, *_ in found:
+            p.requires_grad_(False)
+            p.grad = None
+        for p in wanted:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, wants, gradient in found:
+            p.requires_grad_(wants)
+            p.grad = gradient
+
+
+@contextmanager
+def weight_gradients(model: nn.Module, sites: list[Site], sink: OnGradient) -> Iterator[Callable[[int, Any], None]]:
+    """Inside, the weights of the sites are the only parameters with gradients; the yielded function runs backward.
+
+    It takes the index of the batch and what the model gave for it, and hands ∂L/∂W of every site to `sink`. The
+    gradients and the `requires_grad` of all parameters are as before afterwards, also after an exception.
+    """
+    weights = {site.name: site.stored for site in sites}
+
+    def backward(index: int, output: Any) -> None:
+        scale = _backward(scalar_loss(output, index), list(weights.values()))
+        reached = [site for site in sites if weights[site.name].grad is not None]
+        _check_finite([site.name for site in reached], weights, index)
+        for site in reached:
+            gradient = weights[site.name].grad
+            assert gradient is not None
+            unscaled = gradient if scale == 1.0 else gradient.float() / scale
+            sink(index, site.name, as_matrix(site.base, unscaled))
+        for weight in weights.values():
+            weight.grad = None
+
+    with gradients_of(weights.values(), model):
+        yield backward
+
+
+def _check_finite(names: list[str], weights: Mapping[str, nn.Parameter], index: int) -> None:
+    """Raises ValueError for the first site whose gradient is not finite; reads back from the device once."""
+    finite = read_back([full(weights[name].grad.isfinite().all())[None] for name in names])  # type: ignore[union-attr]
+    for name, fine in zip(names, finite, strict=True):
+        if not fine[0]:
+            raise ValueError(f"site {name}, batch {index}: its gradient has NaN or Inf; check the batch and the dtype")
+
+
+def _backward(loss: Tensor, weights: list[Tensor]) -> float:
+    """Backward of the loss times a power of two, which it returns: float16 gradients under 6e-8 would vanish."""
+    half = any(weight.dtype == torch.float16 for weight in weights)
+    for power in (14, 10, 6, 3) if half else ():
+        (loss.float() * 2.0**power).backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        if all(bool(w.grad.isfinite().all()) for w in weights if w.grad is not None):
+            return 2.0**power
+        for weight in weights:
+            weight.grad = None
+    loss.backward()  # type: ignore[no-untyped-call]
+    return 1.0
+
+
+def loss_in(output: Any, index: int) -> Tensor:
+    """The loss in what a model gave: itself, `output.loss`, `output["loss"]`, or the first of a tuple.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    loss = output
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif hasattr(output, "loss"):
+        loss = output.loss
+    elif isinstance(output, (tuple, list)) and output:
+        loss = output[0]
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(
+            f"batch {index}: this method reads gradients and so needs a loss, and the model's output "
+            f"({type(output).__name__}) has none; put labels into the batches, or give loss=, a function of the model "
+            "and the batch that returns a scalar"
+        )
+    return loss
+
+
+def scalar_loss(output: Any, index: int) -> Tensor:
+    """The loss in what a model gave, ready for a backward pass.
+
+    Raises:
+        ValueError: if there is none, it is not finite, or, where gradients are enabled, it does not depend on weights.
+    """
+    loss = loss_in(output, index)
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError(
+            f"batch {index}: the loss does not depend on the weights of the adapted layers, so it has no gradient; is "
+            "the model called under torch.no_grad(), or the adapter on layers that do not reach the loss?"
+        )
+    if not bool(loss.isfinite()):
+        raise ValueError(
+            f"batch {index}: the loss is {float(loss.detach())}, expected a finite number; check the batch and dtype"
+        )
+    return loss

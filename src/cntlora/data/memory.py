@@ -1,0 +1,251 @@
+"""`max_memory=`: where the statistics are held, and which sites have to wait for another pass over the batches.
+
+The limit is for what the initialisation needs above the model and its forward pass: the sums over batches, the moments
+of one batch, and the room in which one matrix is factored. Sums go to the model's device while they fit, then to the
+processor's memory, then into a file; sites whose inputs fit nowhere are read in another pass, layer by layer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..linalg.moments import accumulation_dtype
+from ..linalg.parallel import SIDE_BY_SIDE, STREAMS
+from ..messages import quoted
+from ..model.sites import Site
+
+MaxMemory = int | str | Mapping[str, int | str] | None
+PLACES = ("device", "cpu", "disk")
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+          **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}}  # fmt: skip
+
+
+def parse_limits(value: MaxMemory) -> dict[str, float]:
+    """Bytes for each of `PLACES`: "6GiB" or a number for the model's device, or a mapping with the places by name.
+
+    What is not named is not limited on the device, nor on the processor if the model is elsewhere; files are written
+    only if "disk" is named.
+
+    Raises:
+        ValueError, TypeError: with the key, what came and what is right.
+    """
+    given = dict(value) if isinstance(value, Mapping) else {} if value is None else {"device": value}
+    unknown = [key for key in given if key not in PLACES]
+    if unknown:
+        raise ValueError(
+            f"max_memory: {quoted(unknown[0])} is not known; expected a size such as '6GiB', or a mapping with "
+            f"{', '.join(PLACES)}"
+        )
+    limits = {"device": float("inf"), "cpu": float("inf"), "disk": 0.0}
+    return limits | {key: float(_size(key, size)) for key, size in given.items()}
+
+
+USABLE = 0.8
+"""Share of the limit on the device that is planned for: allocators hold on to some of what has been given back."""
+
+
+def _size(key: str, size: object) -> int:
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise TypeError(f"max_memory: {key}: expected bytes or a size such as '6GiB', got {quoted(size)}")
+    if isinstance(size, int):
+        found = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"max_memory: {key}: expected a size such as '6GiB' or '500MB', got {quoted(size)}")
+        found = int(float(match[1]) * _UNITS[match[2].upper()])
+    if found < 0:
+        raise ValueError(f"max_memory: {key}: expected at least 0, got {quoted(size)}")
+    return found
+
+
+def readable(size: float) -> str:
+    """Bytes as KiB, MiB or GiB, rounded up, so that the number can be given as a limit."""
+    units = ((10 * 2**30, 2**30, "GiB"), (2**20, 2**20, "MiB"), (0, 2**10, "KiB"))
+    unit, name = next((unit, name) for least, unit, name in units if size >= least)
+    return f"{-(-int(size) // unit)}{name}"
+
+
+@dataclass
+class Held:
+    """What was chosen: passes over the batches, and the most bytes of sums in each place."""
+
+    passes: int = 0
+    device: int = 0
+    cpu: int = 0
+    disk: int = 0
+
+
+@dataclass
+class Budget:
+    """The room of one pass.
+
+    Attributes:
+        limits: bytes by place, see `parse_limits`.
+        of_gradients: whether gradients (k, d) are summed; they come for all sites at once, so that there is one pass
+            only.
+        of_inputs: whether d×d statistics of the inputs are summed.
+        own_sums: whether each site may need a sum (k, d) of its own besides (shift mode).
+        held: what is noted for the report.
+    """
+
+    limits: Mapping[str, float]
+    of_gradients: bool = False
+    of_inputs: bool = True
+    own_sums: bool = False
+    held: Held = field(default_factory=Held)
+    admitted: set[str] = field(default_factory=set)
+    waiting: set[str] = field(default_factory=set)
+    _used: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PLACES, 0))  # promised to sums
+    _placed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PLACES, 0))  # the sums that are there
+    _taken: int = 0  # by the moments
+    _room: int = 0  # for factorisations
+    _elsewhere_first: bool = False
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether there may be more than one pass."""
+        return self.limits["device"] < float("inf") and not self.of_gradients
+
+    def next_pass(self, sites: list[Site]) -> None:
+        """Forgets the sums of the last pass. If the statistics of `sites` might not all fit on the device, its room is
+        for the moments, and sums go elsewhere first, where that is allowed: so there are fewest passes.
+        """
+        most = sum(self._sums(s, False) + self._moments(s) for s in sites)
+        self._elsewhere_first = most + max(map(self._working_room, sites), default=0) > self._limit("device")
+        self.held.passes += 1
+        self.admitted, self.waiting = set(), set()
+        self._used, self._placed = dict.fromkeys(PLACES, 0), dict.fromkeys(PLACES, 0)
+        self._taken = self._room = 0
+        self.close()
+
+    def close(self) -> None:
+        """Deletes the files of the last pass."""
+        if self._folder is not None:
+            with suppress(OSError):
+                self._folder.cleanup()
+            self._folder = None
+
+    def admit_in_order(self, sites: list[Site]) -> None:
+        """Decides on all sites before any input is seen, as if none shared its input with another."""
+        for site in sites:
+            self.admits(site, False)
+
+    def admits(self, site: Site, known: bool) -> bool:
+        """Whether a site is read in this pass; decided when its input is first seen.
+
+        Args:
+            known: whether its input is one that another site of this pass is read for anyway.
+
+        Raises:
+            ValueError: if the limit is too small for this site alone.
+        """
+        if site.name in self.admitted or site.name in self.waiting:
+            return site.name in self.admitted
+        room = max(self._room, self._working_room(site))
+        sums, moments = self._sums(site, known), 0 if known else self._moments(site)
+        on_device = self._used["device"] + self._taken + moments + room
+        place = self._place_for(sums, on_device, site)
+        if place is None and self.admitted and not self.of_gradients:
+            self.waiting.add(site.name)
+            return False
+        if place is None:
+            alone = "" if self.of_gradients else " alone"
+            need = sums + on_device if self.of_gradients else sums + moments + room
+            raise ValueError(
+                f"max_memory: {readable(self.limits['device'])} is too little: site {site.name} "
+                f"({site.out_features}×{site.in_features}){alone} needs {readable(need / USABLE)}; give at least "
+                "that, or name cpu and disk: {'device': …, 'cpu': …, 'disk': …}"
+            )
+        self.admitted.add(site.name)
+        self._room = room
+        self._taken += moments
+        self._used[place] += sums
+        return True
+
+    def _place_for(self, sums: int, on_device: int, site: Site) -> str | None:
+        """The first place with room for the sums of a site, if the rest of what it needs fits on the device."""
+        if on_device > self._limit("device"):
+            return None
+        elsewhere = PLACES[1:] if site.device.type != "cpu" else PLACES[2:]
+        order = (*elsewhere, "device") if self._elsewhere_first else ("device", *elsewhere)
+        used = {**self._used, "device": on_device}
+        return next((p for p in order if used[p] + sums <= self._limit(p)), None)
+
+    def _limit(self, place: str) -> float:
+        return self.limits[place] * (USABLE if place == "device" else 1.0)
+
+    def _sums(self, site: Site, known: bool) -> int:
+        own = self._item(site) * site.in_features * site.out_features if self.own_sums else 0
+        own += 4 * site.in_features * site.out_features if self.of_gradients else 0
+        return own + (self._item(site) * site.in_features**2 if self.of_inputs and not known else 0)
+
+    def _moments(self, site: Site) -> int:
+        """Of one batch: at most d rows are kept, and else d×d; of gradients, the gradient."""
+        gradient = site.stored.element_size() * site.in_features * site.out_features if self.of_gradients else 0
+        return gradient + (self._item(site) * site.in_features**2 if self.of_inputs else 0)
+
+    def _working_room(self, site: Site) -> int:
+        """In which one input is digested (five d×d, the tokens in the dtype of accumulation among them) and one site is
+        factored (four k×d in float32, one in float64).
+        """
+        d, k = site.in_features, site.out_features
+        threads = torch.get_num_threads() if d <= SIDE_BY_SIDE else 1
+        side_by_side = {"cpu": threads, "cuda": STREAMS}.get(site.device.type, 1)
+        digest = 5 * self._item(site) * d * d if self.of_inputs else 0
+        return side_by_side * max(digest, 24 * d * k)
+
+    def _item(self, site: Site) -> int:
+        return accumulation_dtype(site.dtype).itemsize
+
+    def place(self, total: Tensor) -> Tensor:
+        """A new sum where there is room for it: itself, or a copy on the processor or in a file.
+
+        Sites that turn out not to share an input after all need more sums than was foreseen; where nothing else is
+        allowed, those stay on the device.
+        """
+        size = total.numel() * total.element_size()
+        allowed = [p for p in PLACES if p != "cpu" or total.device.type != "cpu"]
+        place = next((p for p in allowed if self._placed[p] + size <= self._used[p]), None)
+        place = place or next((p for p in allowed if self._placed[p] + size <= self.limits[p]), "device")
+        self._placed[place] += size
+        setattr(self.held, place, max(getattr(self.held, place), self._placed[place]))
+        return total if place == "device" else total.cpu() if place == "cpu" else self._in_file(total)
+
+    def _in_file(self, total: Tensor) -> Tensor:
+        """The tensor as a file that the system may drop from memory; its room on the disk is taken first."""
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="cntlora-")
+        path = Path(self._folder.name) / f"{self._placed['disk']}.sum"
+        size = total.numel() * total.element_size()
+        try:
+            with path.open("wb") as file:
+                _reserve(file, size)
+        except OSError as error:
+            self._folder.cleanup()  # at once, not when the last reference to this object goes
+            self._folder = None
+            what = f"max_memory: no room for {readable(size)} of statistics in {path.parent}: {error.strerror}"
+            raise OSError(error.errno, what) from error
+        held = torch.from_file(str(path), shared=True, size=total.numel(), dtype=total.dtype).view(total.shape)
+        with suppress(OSError):  # its name goes at once, so that a process that is killed leaves no file
+            path.unlink()
+        return held.copy_(total)
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Takes the room on the disk: a file with holes would kill the process where the disk is full."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, 2**20):
+        file.write(bytes(min(2**20, size - start)))

@@ -1,0 +1,104 @@
+"""Which adapted layers the loss depends on: read off the graph of one forward pass, without a backward pass.
+
+A method that reads inputs runs without gradients, and so does not see that a layer will never train, as the pooler of a
+model whose loss is taken of its tokens. Of what a forward pass keeps for the way back nothing is kept here, and one row
+tells it: so it takes the time of a row and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.sites import Site
+from .batches import Forward
+from .collect import as_found
+from .gradients import loss_in
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether a module has hooks that are called in a forward pass."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def has_loss(output: Any) -> bool:
+    """Whether what a model gave names its loss: a tensor alone, or the first of a tuple, may be anything."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return isinstance(loss, Tensor) and loss.numel() == 1
+
+
+def unreached(model: nn.Module, sites: Iterable[Site], call: Forward, batch: Any) -> list[str]:
+    """Names of the sites that are called and on whose output the loss of the first row does not depend.
+
+    To what a layer gives a zero is added that can have a gradient; where the graph of the loss has no such zero of a
+    site, that does not train. Sites that give no tensor are left out. The model and all random states are as found.
+
+    Returns:
+        The names; none where it cannot be told: the output has no loss, no gradient, or the pass fails.
+    """
+    zeros: dict[str, list[Tensor]] = {}
+    if torch.is_inference_mode_enabled():
+        return []
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(as_found(model, ()))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda saved: None, _gone))
+            for site in sites:
+                handle = site.layer.register_forward_hook(_adding(zeros.setdefault(site.name, [])))
+                stack.callback(handle.remove)
+            found = _leaves(loss_in(call(model, first_row(batch)), 0))
+    except (RuntimeError, ValueError):  # no loss of one row, or operations that want what is not kept
+        return []
+    depends = {name: any(id(zero) in found for zero in used) for name, used in zeros.items() if used}
+    return [name for name, does in depends.items() if not does] if any(depends.values()) else []
+
+
+def first_row(batch: Any) -> Any:
+    """The first row of a batch, where all that it holds has as many; else the whole of it (patches of images)."""
+    if isinstance(batch, Tensor):
+        return batch[:1]
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(values, (list, tuple)):
+        return batch
+    rows = {len(value) for value in values if _has_rows(value)}
+    if len(rows) != 1:
+        return batch
+    cut = [value[:1] if _has_rows(value) else value for value in values]
+    return dict(zip(batch, cut, strict=True)) if isinstance(batch, Mapping) else tuple(cut)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0)
+
+
+def _adding(used: list[Tensor]) -> Callable[..., Any]:
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        used.append(torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True))
+        return output + used[-1]
+
+    return add
+
+
+def _gone(nothing: None) -> Tensor:
+    raise RuntimeError("nothing is kept for a backward pass here")
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """Identities of the leaves that the graph of a loss has."""
+    found, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions]
+    return found

@@ -1,0 +1,1 @@
+"""Saved adapters: writing, exporting, reading back, and their model cards."""

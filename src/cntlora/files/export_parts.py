@@ -1,0 +1,161 @@
+"""Reads the adapter of a pipeline for export: the factors of every site by part (unet, text_encoder, …), scaling 1."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from ..messages import unknown_name
+from .inspection import DIFFUSERS_FILE, by_pattern, read_folder
+from .saving import CONFIG, PREFIX, WEIGHTS
+
+DIFFUSERS_HEAD = "lora_adapter_metadata"
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+_BY_NAME = {
+    "unet": re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b"),
+    "transformer": re.compile(r"(transformer_blocks|single_transformer_blocks)\."),
+    "text_encoder": re.compile(r"(text_model\.|encoder\.layers\.\d+\.(self_attn|mlp)\.)"),
+}
+_CLIP_OR_T5 = re.compile(
+    r"((text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\.|text_model\.|(encoder\.)?block\.\d+\.layer\.)"
+)
+_OF_PART = {
+    "unet": _BY_NAME["unet"],
+    "transformer": re.compile(r"((\w+_)?(blocks|refiner|refiner_blocks)\.|layers\.\d+\.(attn|attention)\.to_)"),
+    "text_encoder": _CLIP_OR_T5,
+    "text_encoder_2": _CLIP_OR_T5,
+    "text_encoder_3": _CLIP_OR_T5,
+    "prior": re.compile(r"(\w+_)?blocks\."),
+}
+"""What names of layers of each part begin with; a part that is named has at least one of them."""
+_HALVES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias", "lora_magnitude_vector": "magnitude"}
+
+
+@dataclass(frozen=True)
+class SiteFactors:
+    """One site: W + B·A is its adapted weight, with DoRA before its rows are scaled to the magnitude.
+
+    Attributes:
+        A: (rank, d) or (rank, channels, *kernel). B: (k, rank) or (k, rank, 1, …).
+        bias: added to the layer's own, or None. magnitude: of DoRA, or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    def scaled(self, factor: float) -> SiteFactors:
+        """With B and its bias times a factor, computed in float32 and in the old dtype again."""
+        if factor == 1.0:
+            return self
+        bias = None if self.bias is None else (self.bias.float() * factor).to(self.bias.dtype)
+        return SiteFactors(self.A, (self.B.float() * factor).to(self.B.dtype), bias, self.magnitude)
+
+
+Parts = dict[str, dict[str, SiteFactors]]
+"""Part → name of a site in it → factors."""
+
+
+def read_parts(source: Path, component: str | None = None) -> Parts:
+    """Every part with its sites.
+
+    Raises:
+        ValueError: if there is no such adapter, it holds more than LoRA of linear layers and convolutions, or the part
+            cannot be told and is not named, or none of the names are of the part that is; names what it met.
+    """
+    if component is not None and component not in PARTS:
+        raise ValueError(unknown_name("component", component, PARTS))
+    if source.suffix == ".safetensors" or (source / DIFFUSERS_FILE).is_file():
+        return _read_diffusers(source if source.suffix == ".safetensors" else source / DIFFUSERS_FILE)
+    if not (source / CONFIG).is_file():
+        raise ValueError(
+            f"{source}: no adapter is there; expected a folder with {CONFIG} and {WEIGHTS} (PEFT, `cntlora init`), "
+            f"one with {DIFFUSERS_FILE} (diffusers), or a .safetensors file of diffusers"
+        )
+    config, state = read_folder(source)
+    named = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    parts: Parts = {}
+    for name, factors in _sites(named, config, source / WEIGHTS):
+        part, inner = _part_of(name, component)
+        parts.setdefault(part, {})[inner] = factors
+    if component is not None and not any(_OF_PART[component].match(name) for name in parts[component]):
+        raise ValueError(
+            f"{source}: this is no adapter of a text-to-image model: no site is named like a layer of a {component}, "
+            f"such as {next(iter(parts[component]))}; was another --component meant?"
+        )
+    return parts
+
+
+def _read_diffusers(file: Path) -> Parts:
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file")
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            head = json.loads((opened.metadata() or {}).get(DIFFUSERS_HEAD, "{}"))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); is it cut short?") from error
+    parts: Parts = {}
+    for part in sorted({key.partition(".")[0] for key in state}):
+        if part not in PARTS:
+            known = ", ".join(PARTS)
+            raise ValueError(f"{file}: key {part}… is of no part of a pipeline that is known ({known})")
+        own = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
+        config = {key.removeprefix(f"{part}."): value for key, value in head.items() if key.startswith(f"{part}.")}
+        parts[part] = dict(_sites(own, config, file))
+    return parts
+
+
+def _sites(state: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) -> Iterator[tuple[str, SiteFactors]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, half = key.rpartition(".lora_")
+        if f"lora_{half}" not in _HALVES or not name:
+            raise ValueError(
+                f"{file}: it holds {key}, which files of diffusers and kohya have no place for; expected LoRA of "
+                "linear layers and convolutions alone, without modules_to_save"
+            )
+        found.setdefault(name, {})[_HALVES[f"lora_{half}"]] = value
+    if not found:
+        raise ValueError(f"{file}: there is no LoRA in it")
+    for name, halves in sorted(found.items()):
+        A, B = halves.get("A"), halves.get("B")
+        if A is None or B is None or B.dim() < 2 or A.shape[0] != B.shape[1]:
+            shapes = {half: tuple(value.shape) for half, value in halves.items()}
+            raise ValueError(f"{file}: site {name} has {shapes}; expected A (rank, …) and B (…, rank) of the same rank")
+        yield name, SiteFactors(**halves).scaled(_scaling(name, int(A.shape[0]), config))
+
+
+def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """alpha/rank, or alpha/√rank; 1 where no configuration tells."""
+    alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _part_of(name: str, component: str | None) -> tuple[str, str]:
+    """Part and name within it of a site."""
+    first, _, rest = name.partition(".")
+    if first in PARTS and component is None:
+        return first, rest
+    if component is not None:
+        return component, name.removeprefix(f"{component}.")
+    for part, pattern in _BY_NAME.items():
+        if pattern.match(name):
+            return part, name
+    raise ValueError(
+        f"site {name}: its name does not tell which part of a text-to-image pipeline it is of; if the adapter is of "
+        f"one, name the part with --component (component= in Python): {', '.join(PARTS)}"
+    )

@@ -1,0 +1,278 @@
+"""`save_adapter`: an ordinary LoRA folder for the pristine base, whatever `base` was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..atomic import not_written, temporary
+from ..execution.agreement import agreed, alone, attempt
+from ..model.provenance import Start, start_of
+from ..model.sharded import full, reshard, shards
+from ..model.sites import Site, base_name, config_holder, find_sites, lora_paths, uses_rslora
+from ..model.ties import Tied, asked_to_tie, groups, tied_embedding
+from ..model.writer import SUBTRACTED, anchored, selecting, shaped_like, whole
+from ..plan import InitPlan
+from ..version import VERSION
+from .class_names import NAMES, class_names, write_names
+from .model_card import SavedSites, card_section, updated_card
+from .public_names import public_name, public_values
+
+PREFIX = "base_model.model."
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What goes into the folder; `section` is that of the model card, None for a folder without one.
+
+    `names` are those of the classes of a head that is saved with the adapter, if it has them.
+    `base_model` is what the base model was loaded from, maybe a path of this machine: it gets into no file as it is.
+    """
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    section: str | None
+    base_model: str | None
+    names: tuple[str, ...] = ()
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    fold_alpha: bool = True,
+    plan: InitPlan | None = None,
+    model_card: bool = True,
+) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors` that plain PEFT loads on the untouched base.
+
+    A README.md tells how the adapter was initialised and which ranks it has. Of one that is there already only our own
+    section, between two marks, is replaced. Where a head is saved with the adapter and the model's configuration names
+    its classes (`id2label`), id2label.json holds the names, which PEFT's files do not. No file holds a path of this
+    machine.
+
+    For base "subtract" the base weights in memory have s·B₀·A₀ taken off, so the file holds [A; A₀] and [B, −B₀], of
+    rank 2r: on the pristine base the same function. The other policies are written at the rank they have.
+
+    Where the model is sharded by `fully_shard`, all processes have to call it, and the first one writes.
+
+    Args:
+        model: a PeftModel, a model with `add_adapter`, or a module that PEFT injected LoRA layers into.
+        path: the folder. A new one appears whole or not at all; in one that is there each file is replaced whole.
+        adapter_name: of the adapter.
+        fold_alpha: rewrite the factors so that alpha = rank everywhere (scaling 1, no rsLoRA), right also for readers
+            that ignore `alpha_pattern`.
+        plan: for base "subtract" where the model in memory is not the very object that was initialised (resumed in
+            another process, or copied): the plan that was applied then. The model card tells of it too.
+        model_card: whether README.md is written.
+
+    Raises:
+        ValueError: if the model has no such adapter, or no PEFT configuration for it.
+        OSError: if the folder cannot be written, as on a full disk; what was there is as it was.
+    """
+    reshard(model)
+    sharded = shards(model)
+    files = _files(model, adapter_name, fold_alpha, plan, model_card)
+    if not sharded:
+        _write_folder(Path(path), files)
+    else:
+        first = alone() or dist.get_rank() == 0
+        agreed(attempt(lambda: _write_folder(Path(path), files)) if first else None)
+
+
+def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | None, card: bool) -> _Files:
+    """Weights, configuration and section of the model card; a collective where the model is sharded."""
+    sites, _ = find_sites(model, adapter)  # says which adapters there are, if not this one
+    holder = config_holder(model, adapter)
+    if holder is None:
+        raise ValueError(
+            f"the model has LoRA layers but no PEFT configuration for adapter {adapter!r}, so there is none to "
+            "save; put the LoRA in with get_peft_model, add_adapter or inject_adapter_in_model"
+        )
+    state = _state(model, holder[1], adapter)
+    held = {key.partition(".lora_")[0] for key in state}
+    paths = {base_name(inner, layer): f"{PREFIX}{inner}." for inner, layer in lora_paths(model, adapter)}
+    pairs = [t for g in groups(model, sites, adapter) if not g.unfit for t in g.led_by(g.sites[0].name)]
+    pairs = [t for t in pairs if _as_one(state, paths, t)]
+    shapes = {}
+    config: Any = holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
+    for inner, layer in lora_paths(model, adapter):
+        name = base_name(inner, layer)
+        if PREFIX + inner not in held:
+            raise ValueError(f"site {name}: PEFT gives no weights for it, only for {', '.join(sorted(held)[:5])}")
+        # by alpha, so that a passing `set_scale` does not get into the file
+        r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
+        rank = r + _for_pristine_base(state, f"{PREFIX}{inner}.", _start(name, layer, adapter, plan))
+        scaling = alpha / (r**0.5 if uses_rslora(layer, adapter) else r)
+        if fold_alpha:
+            _fold(state, f"{PREFIX}{inner}.", scaling)
+        plain_alpha = whole(scaling * (rank**0.5 if config.use_rslora else rank))
+        shapes[name] = (rank, rank if fold_alpha else plain_alpha)
+    for tied in pairs:  # what was appended or folded, at one of the two: a reload may keep the other's
+        _follow(state, paths, tied)
+    values = _file_config(config, shapes, fold_alpha)
+    if not all(_as_one(state, paths, tied) for tied in _ties_on_reload(model, sites, adapter)):
+        values |= {"ensure_weight_tying": False, "target_modules": _plain(selecting(model, adapter, None))}
+    start = start_of(model, adapter) if plan is None else Start.of(plan)
+    names = class_names(_state_owner(model, adapter) or holder[1], state)
+    section = card_section(start, SavedSites(shapes, values["use_rslora"], names), _versions())
+    return _Files(state, values, section if card else None, config.base_model_name_or_path, names)
+
+
+def _state(model: nn.Module, holder: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The adapter's weights by the keys of its file, on the processor, whole and sharing nothing."""
+    from peft import get_peft_model_state_dict
+
+    owner: Any = _state_owner(model, adapter) or holder
+    state = {_file_key(k): v for k, v in get_peft_model_state_dict(owner, adapter_name=adapter).items()}
+    return {key: full(value).cpu().contiguous().clone() for key, value in state.items()}
+
+
+def _versions() -> dict[str, str]:
+    """Of what writes the file."""
+    found = {"cntlora": VERSION, "torch": torch.__version__}
+    with suppress(PackageNotFoundError):
+        found["peft"] = version("peft")
+    return found
+
+
+def _state_owner(model: nn.Module, adapter: str) -> nn.Module | None:
+    """The outermost module with the adapter's config: a PeftModel there knows `modules_to_save` too."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        compiled = "_orig_mod" in module._modules  # torch.compile's wrapper shows the config of what it wraps
+        if isinstance(configs, dict) and adapter in configs and not compiled:
+            return module
+    return None
+
+
+def _file_key(key: str) -> str:
+    """Keys of an adapter file start with PEFT's prefix, also where the model in memory has none, or is compiled."""
+    key = key.replace("_orig_mod.", "")
+    return key if key.startswith(PREFIX) else PREFIX + key
+
+
+def _start(name: str, layer: Any, adapter: str, plan: InitPlan | None) -> tuple[Tensor, Tensor] | None:
+    """A₀ and B₀ that base "subtract" took off the weight of a site, or None where it took nothing."""
+    if plan is not None and plan.config.effective_base == "subtract" and name in plan.sites:
+        return plan.sites[name].A, plan.sites[name].B
+    known: tuple[Tensor, Tensor] | None = SUBTRACTED.get(layer, {}).get(adapter)
+    return known
+
+
+def _for_pristine_base(state: dict[str, Tensor], site: str, start: tuple[Tensor, Tensor] | None) -> int:
+    """Appends what base "subtract" took off the weight of a site to its factors in `state`; returns its rank."""
+    if start is None:
+        return 0
+    down, up = _keys(state, site)
+    A, B = state[down], state[up]
+    A0, B0 = start
+    state[down] = torch.cat([A, shaped_like(A, A0.to(A))], dim=0)
+    state[up] = torch.cat([B, shaped_like(B, -B0.to(B))], dim=1)
+    return A0.shape[0]
+
+
+def _fold(state: dict[str, Tensor], site: str, scaling: float) -> None:
+    """Multiplies the scaling of a site into all that it scales: B and its bias, or the B of an embedding."""
+    for key in (f"{site}lora_B.weight", f"{site}lora_B.bias", f"{site}lora_embedding_B"):
+        if key in state and scaling != 1.0:
+            state[key] = state[key] * scaling
+
+
+def _keys(state: dict[str, Tensor], site: str) -> tuple[str, str]:
+    """The keys of A and B of a site."""
+    plain = f"{site}lora_A.weight" in state
+    down, up = (f"{site}lora_{half}.weight" if plain else f"{site}lora_embedding_{half}" for half in "AB")
+    return down, up
+
+
+def _pair(state: dict[str, Tensor], paths: dict[str, str], tied: Tied) -> list[tuple[str, Tensor]]:
+    """The key of each factor of a site that follows, and what its leader has for it; nothing where PEFT gives none."""
+    found = _keys(state, paths[tied.leader.name])
+    if not all(key in state for key in (*found, *_keys(state, paths[tied.site.name]))):
+        return []
+    A, B = (state[key] for key in found)
+    values = (B.mT, A.mT) if tied.crossed else (A, B)
+    return list(zip(_keys(state, paths[tied.site.name]), values, strict=True))
+
+
+def _as_one(state: dict[str, Tensor], paths: dict[str, str], tied: Tied) -> bool:
+    return all(torch.equal(state[key], value) for key, value in _pair(state, paths, tied))
+
+
+def _follow(state: dict[str, Tensor], paths: dict[str, str], tied: Tied) -> None:
+    state.update({key: value.contiguous().clone() for key, value in _pair(state, paths, tied)})
+
+
+def _ties_on_reload(model: nn.Module, sites: list[Site], adapter: str) -> list[Tied]:
+    """The pairs of which PEFT would keep one, where it reads the file with `ensure_weight_tying`."""
+    embedding = tied_embedding(model, sites, adapter)
+    heads = set(asked_to_tie(model, sites, adapter))
+    return [Tied(site, embedding, True) for site in sites if embedding is not None and site.name in heads]
+
+
+def _plain(targets: Any) -> Any:
+    return sorted(targets) if isinstance(targets, set) else targets
+
+
+def _file_config(config: Any, shapes: dict[str, tuple[int, float]], fold_alpha: bool) -> dict[str, Any]:
+    """The adapter's own configuration with the ranks and alphas of the file."""
+    config = copy.deepcopy(config)
+    pairs = list(shapes.values())
+    config.r, config.lora_alpha = max(pairs, key=lambda pair: (pairs.count(pair), pair))
+    config.rank_pattern = {anchored(n): r for n, (r, _) in shapes.items() if r != config.r}
+    config.alpha_pattern = {anchored(n): a for n, (_, a) in shapes.items() if a != config.lora_alpha}
+    config.use_rslora = config.use_rslora and not fold_alpha
+    config.inference_mode = True
+    values: dict[str, Any] = config.to_dict()
+    name = public_name(values.get("base_model_name_or_path"))
+    return {**public_values(values), "base_model_name_or_path": name}
+
+
+def _write_folder(path: Path, files: _Files) -> None:
+    """All files into a temporary folder beside `path`, which is then renamed; or its files, if `path` is there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(path, folder=True) as unfinished:
+            _write_files(unfinished, files, path / CARD)
+            if path.is_dir():
+                for name in (WEIGHTS, CONFIG, CARD, NAMES):
+                    if (unfinished / name).exists():
+                        (unfinished / name).replace(path / name)
+                if not files.names:  # those of an adapter that was there before
+                    (path / NAMES).unlink(missing_ok=True)
+            else:
+                unfinished.chmod(0o755)
+                unfinished.replace(path)
+    except OSError as error:
+        raise not_written(path, error) from error
+    except SafetensorError as error:  # how a full disk looks from there
+        raise not_written(path, OSError(str(error))) from error
+
+
+def _write_files(folder: Path, files: _Files, card: Path) -> None:
+    save_file(files.state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(files.config, indent=2, sort_keys=True, default=str), encoding="utf-8")
+    write_names(folder, files.names)
+    if files.section is not None:
+        old = card.read_bytes().decode("utf-8", "surrogateescape") if card.is_file() else None
+        text = updated_card(old, files.section, files.base_model)
+        (folder / CARD).write_bytes(text.encode("utf-8", "surrogateescape"))
+    for file in folder.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        file.chmod(0o644)

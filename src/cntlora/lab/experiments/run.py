@@ -1,0 +1,225 @@
+"""One run: a model, an arm, its initialisation, training, scores and samples, as one record."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ...atomic import write_atomically
+from ...data.batches import to_device
+from ...files.class_names import class_names, write_names
+from ..recipes.scoring import modes
+from ..recipes.task import Task
+from ..recipes.training import Curve, train
+from .adapting import Adapted, adapt
+from .environment import machine
+from .records import Run, checkpoints_of, frame, remove_checkpoints
+from .sections import TrainSettings
+from .sites import SiteWatch, trainable_parameters
+from .tasks import make_task
+
+
+def run_one(run: Run, out: Path) -> dict[str, Any]:
+    """As `run_kept`, and removes the checkpoints, which are of no use to who does not keep the record either."""
+    record = run_kept(run, out)
+    remove_checkpoints(out, run, record)
+    return record
+
+
+def run_kept(run: Run, out: Path) -> dict[str, Any]:
+    """Trains one arm and gives its record; its checkpoints stay until the caller has written that.
+
+    Every arm of a seed has the same head, the same draw of A, the same batches in the same order and the same dropout.
+
+    Args:
+        run: what to train.
+        out: folder of the records: samples, checkpoint and adapter of the run lie in its subfolder `run.name`.
+
+    Raises:
+        ValueError, RuntimeError: if the arm cannot be initialised or trained.
+    """
+    task = make_task(run.experiment.task)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = task.build_model(run.seed).to(device)
+    first = to_device(next(iter(task.train_batches(run.seed))), device)
+    batches = task.train_batches(run.seed)  # anew: what depends on the pass over the data begins with the first
+    moments = resolve(run.experiment.train, batches)
+    before = _loss(model, first)
+    adapted = adapt(run, task, model, task.init_batches(run.seed), moments["steps"])
+    start = {"loss_before": before, "loss_after": _loss(adapted.scored, first)}
+    watch = SiteWatch.at_start(adapted.model, adapted.plan, first, run.arm)
+    trained = trainable_parameters(adapted.model, adapted.plan)
+    place = RunFolder(out, run)
+    place.prepare()
+    curve = _train(run, task, adapted, batches, moments, place)
+    record = {
+        **frame(run, machine()),
+        "init_seconds": adapted.seconds,
+        "peak_memory_mib": peak_memory_mib(),
+        "trainable_parameters": trained,
+        "start": start,
+        "sites": watch.at_end(adapted.model),
+        **outcome(curve, adapted, run.experiment.train.gradient_accumulation),
+    }
+    if run.save_adapter and not run.arm.full and not curve.diverged:
+        _save(task, adapted, place.path / "adapter")
+    return record
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The subfolder of a run: `step-NNNN/` with samples, `adapter/`, and `checkpoint/` until it has finished."""
+
+    out: Path
+    run: Run
+
+    @property
+    def path(self) -> Path:
+        """The subfolder."""
+        return self.out / self.run.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the Trainer's checkpoints lie."""
+        return checkpoints_of(self.out, self.run)
+
+    def prepare(self) -> None:
+        """Keeps the checkpoint of an interrupted run of the same settings, and removes all else that is there."""
+        config, marker = json.dumps(self.run.config(), sort_keys=True), self.checkpoints / "config.json"
+        try:
+            same = marker.read_text() == config
+        except OSError:
+            same = False
+        if not same:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self.run.experiment.train.save_every:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(marker, config.encode())
+
+    def sample(self, task: Task, model: nn.Module, step: int) -> list[dict[str, Any]]:
+        """The task's samples; their files are named relative to the records' folder."""
+        folder = self.path / f"step-{step:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with modes(model, training=False), torch.no_grad(), _same_random_state():
+            made = task.sample(model, step, folder)
+        _remove_if_empty(folder)
+        inside = folder.relative_to(self.out).as_posix()
+        return [{**one, "file": one["file"] and f"{inside}/{one['file']}"} for one in made]
+
+
+def resolve(settings: TrainSettings, batches: Iterable[Any]) -> dict[str, Any]:
+    """Steps, warm-up and the moments of evaluations and samples in updates, which epochs are turned into."""
+
+    def updates(epochs: float) -> int:
+        return round(epochs * len(batches) / settings.gradient_accumulation)  # type: ignore[arg-type]
+
+    if settings.epochs is None:
+        steps = int(settings.steps or 0)
+        moments = {"eval_at": settings.eval_at, "sample_at": settings.sample_at}
+    else:
+        steps = max(1, updates(settings.epochs))
+        moments = {
+            name: tuple(min(steps, updates(e)) for e in getattr(settings, name)) for name in ("eval_at", "sample_at")
+        }
+    warmup = int(settings.warmup or 0) if settings.warmup_epochs is None else updates(settings.warmup_epochs)
+    return {"steps": steps, "warmup": min(warmup, steps), **moments}
+
+
+def _train(
+    run: Run, task: Task, adapted: Adapted, batches: Iterable[Any], moments: Mapping[str, Any], place: RunFolder
+) -> Curve:
+    """The training, the same for every arm."""
+    settings = run.experiment.train
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        with _same_random_state():
+            return task.evaluate(adapted.scored, task.eval_batches())
+
+    torch.manual_seed(run.seed)  # dropout
+    with adapted.adalora.running() if adapted.adalora else nullcontext():
+        return train(
+            adapted.model,
+            batches,
+            evaluate=evaluate,
+            eval_at=moments["eval_at"],
+            sample=lambda model, step: place.sample(task, adapted.scored, step),
+            sample_at=moments["sample_at"],
+            folder=place.checkpoints,
+            steps=moments["steps"],
+            warmup=moments["warmup"],
+            learning_rate=run.learning_rate,
+            schedule=settings.schedule,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            precision=settings.precision,
+            gradient_accumulation=settings.gradient_accumulation,
+            layer_decay=(settings.layer_decay or None) if run.arm.full else None,
+            # AdaLoRA keeps its importance scores outside of the weights, so it begins anew
+            save_every=0 if adapted.adalora else settings.save_every,
+        )
+
+
+def outcome(curve: Curve, adapted: Adapted, accumulation: int) -> dict[str, Any]:
+    """The measured part of the record."""
+    losses = curve.losses
+    if adapted.adalora:  # its own, without the penalty: one a batch
+        parts = adapted.adalora.losses
+        means = [math.fsum(parts[i : i + accumulation]) / accumulation for i in range(0, len(parts), accumulation)]
+        losses = means[: len(curve.losses)]
+    finished = not curve.diverged
+    return {
+        "status": "finished" if finished else "diverged",
+        "error": None if finished else f"the loss was not finite at step {len(losses) + 1}",
+        "train_seconds": curve.seconds,
+        "mean_loss": math.fsum(losses) / len(losses) if finished else None,
+        "losses": losses,
+        "seconds": curve.times,
+        "evaluations": [{"step": e.step, "seconds": e.seconds, **e.metrics} for e in curve.evaluations],
+        "samples": curve.samples,
+    }
+
+
+def _save(task: Task, adapted: Adapted, folder: Path) -> None:
+    """The trained adapter as the task writes it; AdaLoRA's in PEFT's own format, which alone can hold it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapted.adalora:
+        adapted.adalora.model.save_pretrained(folder)
+        write_names(folder, class_names(adapted.adalora.model, load_file(folder / "adapter_model.safetensors")))
+    else:
+        task.save(adapted.model, folder)
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> float:
+    """Loss of one batch without dropout."""
+    with modes(model, training=False), torch.no_grad():
+        return float(model(**batch).loss)
+
+
+def _same_random_state() -> Any:
+    """Torch's generators are the same after the block: a look at the model changes no training."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process has used: of the GPU if there is one, else resident in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere

@@ -1,0 +1,213 @@
+"""A sweep: every run in a process of its own, `jobs` side by side; it goes on where it stopped, and nothing ends it.
+
+A run that crashes, is killed for its memory or ends in a segmentation fault leaves a record with status "failed", and
+the sweep goes on. Records appear whole or not at all, so a sweep may be killed at any moment and started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...atomic import remove_leftovers
+from .narrowing import narrowed
+from .processes import Pool, RunFunction
+from .records import Run, check_record, path_of, read_record, remove_checkpoints, runs_of
+from .settings import Experiment
+from .tasks import make_task
+
+Listener = Callable[["Sweep", dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Todo:
+    """The runs of an experiment by what is to happen to them.
+
+    Attributes:
+        pending: to be run.
+        present: records that are there already.
+        done: their runs.
+        later: how many more there will be once those of the first seed are there, see `narrowed`.
+    """
+
+    pending: Sequence[Run]
+    present: Sequence[dict[str, Any]]
+    done: Sequence[Run] = ()
+    later: int = 0
+
+
+@dataclass
+class Sweep:
+    """Where a sweep stands.
+
+    Attributes:
+        total: runs to be done now, without those that had a record before; with `[sweep] best` at most so many.
+        records: of the runs done now, in the order in which they ended.
+        present: records that were there before.
+        jobs: processes side by side.
+        began: clock at the start, seconds.
+    """
+
+    total: int
+    present: Sequence[dict[str, Any]]
+    jobs: int
+    began: float = field(default_factory=time.perf_counter)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.began
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds to go, by the mean so far; None before the first run has ended."""
+        done = len(self.records)
+        return self.elapsed / done * (self.total - done) if done else None
+
+    def count(self, status: str) -> int:
+        """Records of a status among those done now."""
+        return sum(record["status"] == status for record in self.records)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        counts = {status: self.count(status) for status in ("finished", "diverged", "failed")}
+        return {"runs": self.total, **counts, "present": len(self.present), "seconds": self.elapsed}
+
+
+def plan_sweep(
+    experiment: Experiment,
+    out: Path,
+    *,
+    retry_failed: bool = False,
+    replace: bool = False,
+) -> Todo:
+    """What a sweep would run, and what has a record.
+
+    Args:
+        experiment: gives the runs.
+        out: folder of the records.
+        retry_failed: run again what failed.
+        replace: run again what has a record of other settings, or of another schema, instead of raising.
+
+    Raises:
+        ValueError: if a file is no record, or of other settings; names the file and the setting.
+    """
+    runs = runs_of(experiment)
+    known = {run.name: _present(path_of(out, run), run, replace) for run in runs}
+    runs, later = narrowed(runs, experiment.sweep.best, lambda run: known[run.name])
+    pending, present, done = [], [], []
+    for run in runs:
+        record = known[run.name]
+        if record is None or (retry_failed and record["status"] == "failed"):
+            pending.append(run)
+        else:
+            present.append(record)
+            done.append(run)
+    return Todo(pending, present, done, later)
+
+
+def _present(path: Path, run: Run, replace: bool) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        record = read_record(path)
+        check_record(path, record, run)
+    except ValueError:
+        if replace:
+            return None
+        raise
+    return record
+
+
+def run_sweep(
+    experiment: Experiment,
+    out: Path,
+    *,
+    jobs: int = 1,
+    retry_failed: bool = False,
+    replace: bool = False,
+    save_adapters: bool = False,
+    listener: Listener | None = None,
+    run: RunFunction | None = None,
+    say: Callable[[str], object] | None = None,
+) -> Sweep:
+    """Runs what has no record yet and writes one record a run.
+
+    Args:
+        experiment: what to run.
+        out: folder of the records, made if missing; locked while the sweep runs.
+        jobs: processes side by side, each with cores // jobs threads.
+        retry_failed, replace: see `plan_sweep`.
+        save_adapters: keep the trained adapter of every run that is done now beside its record.
+        listener: called after every run with the state of the sweep and the record.
+        run: makes the record of a run, in its own process, from the run and the folder of the records; a function that
+            can be imported. Default: `run.run_kept`.
+        say: receives a line about the data, such as which class has which index, once they are checked.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        ValueError: see `plan_sweep`; `jobs` under 1; or what the task's `check` finds in the user's data.
+        RuntimeError: if another sweep runs in this folder.
+        KeyboardInterrupt: after the processes have been ended; finished records stay.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    with locked(out):
+        remove_leftovers(out)
+        todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace)
+        for one, record in zip(todo.done, todo.present, strict=True):  # a kill may have left its checkpoints
+            remove_checkpoints(out, one, record)
+        sweep = Sweep(len(todo.pending) + todo.later, todo.present, jobs)
+        if todo.pending:
+            task = make_task(experiment.task)
+            task.check()  # before any training, and once instead of in every run
+            if say and (line := task.describe()):
+                say(line)
+
+        def ended(record: dict[str, Any]) -> None:
+            sweep.records.append(record)
+            if listener:
+                listener(sweep, record)
+
+        names: set[str] = set()
+        while pending := [one for one in todo.pending if one.name not in names]:  # what failed now is not tried again
+            names |= {one.name for one in pending}
+            pool = Pool(out, jobs, run, ended)
+            pool.work([dataclasses.replace(one, save_adapter=save_adapters) for one in pending])
+            if todo.later:
+                todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace)
+        return sweep
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock; the system takes it back when the process ends, however it ends.
+
+    Raises:
+        RuntimeError: if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows has no flock; two sweeps there would repeat runs, not break records
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself, so that no file of ours lies among the records
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise RuntimeError(f"{folder}: another sweep is running there; wait for it, or use another --out") from error
+    try:
+        yield
+    finally:
+        os.close(handle)

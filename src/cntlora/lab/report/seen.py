@@ -1,0 +1,38 @@
+"""Which steps of a training are on batches that the initialisation had seen: they are the first ones of its data."""
+
+from __future__ import annotations
+
+import math
+
+from ...methods.family import METHODS
+from .records import Estimate, Group, Record
+
+_PEFT_READS = ("peft:eva", "peft:corda", "peft:lora_ga")
+_OTHER_DATA = frozenset({"unseen", "foreign"})
+
+
+def seen_steps(run: Record) -> int:
+    """Steps, from the first, whose batches the initialisation of a run had read; 0 where it reads none of them."""
+    config = run.get("config") or {}
+    base, *modifiers = str(run["method"]).split("+")
+    if _OTHER_DATA.intersection(modifiers):
+        return 0
+    if base in _PEFT_READS:
+        batches = config.get("num_batches") or 0
+    elif base in METHODS and METHODS[base].reads != "weights":
+        batches = (config.get("init") or {}).get("num_batches") or 0
+    else:
+        return 0
+    accumulated = (config.get("train") or {}).get("gradient_accumulation") or 1
+    return math.ceil(batches / accumulated)
+
+
+def later_against(group: Group, other: Group) -> Estimate:
+    """As `Group.against`, over the steps whose batches the initialisation of neither had seen."""
+    found = []
+    for run, one in group.pairs(other):
+        first = max(seen_steps(run), seen_steps(one))
+        mine, its = run["losses"][first:], one["losses"][first:]
+        if mine and len(mine) == len(its):
+            found.append(math.fsum(mine) / len(mine) - math.fsum(its) / len(its))
+    return Estimate.of(found)

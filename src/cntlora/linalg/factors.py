@@ -1,0 +1,188 @@
+"""From ΔW (k, d) to LoRA factors B (k, r) and A (r, d): truncated SVD or QR, then the arrangement of a `base`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pseudo_inverse import eigh_descending, fix_signs
+from .truncated_svd import TOLERANCE, gram_triplets, leading_triplets
+
+EXACT_BELOW = 256
+"""Up to so many rows or columns all singular values are computed; beyond, the leading ones alone."""
+
+
+GRAM_BELOW = 640
+"""Up to so many rows or columns one eigendecomposition in float32 is cheaper than the iteration."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """ΔW = U S Vᵀ: singular values `S` descending, all or the first, and the first q triplets `U` (k, q), `Vh` (q, d).
+
+    Attributes:
+        norm: ‖ΔW‖_F; None where `S` are all the singular values.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    norm: float | None = None
+
+    @property
+    def triplets(self) -> int:
+        """q, the number of singular vectors held."""
+        return self.U.shape[1]
+
+    @property
+    def frobenius(self) -> float:
+        """‖ΔW‖_F = (Σ s²)^½ over all singular values."""
+        return float(torch.linalg.vector_norm(self.S)) if self.norm is None else self.norm
+
+    def relative_variance(self) -> Tensor:
+        """v_m = s_m² / Σ s² of eq. 19 for the values of `S`, descending; zeros for ΔW = 0."""
+        total = self.frobenius**2
+        return self.S.square() / total if total > 0 else self.S.square()
+
+
+def spectrum(M: Tensor, q: int, exact: bool = False) -> Spectrum:
+    """The first q singular triplets of M (k, d), signs fixed by the rows of Vᵀ, and at least so many singular values.
+
+    Where M is large and q small, they come in the precision of M: from its smaller Gram matrix, or from a block Krylov
+    iteration with an error bound (`truncated`) where that is cheaper. ‖M‖_F, which eq. 19 divides by, costs no SVD.
+    Else, or with `exact`, from float64.
+    """
+    q = min(q, *M.shape)
+    if not exact and _pays(M, q):
+        small = M.dtype == torch.float32 and min(M.shape) <= GRAM_BELOW
+        found = (gram_triplets(M, q) if small else None) or leading_triplets(M, q)
+        if found is not None:
+            U, S, Vh = found
+            signs = fix_signs(Vh.mT)
+            return Spectrum(U * signs, S, Vh * signs[:, None], float(torch.linalg.matrix_norm(M)))
+    return _whole_spectrum(M.double(), q)
+
+
+def _pays(M: Tensor, q: int) -> bool:
+    """Whether the leading triplets alone are cheaper than all."""
+    return 0 < q <= min(M.shape) // 8 and min(M.shape) > EXACT_BELOW
+
+
+def _whole_spectrum(M: Tensor, q: int) -> Spectrum:
+    """All singular values and the first q triplets.
+
+    Works on the smaller Gram matrix, which costs a fraction of an SVD. That loses accuracy as (σ_1/σ_q)²·eps, so
+    where σ_q falls under 1e-4·σ_1 the SVD itself is taken.
+    """
+    wide = M.shape[0] < M.shape[1]
+    D, near = eigh_descending(M @ M.mT if wide else M.mT @ M)
+    S = D.sqrt()
+    if q == 0 or float(S[q - 1]) <= 1e-4 * float(S[0]):
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        U, Vh = U[:, :q], Vh[:q]
+    elif wide:
+        U = near[:, :q]
+        Vh = (U.mT @ M) / S[:q, None]
+    else:
+        Vh = near[:, :q].mT
+        U = (M @ Vh.mT) / S[:q]
+    signs = fix_signs(Vh.mT)
+    return Spectrum(U * signs, S, Vh * signs[:, None])
+
+
+def input_spectrum(gram: Tensor, q: int, exact: bool = False) -> Spectrum:
+    """Singular values and the first q right singular vectors of Xᵀ, by the eigenvectors of `gram` = X Xᵀ (d, d)."""
+    norm = float(gram.diagonal().sum().clamp_min(0.0).sqrt())
+    found = leading_triplets(gram, q, TOLERANCE[torch.float32]) if _pays(gram, q) and not exact else None
+    if found is None:
+        D, P = eigh_descending(gram)
+        P = P[:, :q].clone()
+    else:
+        P, D = found[0], found[1]
+    return Spectrum(gram.new_zeros(0, P.shape[1]), D.sqrt(), (P * fix_signs(P)).mT, norm)
+
+
+def svd_factors(s: Spectrum, r: int, p: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """B = U S^(1−p) and A = S^p Vᵀ of rank r, with S times `scale`, so that B·A = scale·[ΔW]_r.
+
+    Args:
+        p: share of the spectrum that goes to A, in [0, 1]; 0.5 balances the two.
+    """
+    S = s.S[:r] * scale
+    # 0^0 is 1: at p = 0 or 1 a zero singular value leaves one factor orthonormal and the other zero
+    return s.U[:, :r] * S ** (1.0 - p), (S**p)[:, None] * s.Vh[:r]
+
+
+def qr_factors(M: Tensor, r: int, pivoted: bool = False, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """B = Q[:, :r], A = scale·R[:r, :] of M = Q R, the diagonal of R not below zero.
+
+    Args:
+        pivoted: choose columns by the largest remaining norm (M Π = Q R), which reveals the rank; the columns of A
+            are put back in their order. Not in the paper, whose plain QR takes the leading columns as they come.
+    """
+    if pivoted:
+        return _pivoted_qr(M, r, scale)
+    Q, R = torch.linalg.qr(M)
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(M.dtype)
+    return Q[:, :r] * signs[:r], (scale * signs[:r])[:, None] * R[:r]
+
+
+def _pivoted_qr(M: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """r Householder steps with column pivoting, ties to the lowest column; Q is orthonormal also past the rank of M."""
+    R = M.clone()
+    Q = torch.eye(M.shape[0], r, dtype=M.dtype, device=M.device)
+    signs = M.new_ones(r)
+    reflections = []
+    for i in range(r):
+        pivot = int(R[i:].square().sum(dim=0).argmax())
+        v = R[i:, pivot].clone()
+        v[0] += torch.copysign(torch.linalg.vector_norm(v), v[0])
+        v = torch.nn.functional.normalize(v, dim=0, eps=torch.finfo(M.dtype).tiny)
+        R[i:] -= 2 * v[:, None] * (v @ R[i:])
+        R[i + 1 :, pivot] = 0.0  # exactly, so that no rounding noise of a used column is chosen again
+        signs[i] = -1.0 if float(R[i, pivot]) < 0 else 1.0
+        reflections.append(v)
+    for i, v in reversed(list(enumerate(reflections))):
+        Q[i:] -= 2 * v[:, None] * (v @ Q[i:])
+    return Q * signs, (scale * signs)[:, None] * R[:r]
+
+
+def product_inner(B: Tensor, A: Tensor, Y: Tensor, X: Tensor) -> float:
+    """⟨B·A, Y·X⟩_F without the products: the sum over BᵀY ∘ AXᵀ."""
+    return float(((B.mT @ Y) * (A @ X.mT)).sum())
+
+
+def product_norm(B: Tensor, A: Tensor) -> float:
+    """‖B·A‖_F without the product."""
+    return max(product_inner(B, A, B, A), 0.0) ** 0.5  # rounding may go below zero
+
+
+def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
+    """Singular values of B·A through two small QRs, without forming the product."""
+    return torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)
+
+
+def offset(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, −B] (k, 2r) and [A; A] (2r, d): the product is zero, and the first halves are where training starts."""
+    return torch.cat([B, -B], dim=1), torch.cat([A, A], dim=0)
+
+
+def halves_cancel(B: Tensor, A: Tensor) -> bool:
+    """Whether the rank is two halves [B', −B'] and [A'; A'], as `offset` and `paired` write them.
+
+    Or [B', B'] and [A'; −A'], as the head has them that shares the factors of its embedding, transposed.
+    """
+    h = A.shape[0] // 2
+    one, two, down, up = A[:h], A[h : 2 * h], B[:, :h], B[:, h : 2 * h]
+    return h > 0 and any(torch.equal(one, s * two) and torch.equal(down, -s * up) for s in (1.0, -1.0))
+
+
+def paired(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """`offset` at rank r from ⌈r/2⌉ directions; an odd r gives the last direction to A only, with zeros in B."""
+    h = r // 2
+    B_pairs, A_pairs = offset(B[:, :h], A[:h])
+    if r % 2 == 0:
+        return B_pairs, A_pairs
+    return torch.cat([B_pairs, torch.zeros_like(B[:, :1])], dim=1), torch.cat([A_pairs, A[h : h + 1]], dim=0)

@@ -1,0 +1,245 @@
+"""Second moments of the inputs of one batch, streamed, in the smaller of the two forms X Xᵀ and Xᵀ X.
+
+Tensor layout: tokens arrive as rows (n, d); X of the paper is their transpose (d, b). While b ≤ d the rows are kept,
+in their own dtype, and the b×b dual Xᵀ X serves; beyond that only G = X Xᵀ (d×d) is held, so memory never exceeds d×d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pseudo_inverse import (
+    coarser,
+    default_rtol,
+    eigh_descending,
+    fix_signs,
+    kept,
+    numerical_rank,
+    rounding_noise,
+    symmetric_product,
+)
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """The part of G = P D Pᵀ that the tolerance keeps: `P` (d, n), `D` (n,) descending, signs fixed."""
+
+    P: Tensor
+    D: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for inputs of float32 or float64, float32 for those of half precision, whose products it holds exactly.
+
+    G of a network's inputs has condition numbers of 1e5 and more, and float32 sums would lose its small eigenvalues.
+    """
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
+
+
+class Moments:
+    """Accumulates the tokens that one input sees in one batch.
+
+    Args:
+        dim: number of input features d.
+        gram: "sum" for G = X Xᵀ as printed in the paper, "mean" for G / b.
+        dtype: dtype of accumulation and of everything returned; None for `accumulation_dtype` of the first tokens.
+        totals: whether Σ x is wanted besides.
+
+    Attributes:
+        seen_dtype: of the tokens, float32 at least: the precision that a result is worth.
+        precision: the coarsest dtype that the tokens came in or are multiplied in; None before the first.
+    """
+
+    def __init__(self, dim: int, gram: str = "sum", dtype: torch.dtype | None = None, totals: bool = False) -> None:
+        self.dim, self.kind, self.totals = dim, gram, totals
+        self._dtype = dtype
+        self.seen_dtype = torch.float64
+        self.precision: torch.dtype | None = None
+        self.tokens = 0
+        self._rows: list[Tensor] = []  # as they came, until there are more than d
+        self._gram: Tensor | None = None
+        self._total: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of accumulation and of everything returned."""
+        return self._dtype or torch.float64
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens came from, and where all is computed."""
+        held = self._gram if self._gram is not None else next(iter(self._rows), None)
+        return torch.device("cpu") if held is None else held.device
+
+    def empty(self) -> Moments:
+        """A new one of the same kind."""
+        return Moments(self.dim, self.kind, self._dtype, self.totals)
+
+    def update(self, rows: Tensor, precision: torch.dtype | None = None) -> None:
+        """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards.
+
+        Args:
+            precision: that the layer casts them to, where it is another than theirs (autocast).
+        """
+        self._dtype = self._dtype or accumulation_dtype(rows.dtype)
+        if rows.shape[0]:
+            self.precision = coarser(coarser(self.precision, rows.dtype), precision or rows.dtype)
+        self.seen_dtype = torch.promote_types(rows.dtype, torch.float32)
+        self.tokens += rows.shape[0]
+        if self.totals:
+            self._add_total(rows.sum(dim=0, dtype=self.dtype))
+        if self._gram is not None:
+            self._add_gram([rows])
+        elif self.tokens > self.dim:
+            self._add_gram([*self._rows, rows])
+            self._rows = []
+        elif rows.shape[0]:
+            self._rows.append(rows.clone())
+
+    def _add_gram(self, parts: list[Tensor]) -> None:
+        """X Xᵀ of all parts, converted d tokens at a time."""
+        for rows in (block for part in parts for block in part.split(max(self.dim, 256))):
+            product = symmetric_product(rows.to(self.dtype))
+            self._gram = product if self._gram is None else self._gram.add_(product)
+
+    def merge(self, other: Moments) -> None:
+        """Adds what `other` has seen (a module called several times in one forward pass)."""
+        if other._gram is None:
+            for rows in other._rows:
+                self.update(rows, other.precision)
+            return
+        mine = self.gram_sum()
+        self._dtype, self.seen_dtype = self._dtype or other.dtype, other.seen_dtype
+        self.precision = coarser(self.precision, other.precision or other.seen_dtype)
+        self._gram = other._gram.clone() if mine is None else mine + other._gram
+        self._rows = []
+        self.tokens += other.tokens
+        if self.totals:
+            self._add_total(other.total())
+
+    def _add_total(self, total: Tensor) -> None:
+        self._total = total if self._total is None else self._total + total
+
+    def total(self) -> Tensor:
+        """Σ x (d,) over all tokens, where `totals` asks for it."""
+        assert self.totals, "not asked for"
+        return torch.zeros(self.dim, dtype=self.dtype) if self._total is None else self._total
+
+    def _kept(self) -> Tensor:
+        return torch.cat(self._rows).to(self.dtype)
+
+    def finite(self) -> Tensor:
+        """Whether every token seen so far is free of NaN and Inf (and small enough to square); boolean ()."""
+        if self._gram is not None:
+            return torch.isfinite(self._gram.diagonal().sum())
+        if not self._rows:
+            return torch.tensor(True)
+        return torch.isfinite(torch.linalg.vector_norm(self._kept()).square())
+
+    @property
+    def scale(self) -> float:
+        """What X Xᵀ is multiplied with: 1, or 1/b for the mean."""
+        return 1.0 / max(self.tokens, 1) if self.kind == "mean" else 1.0
+
+    @property
+    def rtol(self) -> float:
+        """The default tolerance on the eigenvalues of G: max(d, b)·eps."""
+        return default_rtol(self.dim, self.tokens, self.dtype)
+
+    @property
+    def noise(self) -> float:
+        """Singular values of X that may be rounding of its entries, over ‖X‖_F: see `linalg.rounding_noise`."""
+        return rounding_noise(self.precision or self.seen_dtype, self.dim, self.tokens)
+
+    def gram_sum(self) -> Tensor | None:
+        """X Xᵀ (d, d), whatever `gram` is; None before the first token."""
+        if self._gram is not None or not self._rows:
+            return self._gram
+        return symmetric_product(self._kept())
+
+    def gram(self) -> Tensor:
+        """G (d, d) = X Xᵀ, times 1/b if `gram="mean"`. Not to be edited."""
+        total = self.gram_sum()
+        if total is None:
+            raise ValueError("no token seen: G is undefined; check the attention mask of this batch")
+        return total if self.scale == 1.0 else total * self.scale
+
+    def rows(self) -> Tensor | None:
+        """√scale·Xᵀ (b, d) while b ≤ d, else None. `rowsᵀ·rows` is G."""
+        if self._gram is not None or not self._rows:
+            return None
+        return self._kept() if self.scale == 1.0 else self._kept() * self.scale**0.5
+
+    def eigenpairs(self, rtol: float, noise: float = 0.0) -> Eigenpairs:
+        """P and D of G = P D Pᵀ with D > rtol·max D and D > noise²·Σ D (`linalg.kept`), by the b×b dual where b ≤ d
+        (P = X V D^(-½))."""
+        rows = self.rows()
+        if rows is None:
+            D, P = eigh_descending(self.gram())
+        else:
+            D, V = eigh_descending(rows @ rows.mT)
+        keep = kept(D, rtol, noise)
+        D = D[keep]
+        P = P[:, keep] if rows is None else (rows.mT @ V[:, keep]) / D.sqrt()
+        return Eigenpairs(P * fix_signs(P), D)
+
+    def noise_rtol(self) -> Tensor:
+        """`noise` over σ_max(X) and not over ‖X‖_F, at least the tolerance of the sums, as a tolerance on singular
+        values of X; (). σ_max by eight steps of power iteration: from below, within a few percent on real inputs.
+        """
+        rows = self.rows()
+        S = self.gram() if rows is None else rows
+        energy = S.diagonal().sum() if rows is None else S.square().sum()
+        v = S.diagonal() if rows is None else S.square().sum(dim=0)  # most weight where the features are large
+        largest = energy.new_zeros(())
+        for _ in range(8):
+            v = v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
+            image = S @ v
+            largest = torch.maximum(largest, v @ image if rows is None else image @ image)
+            v = image if rows is None else S.mT @ image
+        share = torch.where(largest > 0, energy / largest, torch.ones_like(energy))
+        return (self.noise**2 * share).clamp_min(self.rtol).sqrt()
+
+    def numerical_rank(self, rtol: float) -> int:
+        """Number of eigenvalues of G above rtol·λ_max: the directions that the data determine."""
+        rows = self.rows()
+        S = self.gram() if rows is None else rows @ rows.mT
+        return numerical_rank(S, rtol)
+
+
+class TokenCount:
+    """Stands in for `Moments` where only the number of tokens is wanted (methods that read gradients)."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._finite: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens were."""
+        return torch.device("cpu") if self._finite is None else self._finite.device
+
+    def empty(self) -> TokenCount:
+        """A new one."""
+        return TokenCount()
+
+    def update(self, rows: Tensor, precision: torch.dtype | None = None) -> None:
+        """Counts `rows` (n, d)."""
+        self.tokens += rows.shape[0]
+        self._note(torch.isfinite(rows).all())
+
+    def merge(self, other: TokenCount) -> None:
+        """Adds what `other` has counted."""
+        self.tokens += other.tokens
+        if other._finite is not None:
+            self._note(other._finite)
+
+    def _note(self, finite: Tensor) -> None:
+        self._finite = finite if self._finite is None else finite & self._finite.to(finite.device)
+
+    def finite(self) -> Tensor:
+        """Whether every token was free of NaN and Inf; boolean ()."""
+        return torch.tensor(True) if self._finite is None else self._finite

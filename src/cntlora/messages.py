@@ -1,0 +1,110 @@
+"""What is said to the user: warnings that point at the line of their code, and errors quoted in one line."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_STANDARD = sysconfig.get_path("stdlib") + os.sep
+_PACKAGES = tuple(f"{_STANDARD}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+
+
+def warn_caller(message: str) -> None:
+    """A UserWarning at the first frame outside this package and the standard library."""
+    level, frame = 1, sys._getframe()
+    outer: FrameType | None = frame
+    while outer is not None and _passed_over(outer):
+        outer, level = outer.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _passed_over(frame: FrameType) -> bool:
+    """Whether a frame is of this package, or of the standard library, as `functools.cached_property` is."""
+    file = frame.f_code.co_filename
+    ours = frame.f_globals.get("__name__", "").partition(".")[0] == "cntlora"
+    return ours or (file.startswith(_STANDARD) and not file.startswith(_PACKAGES))
+
+
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
+_VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
+
+
+def quiet_libraries() -> None:
+    """Errors only, also in child processes, from libraries that tell of optional parts that they lack when imported.
+
+    Not where the user has chosen otherwise by the environment variables of transformers and diffusers.
+    """
+    for name in _VERBOSITY:
+        os.environ.setdefault(name, "error")
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_logging(library: Any) -> Iterator[None]:
+    """Only errors are said inside, and no bar is drawn; then all is as it was.
+
+    Args:
+        library: `transformers.utils.logging`, or that of diffusers, which has the same functions.
+    """
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bar()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers reports no new head and draws no bar for a second of loading."""
+    from transformers.utils import logging as transformers_logging
+
+    with quiet_logging(transformers_logging):
+        yield
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, its kind if it says nothing: to be quoted in a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def in_short(text: object, most: int = 300) -> str:
+    """What a text or an exception says, in one line; from the middle of a long one something is left out.
+
+    The cause of an error may be at either end, and in between whole models may be printed.
+    """
+    line = " ".join(str(text).split()) or type(text).__name__
+    if len(line) <= most:
+        return line
+    head = most // 3
+    return f"{line[:head]} … {line[head + 3 - most :]}"
+
+
+def quoted(value: Any) -> str:
+    """A value that was given, for a message: of a tensor or a model no more than its kind."""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    if hasattr(value, "named_modules"):
+        return f"a model ({type(value).__name__})"
+    return in_short(repr(value), 120)
+
+
+def unknown_name(what: str, name: object, allowed: Iterable[str]) -> str:
+    """One line that lists the right names, the nearest first if there is one."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(name), allowed, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{what}: {quoted(name)} is not known{hint}; expected one of: {', '.join(allowed)}"

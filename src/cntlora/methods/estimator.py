@@ -1,0 +1,183 @@
+"""What an estimator is: it is fed one input of one batch at a time, and gives every site its target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..linalg.moments import Moments
+from ..linalg.parallel import full_precision, read_back, side_by_side
+from ..linalg.pseudo_inverse import coarser
+from ..linalg.sums import SharedSums
+from .peers import Target
+
+QUEUED = 2**30
+"""Bytes of d×d results that are queued on a GPU before anything is read back: every layer at once would double what the
+sums take."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What one batch adds to the sums of the sites that saw it.
+
+    Attributes:
+        shared: to those of all sites, or of those in `sharing` where that is not None.
+        own: to those of single sites.
+        rank: numerical rank of G, where it is noted batch by batch.
+        rtol: the tolerance of † () there, where it follows from the inputs.
+        precision: that of the inputs, where it is needed for the sum over batches.
+    """
+
+    shared: Tensor | None = None
+    sharing: tuple[str, ...] | None = None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    rank: int | None = None
+    rtol: Tensor | None = None
+    precision: torch.dtype | None = None
+
+
+@dataclass
+class Noted:
+    """What is noted of sites batch by batch, besides the sums; of several processes and passes it is put together.
+
+    Attributes:
+        ranks: site → smallest numerical rank of G over batches.
+        rtols: site → largest tolerance of †, where it follows from the inputs.
+        precisions: site → coarsest dtype of the inputs.
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    rtols: dict[str, float] = field(default_factory=dict)
+    precisions: dict[str, torch.dtype] = field(default_factory=dict)
+    _rtols: dict[str, Tensor] = field(default_factory=dict)  # where they were made, so that nothing waits for them
+
+    def add(self, names: Sequence[str], digest: Digest) -> None:
+        """Notes one batch of the sites that saw it."""
+        for name in names:
+            if digest.rank is not None:
+                self.ranks[name] = min(digest.rank, self.ranks.get(name, digest.rank))
+            if digest.rtol is not None:
+                self._rtols[name] = torch.maximum(digest.rtol, self._rtols.get(name, digest.rtol))
+            if digest.precision is not None:
+                self.precisions[name] = coarser(self.precisions.get(name), digest.precision)
+
+    def plain(self) -> Noted:
+        """The same, with numbers in place of tensors; on a GPU the first thing that waits for them."""
+        found = read_back([rtol[None] for rtol in self._rtols.values()])
+        for name, (value,) in zip(self._rtols, found, strict=True):
+            self.rtols[name] = max(value, self.rtols.get(name, value))
+        self._rtols.clear()
+        return self
+
+    def update(self, other: Noted) -> None:
+        """Takes in what another process or pass has noted."""
+        self.plain()
+        for name, rank in other.ranks.items():
+            self.ranks[name] = min(rank, self.ranks.get(name, rank))
+        for name, rtol in other.plain().rtols.items():
+            self.rtols[name] = max(rtol, self.rtols.get(name, rtol))
+        for name, precision in other.precisions.items():
+            self.precisions[name] = coarser(self.precisions.get(name), precision)
+
+
+class Estimator(Protocol):
+    """Accumulates what a method needs, for every site.
+
+    Attributes:
+        accumulated: all that has been summed; several processes add theirs up.
+        noted: what is noted of the inputs besides.
+    """
+
+    accumulated: tuple[SharedSums, ...]
+    noted: Noted
+
+    def target(self, name: str, batches: int, initial: str) -> Target:
+        """What one site's factors are made from, `batches` being those in which it saw a token."""
+
+    def effective_rank(self, name: str) -> int | None:
+        """Numerical rank of the inputs: the smallest over batches, or that of all; None where no input is read."""
+
+
+@runtime_checkable
+class InputReader(Estimator, Protocol):
+    """An estimator that reads the inputs of the layers.
+
+    One input of one batch goes through `prepare` and `finish`, which depend on nothing that other inputs change, so
+    that inputs may be digested side by side, and then through `add`. On a GPU `prepare` only queues work; the numbers
+    of all inputs of a batch are read back together.
+
+    Attributes:
+        totals: whether it needs Σ x of the inputs.
+    """
+
+    totals: bool
+
+    def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
+        """The quick way, and the numbers (m,) float64 that tell whether it holds; None where it always does."""
+
+    def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Digest:
+        """The digest, by the quick way if `numbers` allow it."""
+
+    def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
+        """Adds a digest times w_j."""
+
+
+@runtime_checkable
+class GradientReader(Estimator, Protocol):
+    """An estimator that reads the gradient of the loss by the weights; it may read inputs besides."""
+
+    def add_gradient(self, name: str, G: Tensor, weight: float) -> None:
+        """Adds ∂L/∂W (k, d) of one batch, times w_j."""
+
+    def has_gradient(self, name: str) -> bool:
+        """Whether a gradient other than zero has come."""
+
+
+def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], Any]], weight: float) -> None:
+    """Adds one batch, times w_j: for every distinct input the sites that saw it, and its `Moments`.
+
+    On the processor small inputs are digested side by side, each from end to end, so that what it needed is free again.
+    On a GPU the work of some is queued first, QUEUED bytes of it, and what decides how to go on is read back together.
+    """
+    if not groups:
+        return
+    device = groups[0][1].device
+    if device.type == "cpu":
+        lock = Lock()
+
+        def absorb(group: tuple[Sequence[str], Any]) -> None:
+            prepared, numbers = estimator.prepare(*group)
+            digest = estimator.finish(*group, prepared, [] if numbers is None else numbers.tolist())
+            with lock:
+                estimator.add(group[0], digest, weight)
+
+        side_by_side(absorb, groups, [X.dim for _, X in groups], device)
+        return
+    with full_precision(device):
+        for part in _queues(groups):
+            prepared = [estimator.prepare(*group) for group in part]
+            known = read_back([numbers for _, numbers in prepared])
+            work = [(*group, ready, numbers) for group, (ready, _), numbers in zip(part, prepared, known, strict=True)]
+            digests = side_by_side(lambda item: estimator.finish(*item), work, [X.dim for _, X in part], device)
+            for (names, _), digest in zip(part, digests, strict=True):
+                estimator.add(names, digest, weight)
+
+
+def _queues(groups: Sequence[tuple[Sequence[str], Any]]) -> Iterator[list[tuple[Sequence[str], Any]]]:
+    """The inputs in turn, as many at a time as have d×d results of QUEUED bytes together, one at least."""
+    part: list[tuple[Sequence[str], Any]] = []
+    held = 0
+    for names, X in groups:
+        size = X.dim**2 * X.dtype.itemsize
+        if part and held + size > QUEUED:
+            yield part
+            part, held = [], 0
+        part.append((names, X))
+        held += size
+    if part:
+        yield part

@@ -1,0 +1,182 @@
+"""`InitReport`: what happened at every site, as a table to read and a dict to keep."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import InitConfig
+from .methods.family import METHODS
+from .plan import FAR, InitPlan, site_dict
+
+NAMED = 5
+"""Sites that a note under the table names; those that it is of are marked in the table."""
+
+_UNREACHED = "the loss of the first row does not depend on it, so that it would not train; leave it out"
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """The report of `initialize`; `print(report)` shows it.
+
+    Attributes:
+        config: the configuration in force.
+        sites: per site rank (that trains), file_rank, scaling, tokens, batches, masked, mask (the stream of tokens, and
+            where their mask comes from), unmasked (why a mask that was given was not applied), effective_rank, rtol,
+            delta_norm, weight_norm, start_norm, captured (share of the squared spectrum that the rank covers), seconds.
+        skipped: sites left as plain LoRA, and why.
+        batches: batches read. seconds, forward_seconds: of the whole, and of the data pass with its statistics.
+        memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
+        step: of descent, see `InitPlan`; else empty.
+        shared: sites that have the factors of another one, with the name of that, where they were made.
+        unreached: sites that the loss of the first row does not depend on, see `InitPlan`.
+        far: sites whose start is far beyond what trained adapters reach, see `InitPlan.far_starts`.
+    """
+
+    config: InitConfig
+    sites: Mapping[str, Mapping[str, Any]]
+    skipped: Mapping[str, str]
+    batches: int
+    seconds: float
+    forward_seconds: float
+    memory: Mapping[str, int]
+    step: Mapping[str, float] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    unreached: Sequence[str] = field(default_factory=list)
+    far: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: InitPlan) -> InitReport:
+        """The report of a plan."""
+        sites = {name: site_dict(site) for name, site in plan.sites.items()}
+        rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory), dict(plan.step))
+        return cls(
+            plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared), list(plan.unreached), plan.far_starts()
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "config": self.config.to_dict(),
+            "sites": {name: dict(site) for name, site in self.sites.items()},
+            "skipped": dict(self.skipped),
+            "batches": self.batches,
+            "seconds": self.seconds,
+            "forward_seconds": self.forward_seconds,
+            "memory": dict(self.memory),
+            "step": dict(self.step),
+            "shared": dict(self.shared),
+            "unreached": list(self.unreached),
+            "far": dict(self.far),
+        }
+
+    def __str__(self) -> str:
+        c = self.config
+        start = f"base {c.effective_base}" if c.effective_base == c.stated_base else "B = 0"
+        total = sum(site["rank"] for name, site in self.sites.items() if name not in self.shared)
+        title = (
+            f"{c.method} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
+            f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
+        )
+        masks = any(site["mask"] or site["unmasked"] for site in self.sites.values())
+        heads = ["rank", "file rank", "tokens", *(["mask"] if masks else [])]
+        heads += ["eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms"]
+        rows = [(name, *_cells(s, masks, name in self.far)) for name, s in self.sites.items()]
+        lines = [text_table(title, heads, rows)]
+        if any(_starving(s) for s in self.sites.values()):
+            lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
+        lines += [_far(self.far, c)] if self.far else []
+        lines += _without_mask(self.sites)
+        lines += [_taken(self.step)] if self.step else []
+        lines += _places(self.memory)
+        lines += [f"{name}: shares the factors of {leader}, made there" for name, leader in self.shared.items()]
+        lines += [f"{name}: {_UNREACHED}" for name in self.unreached]
+        lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def _far(far: Mapping[str, float], config: InitConfig) -> str:
+    """The sites that start far out, the furthest first, and the cure."""
+    names = ", ".join(list(far)[:NAMED]) + (f" and {len(far) - NAMED} more" if len(far) > NAMED else "")
+    return f"! further out than {FAR:g}·‖W‖, which trained adapters never reach: {names}; {far_cure(config)}"
+
+
+def _taken(step: Mapping[str, float]) -> str:
+    """The step that the start takes, and what it does to the loss."""
+    losses = ""
+    if "loss_before" in step:
+        losses = f"; loss {step['loss_before']:.4f} → {step['loss_after']:.4f} on {step['batches']:.0f} batches"
+    return f"step: ‖s·B·A‖/‖W‖ is {step['size']:.3g} at the site where it is largest{losses}"
+
+
+def _without_mask(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Each reason why a mask was not applied, with the sites that saw all tokens for it."""
+    by_reason: dict[str, list[str]] = {}
+    for name, site in sites.items():
+        if site["unmasked"]:
+            by_reason.setdefault(site["unmasked"], []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        lines.append(f"† every token counts at {len(names)} site{'s' * (len(names) > 1)} ({some}): {reason}")
+    return lines
+
+
+def _places(memory: Mapping[str, int]) -> list[str]:
+    """Where the statistics were held, if that was not simply beside the model."""
+    elsewhere = [f"{memory[place] / 2**20:.0f} MiB on the {place}" for place in ("cpu", "disk") if memory[place]]
+    if memory["passes"] > 1:
+        elsewhere.insert(0, f"{memory['passes']} passes over the batches")
+    return [f"within max_memory: {', '.join(elsewhere)}"] if elsewhere else []
+
+
+def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of sites as plain text: the first column to the left, the numbers under `heads` to the right."""
+    state = random.getstate()  # rich draws a number when it is first imported
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    random.setstate(state)
+    table = Table("site", box=SIMPLE_HEAD)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    buffer = io.StringIO()
+    Console(file=buffer, width=500, force_terminal=False).print(table)
+    return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())])
+
+
+def _starving(s: Mapping[str, Any]) -> bool:
+    """Whether the data determine fewer directions than the rank has."""
+    return s["effective_rank"] is not None and s["effective_rank"] < s["rank"]
+
+
+def _cells(s: Mapping[str, Any], masks: bool, far: bool) -> tuple[str, ...]:
+    def cell(value: Any, form: str, mark: str = "") -> str:
+        return "–" if value is None else f"{value:{form}}{mark}"
+
+    weight = s["weight_norm"]
+    return (
+        str(s["rank"]),
+        str(s["file_rank"]),
+        f"{s['tokens']:,}",
+        *([(s["mask"] or "–") + "†" * bool(s["unmasked"])] if masks else []),
+        cell(s["effective_rank"], "d", "*" if _starving(s) else ""),
+        cell(s["rtol"], ".0e"),
+        "–" if s["delta_norm"] is None or not weight else f"{s['delta_norm'] / weight:.3f}",
+        "–" if not weight else f"{s['start_norm'] / weight:.3f}{'!' if far else ''}",
+        cell(s["captured"], ".1%"),
+        f"{1e3 * s['seconds']:.0f}",
+    )
+
+
+def far_cure(config: InitConfig) -> str:
+    """What makes a start smaller."""
+    if "rtol" not in METHODS[config.method].options:
+        return "lower strength"
+    return "raise rtol (1e-3 cuts off what the data hardly determine), read more or larger batches, or lower strength"

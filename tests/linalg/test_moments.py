@@ -1,0 +1,176 @@
+"""Second moments: streaming equals two passes, in either of the two forms."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tests import reference
+from tests.cases import CASES, Case, array, draw, moments, relative_error
+
+from cntlora.linalg.moments import Moments
+from cntlora.linalg.pseudo_inverse import default_rtol
+
+case = pytest.mark.parametrize("case", CASES, ids=repr)
+gram = pytest.mark.parametrize("gram", ["sum", "mean"])
+
+
+@case
+@gram
+def test_streaming_equals_two_pass(case: Case, gram: str) -> None:
+    for X in case.batches:
+        expected = reference.gram(array(X), gram)
+        for pieces in (1, 2, X.shape[1]):
+            assert relative_error(moments(X, gram, pieces).gram(), expected) < 1e-13
+        if X.shape[1] > 1:  # control: every token counts
+            assert relative_error(moments(X[:, 1:], gram).gram(), expected) > 1e-3
+
+
+@case
+@gram
+def test_the_rows_kept_give_the_same_gram_matrix(case: Case, gram: str) -> None:
+    for X in case.batches:
+        m = moments(X, gram, 3)
+        rows = m.rows()
+        assert (rows is None) == (X.shape[1] > X.shape[0])  # the dual exactly while b ≤ d
+        if rows is not None:
+            assert relative_error(rows.mT @ rows, m.gram()) < 1e-14
+
+
+@pytest.mark.parametrize("mine", [0, 3, 8, 9, 20])
+@pytest.mark.parametrize("others", [0, 2, 8, 9, 25])
+@gram
+def test_merging_equals_seeing_both(mine: int, others: int, gram: str) -> None:
+    X = draw(0, 8, mine + others)
+    total, other = moments(X[:, :mine], gram), moments(X[:, mine:], gram)
+    before = array(other.gram()) if others else None
+    total.merge(other)
+    assert total.tokens == mine + others
+    if mine + others:
+        assert relative_error(total.gram(), reference.gram(array(X), gram)) < 1e-14
+    total.update(draw(1, 4, 8))
+    if before is not None:
+        assert relative_error(other.gram(), before) == 0.0  # what was merged is not edited
+
+
+def test_mean_divides_by_the_tokens() -> None:
+    X = draw(0, 4, 10)
+    assert relative_error(moments(X, "mean").gram() * 10, moments(X, "sum").gram()) < 1e-15
+    twice = torch.cat([X, X], dim=1)
+    assert relative_error(moments(twice, "mean").gram(), moments(X, "mean").gram()) < 1e-15
+    assert relative_error(moments(twice, "sum").gram(), moments(X, "sum").gram()) > 0.9  # control
+
+
+@case
+@gram
+def test_eigenpairs_rebuild_g_in_falling_order_with_fixed_signs(case: Case, gram: str) -> None:
+    for X in case.batches:
+        m = moments(X, gram)
+        pairs = m.eigenpairs(m.rtol)
+        assert relative_error(pairs.P * pairs.D @ pairs.P.mT, m.gram()) < 1e-12
+        assert relative_error(pairs.P.mT @ pairs.P, torch.eye(pairs.D.numel())) < 1e-9
+        assert all(a >= b > 0 for a, b in pairwise([*pairs.D.tolist(), 1e-300]))
+        P, half = reference._eigen_root(array(X), gram)
+        n = int(torch.linalg.matrix_rank(X))
+        assert pairs.D.numel() == n
+        assert relative_error(pairs.D.sqrt(), half[:n]) < 1e-10
+        assert relative_error(pairs.P, P[:, :n]) < 1e-8
+        assert relative_error(pairs.P, -P[:, :n]) > 1.0  # control: signs are part of the answer
+
+
+@case
+def test_the_numerical_rank_is_the_number_of_directions_that_the_data_determine(case: Case) -> None:
+    for X in case.batches:
+        m = moments(X)
+        assert m.numerical_rank(m.rtol) == int(torch.linalg.matrix_rank(X))
+        values = torch.linalg.svdvals(X).square()
+        assert m.numerical_rank(0.1) == int((values > 0.1 * values[0]).sum())
+
+
+def test_the_numerical_rank_sees_a_repeated_row() -> None:
+    X = draw(0, 6, 6)
+    assert moments(X).numerical_rank(moments(X).rtol) == 6
+    X[5] = X[0]
+    assert moments(X).numerical_rank(moments(X).rtol) == 5
+
+
+def test_eigenvalues_at_the_tolerance_are_dropped() -> None:
+    X = torch.diag(torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
+    assert moments(X).eigenpairs(0.25).D.tolist() == [4.0]
+    assert moments(X).eigenpairs(0.2499).D.tolist() == [4.0, 1.0]
+    assert moments(X.repeat(1, 4)).eigenpairs(0.25).D.tolist() == [16.0]  # not the dual but G itself
+
+
+def test_the_default_tolerance_is_that_of_the_whole_batch() -> None:
+    assert moments(draw(0, 5, 40)).rtol == default_rtol(5, 40, torch.float64)
+    assert moments(draw(0, 5, 3)).rtol == default_rtol(5, 3, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_inputs_are_accumulated_in_float32(dtype: torch.dtype) -> None:
+    rows = (100 * draw(0, 400, 6)).to(dtype)
+    m = Moments(6)
+    for part in rows.split(7):
+        m.update(part)
+    assert m.gram().dtype == torch.float32
+    assert m.rtol == default_rtol(6, 400, torch.float32)
+    assert relative_error(m.gram(), reference.gram(array(rows).T)) < 1e-6
+    assert relative_error(rows.mT @ rows, m.gram()) > 1e-5  # control: the inputs' own dtype would lose that
+
+
+def test_float32_inputs_are_accumulated_in_float64() -> None:
+    rows = draw(0, 400, 6).float()
+    m = Moments(6)
+    for part in rows.split(7):
+        m.update(part)
+    assert m.gram().dtype == torch.float64
+    assert relative_error(m.gram(), reference.gram(array(rows).T)) < 1e-14
+    assert relative_error(rows.mT @ rows, m.gram()) > 1e-9  # control: float32 would lose that
+
+
+def test_the_dtype_of_accumulation_can_be_chosen() -> None:
+    X = draw(0, 6, 40).float()
+    m = Moments(6, dtype=torch.float32)
+    m.update(X.mT)
+    assert m.gram().dtype == m.eigenpairs(m.rtol).P.dtype == torch.float32
+    assert m.rtol == default_rtol(6, 40, torch.float32)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e200])
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_what_is_not_finite_is_noticed(bad: float, tokens: int) -> None:
+    X = draw(0, 5, tokens)
+    assert moments(X).finite()
+    X[2, tokens - 1] = bad
+    assert not moments(X, pieces=3).finite()
+
+
+def test_no_token_is_an_error_and_not_a_zero_matrix() -> None:
+    m = Moments(4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no token seen"):
+            m.gram()
+        assert m.rows() is None
+        m.update(torch.zeros(0, 4))
+    m.update(torch.ones(1, 4))
+    assert float(m.gram().sum()) == 16.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_later_edit_of_the_callers_tensor_changes_nothing(dtype: torch.dtype) -> None:
+    rows = draw(0, 3, 8).to(dtype)
+    m = Moments(8)
+    m.update(rows)
+    before = m.gram()
+    rows.zero_()
+    assert relative_error(m.gram(), before) == 0.0
+    assert float(before.abs().max()) > 0
+
+
+def test_memory_never_exceeds_d_by_d() -> None:
+    m = Moments(6)
+    for _ in range(10):
+        m.update(draw(0, 4, 6))
+        held = sum(r.numel() for r in m._rows) + (0 if m._gram is None else m._gram.numel())
+        assert held <= 36
