@@ -1,6 +1,6 @@
 """How much of the inputs of a task is rounding: its model in float32, bfloat16 and under autocast against float64.
 
-    python benchmarks/rounding.py experiments/tweets.toml experiments/vision_emoji.toml experiments/language.toml
+    python benchmarks/rounding.py studies/tweets.toml studies/vision_emoji.toml studies/language.toml
 
 The noise along a direction p of X (d, b) is ‖pᵀE‖, with E the difference to the inputs in float64, and p the left
 singular vectors of X. Nothing is trained or written.

@@ -1,7 +1,7 @@
 """Why starts differ: the inputs' G of a task, and the size, the loss and the curvature of every start on it.
 
-    python benchmarks/starts.py experiments/tweets_modes.toml experiments/vision_emoji.toml
-    python benchmarks/starts.py --methods lora,self,descent experiments/language.toml
+    python benchmarks/starts.py studies/tweets_modes.toml studies/vision_emoji.toml
+    python benchmarks/starts.py --methods lora,self,descent studies/language.toml
 
 Nothing is trained. Writes benchmarks/records/starts.json, with what was there of other experiments.
 """

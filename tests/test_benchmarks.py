@@ -389,7 +389,7 @@ def test_what_the_inputs_are_like_is_read_from_the_eigenvalues_of_their_G() -> N
 
 def test_the_starts_of_a_tiny_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     (tmp_path / "made").mkdir()
-    tiny = smoke(load_experiment(Path(__file__).parents[1] / "experiments" / "tweets_modes.toml"), tmp_path / "made")
+    tiny = smoke(load_experiment(Path(__file__).parents[1] / "studies" / "tweets_modes.toml"), tmp_path / "made")
     monkeypatch.setattr(starts, "load_experiment", lambda file: tiny)
     starts.main(["any.toml", "--methods", "lora,self,cross+keep", "--threads", "1", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "starts.json").read_text())["tasks"]["tweets_modes"]
@@ -421,7 +421,7 @@ def test_the_noise_of_rounded_inputs_is_that_of_their_dtype() -> None:
 
 
 def test_the_rounding_of_a_tiny_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    tiny = smoke(load_experiment(Path(__file__).parents[1] / "experiments" / "tweets_modes.toml"), tmp_path)
+    tiny = smoke(load_experiment(Path(__file__).parents[1] / "studies" / "tweets_modes.toml"), tmp_path)
     monkeypatch.setattr(rounding, "load_experiment", lambda file: tiny)
     rounding.main(["any.toml", "--threads", "1"])
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| any")]

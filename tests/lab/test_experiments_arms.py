@@ -10,7 +10,7 @@ import cntlora
 from cntlora.lab.experiments.arms import MODIFIERS, PEFT_LABELS, bases, parse_arm
 from cntlora.lab.experiments.settings import load_experiment
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_experiment_files_are_right(path: Path) -> None:
     labels = [parse_arm(name).label for name in experiment.sweep.methods]
     assert len(set(labels)) == len(labels) >= 3
     assert experiment.name == path.stem and experiment.title
-    assert f"cntlora compare experiments/{path.name}" in path.read_text()
+    assert f"cntlora compare studies/{path.name}" in path.read_text()
 
 
 def test_there_are_experiment_files() -> None:

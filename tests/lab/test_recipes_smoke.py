@@ -19,7 +19,7 @@ from cntlora.lab.experiments.settings import Experiment, load_experiment, replac
 from cntlora.lab.experiments.tasks import TASKS, task_kind
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "experiments").rglob("*.toml"))
+FILES = sorted((ROOT / "studies").rglob("*.toml"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
 DOCS = ROOT / "docs" / "experiments.md"
 
@@ -82,9 +82,9 @@ def test_every_file_is_whole(path: Path, tmp_path: Path) -> None:
 
 def test_the_docs_list_every_file_and_no_other() -> None:
     """What keeps the search honest: one that is not recursive finds the files of the first folder only."""
-    listed = re.findall(r"`(experiments/\S+\.toml)`", DOCS.read_text(encoding="utf-8").partition("## The files")[2])
+    listed = re.findall(r"`(studies/\S+\.toml)`", DOCS.read_text(encoding="utf-8").partition("## The files")[2])
     assert sorted(listed) == NAMES
-    assert len(NAMES) > len(list((ROOT / "experiments").glob("*.toml"))) > 0
+    assert len(NAMES) > len(list((ROOT / "studies").glob("*.toml"))) > 0
 
 
 def test_every_file_says_what_it_is() -> None:

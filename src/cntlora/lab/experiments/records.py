@@ -241,7 +241,7 @@ def frame(run: Run, machine: Mapping[str, Any]) -> dict[str, Any]:
 def command_of(run: Run) -> str:
     """What makes this run again, where the file says what `config` says."""
     grid = f"--methods {run.method} --learning-rates {run.learning_rate:g} --seeds {run.seed}"
-    return f"cntlora compare experiments/{run.experiment.name}.toml {grid}"
+    return f"cntlora compare studies/{run.experiment.name}.toml {grid}"
 
 
 def failed(run: Run, machine: Mapping[str, Any], error: str, traceback: str | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python -m cntlora.lab.recipes.diffusion.small_model --minutes 50
 
 A UNet of 11.5 million weights at 32 × 32 pixels, with all-MiniLM-L6 as its frozen text encoder, learns the pictures of
-`small_pictures`. It is saved as a pipeline folder and is the base of `experiments/dreambooth.toml`. The run goes on
+`small_pictures`. It is saved as a pipeline folder and is the base of `studies/dreambooth.toml`. The run goes on
 where it was stopped, shows samples, and its learning rate falls to zero at the last minute.
 """
 
