@@ -24,6 +24,7 @@ from cntlora.linalg.moments import Moments
 from cntlora.linalg.pseudo_inverse import coarser, rounding_noise
 from cntlora.methods.constraints import cross_map, self_map, self_quick
 from cntlora.methods.estimator import Digest, Noted
+from cntlora.methods.peers import Target
 from cntlora.methods.solve import InputEstimator
 from cntlora.plan import FAR
 
@@ -168,7 +169,7 @@ def test_what_is_noted_is_put_together_over_batches_and_processes() -> None:
 
 def test_the_rank_of_all_inputs_does_not_count_rounding() -> None:
     """EVA and CorDA: the rank that the report gives."""
-    made = InputEstimator(lambda gram, total, n: gram, lambda name, batches, C: cntlora.methods.peers.Target(M=C))
+    made = InputEstimator(lambda gram, total, n: gram, lambda name, batches, C: Target(M=C))
     for seed in (0, 1):
         absorb(made, ["site"], moments(few_distinct(32, 64, 4, torch.float32, seed)), 1.0)
     made.target("site", 2, "pretrained")
