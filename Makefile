@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 TESTS := -n auto --dist loadfile
 KERNELS =
 
-.PHONY: setup demo test test-all test-kernels test-peft lint bench results clean
+.PHONY: setup demo test test-all test-kernels test-peft lint bench results docs clean
 setup: $(STAMP)  ## make .venv and install the project with everything the tests need
 
 $(STAMP): pyproject.toml constraints.txt
@@ -55,6 +55,9 @@ results: setup  ## docs/results.md and the page of the comparison again, from th
 	$(BIN)/cntlora report results/captioning_stamps --into docs/results.md --out results/captioning_stamps --title "Captions of stamps"
 	$(BIN)/cntlora report results/tweets --into docs/results.md --out results/tweets --title "Tweets, MiniLM-L6: every initialisation, 40 steps"
 	$(BIN)/python benchmarks/overview.py
+
+docs: setup  ## the docs as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build demo-output

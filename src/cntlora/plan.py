@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FORMAT = 6
 FAR = 20.0
 """‖s·B·A‖/‖W‖ beyond which a start is said to be far: twice the largest that trained as well as smaller ones, ten times
-what training adds at its best rate, and under all that trained worse (docs/math.md)."""
+what training adds at its best rate, and under all that trained worse (docs/math/rounding.md)."""
 _KEY, _DIGEST = "cntlora_plan", "cntlora_digest"
 
 

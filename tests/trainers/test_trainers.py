@@ -170,7 +170,7 @@ class Plain(Fused):
 
 
 def test_a_layer_that_a_fused_kernel_passes_by_is_named_and_a_plan_made_elsewhere_fits() -> None:
-    """docs/trainers.md, unsloth: the plan of the plain model, applied to the one with the kernels."""
+    """docs/guides/other_trainers.md, unsloth: the plan of the plain model, applied to the one with the kernels."""
     plain, fused = Plain(), Fused()
     fused.load_state_dict(plain.state_dict())
     ours, theirs = (get_peft_model(m, LoraConfig(r=2, target_modules=["q"])) for m in (plain, fused))  # type: ignore[arg-type]

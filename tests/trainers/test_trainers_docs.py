@@ -1,4 +1,4 @@
-"""The runnable blocks of docs/trainers.md, with tiny models for what they take as given."""
+"""The runnable blocks of the guides, with tiny models for what they take as given."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from cntlora.model.sites import find_sites
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"```python runnable (\w+)\n(.*?)```", PAGE, re.DOTALL))
+GUIDES = sorted((Path(__file__).parents[2] / "docs" / "guides").glob("*.md"))
+PAGES = "\n".join(path.read_text(encoding="utf-8") for path in GUIDES)
+BLOCKS = dict(re.findall(r"<!-- runnable: (\w+) -->\n```python\n(.*?)```", PAGES, re.DOTALL))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -83,7 +84,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def run(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    exec(compile(BLOCKS[name], f"docs/trainers.md, {name}", "exec"), given)
+    exec(compile(BLOCKS[name], f"docs/guides, {name}", "exec"), given)
     return given
 
 
@@ -117,4 +118,4 @@ def test_resuming_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_runnable_block_is_run() -> None:
     assert set(BLOCKS) == {*GIVEN, "resume"}
-    assert len(BLOCKS) == PAGE.count("```python runnable ")
+    assert len(BLOCKS) == PAGES.count("<!-- runnable: ")

@@ -21,9 +21,9 @@ def coarser(one: torch.dtype | None, other: torch.dtype) -> torch.dtype:
 ENTRIES, SUMS = 8.0, 32.0
 """Rounding of activations, in unit roundoffs: of the entries by themselves, and of the sums that they come from.
 
-Measured against float64 (docs/math.md): 2.6 at most under autocast (4.5 in 30 layers of bfloat16), and 2.1 in float32.
-The margins are for deeper models, and for kernels that add up in another order; in half precision there is room for a
-small one only.
+Measured against float64 (docs/math/rounding.md): 2.6 at most under autocast (4.5 in 30 layers of bfloat16), and 2.1 in
+float32. The margins are for deeper models, and for kernels that add up in another order; in half precision there is
+room for a small one only.
 """
 
 
