@@ -8,11 +8,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from benchmarks.structure import REST, ImportCycleError, measure, percentile
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "cntlora"
+DEPTH = 18
+"""Files that the longest chain of imports may have."""
 
 
 def contracts_of(source: Path) -> subprocess.CompletedProcess[str]:
@@ -51,6 +55,39 @@ def test_an_import_against_the_direction_is_found(tmp_path: Path, file: str, lin
 def test_imports_go_one_way() -> None:
     told = contracts_of(ROOT / "src").stdout
     assert "KEPT" in told and "BROKEN" not in told, told
+
+
+@pytest.mark.parametrize("part", [{"without": ("cli", "lab")}, {"only": "lab"}, {"only": "cli"}])
+def test_no_chain_of_imports_is_long(part: dict[str, Any]) -> None:
+    """Of the library; of the laboratory and of the commands, whose imports from elsewhere count as one file."""
+    chain = measure(PACKAGE, **part).chain
+    assert len(chain) <= DEPTH, " > ".join(chain)
+
+
+def test_the_measured_structure_is_that_of_a_package_made_for_it(tmp_path: Path) -> None:
+    """The control of the depth: imports that do not run on loading are left out, a cycle is an error."""
+    root = tmp_path / "made"
+    files = {
+        "__init__.py": "from .top import f\n",
+        "top.py": "import os\nfrom .inner import middle\nclass C:\n    def g(self):\n        from . import unused\n",
+        "inner/__init__.py": "",
+        "inner/middle.py": "try:\n    from ..low import x\nexcept ImportError:\n    x = 1\n",
+        "low.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .top import f\n"
+        'def x():\n    """One\n    two."""\n    return 1\n',
+        "unused.py": "from . import top\n",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    found = measure(root, without=["unused"])
+    assert found.chain == ("made", "made.top", "made.inner.middle", "made.low")
+    assert sorted(found.function_lines) == [2, 2] and len(found.file_lines) == 5
+    assert measure(root).depths["made.unused"] == 4
+    assert measure(root, only="inner").chain == ("made.inner.middle", REST)
+    assert (percentile(range(1, 11), 0.9), percentile(range(1, 12), 0.9)) == (9, 10)
+    (root / "low.py").write_text("from . import unused\n")
+    with pytest.raises(ImportCycleError, match="made.top > made.inner.middle > made.low > made.unused > made.top"):
+        measure(root)
 
 
 def test_every_option_is_in_the_readme() -> None:

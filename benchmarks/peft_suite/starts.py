@@ -34,7 +34,7 @@ from torch import nn
 import cntlora
 from cntlora.data.collect import as_found
 from cntlora.model.checks import usable_sites
-from cntlora.model.sites import factor_slots
+from cntlora.model.lora_layers import factor_slots
 
 WEIGHTS_ONLY = ("pissa", "olora", "lora")
 """Methods that read no data."""

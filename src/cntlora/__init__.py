@@ -11,13 +11,12 @@
 
 from .analysis.comparison import AdapterComparison, compare_adapters, snapshot
 from .analysis.diagnostics import StartDiagnostics, start_curvature, start_diagnostics
-from .api import initialize, initialize_from_trainer
+from .api import apply_plan, initialize, initialize_from_trainer
 from .config import InitConfig
 from .execution.compute import compute_plan
 from .files.saving import save_adapter
 from .methods.family import methods
 from .model.freezing import freeze_offset
-from .model.writer import apply_plan
 from .plan import InitPlan, SitePlan
 from .report import InitReport
 from .version import VERSION as __version__

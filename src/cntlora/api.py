@@ -20,10 +20,11 @@ from .execution.lockstep import absorb_together
 from .execution.reading import Loss, Request, read
 from .execution.sizing import sized
 from .methods.family import METHODS
+from .model.lora_layers import lora_layers
 from .model.sharded import partitioned, recover, reshard, shards
-from .model.sites import lora_layers
-from .model.writer import apply_plan
+from .model.writer import write_plan
 from .model.zero3 import gathering, is_partitioned
+from .plan import InitPlan
 from .report import InitReport
 from .trainers import check_trainer, closed, left_as_found, training_arguments
 
@@ -79,6 +80,20 @@ def initialize(
         recover(model, sharded)
         raise
     return apply_plan(model, plan, adapter_name=adapter_name)
+
+
+def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default") -> InitReport:
+    """Writes a plan into the adapter of a model: call it before the optimizer is made.
+
+    Where the model is sharded by `fully_shard`, all processes have to call it, with the same plan.
+
+    Raises:
+        ValueError: if the plan is not for this model (names the site), the adapter is not fresh, a weight that would
+            be changed is shared with another module or adapter, an optimizer or DistributedDataParallel already holds
+            the parameters, or they are sharded and would change their rank; nothing is written then.
+    """
+    write_plan(model, plan, adapter_name)
+    return InitReport.of(plan)
 
 
 def _check_before_engine(model: nn.Module, adapter: str) -> None:

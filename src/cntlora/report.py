@@ -6,11 +6,13 @@ import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import InitConfig
 from .methods.family import METHODS
 from .plan import FAR, InitPlan, site_dict
+
+if TYPE_CHECKING:
+    from .config import InitConfig
 
 NAMED = 5
 """Sites that a note under the table names; those that it is of are marked in the table."""

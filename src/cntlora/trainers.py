@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .config import InitConfig
 from .data.batches import REPEATABLE, Forward, default_forward
 from .methods.family import METHODS
+
+if TYPE_CHECKING:
+    from .config import InitConfig
 
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 """Keys of a batch that TRL's preference trainers read themselves and keep from the model."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
-from cntlora.model.sites import Site, find_sites, is_lora_layer
-from cntlora.model.writer import anchored, sync_config
+from cntlora.model.lora_layers import is_lora_layer
+from cntlora.model.peft_config import anchored, sync_config
+from cntlora.model.sites import Site, find_sites
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BASES = ["offset", "paired", "subtract", "keep"]

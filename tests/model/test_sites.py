@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cntlora import initialize, save_adapter
 from cntlora.model.layouts import layout_of, weight_matrix
-from cntlora.model.sites import config_holder, find_sites, naming_root
+from cntlora.model.lora_layers import config_holder, naming_root
+from cntlora.model.sites import find_sites
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 

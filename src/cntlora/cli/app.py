@@ -174,13 +174,13 @@ def _initialise(
     outputs: tuple[Path, Path | None],
 ) -> tuple[Any, Any]:
     """Model, data, plan, adapter folder; returns the report and all rows."""
+    from ..api import apply_plan
     from ..config import InitConfig
     from ..execution.compute import compute_plan
     from ..files.saving import save_adapter
     from ..lab.recipes.loading import add_lora, batches_of, load_model
     from ..lab.recipes.text.tables import Table, shuffled
     from ..methods.family import METHODS
-    from ..model.writer import apply_plan
 
     given = options["method"] or "descent"
     if options["method"] is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model.sites import is_lora_layer
+from ..model.lora_layers import is_lora_layer
 
 OF_FRAMES = ("_get_feature_vector_attention_mask", "_get_feat_extract_output_lengths")
 """Methods of transformers' models of sound: the mask of the frames, and their number, from those of the samples."""

@@ -20,9 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..linalg.moments import Moments, TokenCount
 from ..linalg.parallel import full_precision, read_back
 from ..model.bypass import bypassed
+from ..model.lora_layers import lora_layers
 from ..model.patches import geometry, is_convolution, patches
 from ..model.quantised import left_unpacked
-from ..model.sites import Site, lora_layers
+from ..model.sites import Site
 from .anatomy import Anatomy
 from .batches import (
     Forward,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..linalg.parallel import read_back
 from ..model.layouts import as_matrix
 from ..model.sharded import full
-from ..model.sites import Site
+
+if TYPE_CHECKING:
+    from ..model.sites import Site
 
 OnGradient = Callable[[int, str, Tensor], None]
 """Called for each batch and site: batch index, name of the site, ∂L/∂W (k, d)."""

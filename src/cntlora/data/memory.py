@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from torch import Tensor
 from ..linalg.moments import accumulation_dtype
 from ..linalg.parallel import SIDE_BY_SIDE, STREAMS
 from ..messages import quoted
-from ..model.sites import Site
+
+if TYPE_CHECKING:
+    from ..model.sites import Site
 
 MaxMemory = int | str | Mapping[str, int | str] | None
 PLACES = ("device", "cpu", "disk")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..messages import quoted
-from .anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
 
 TokenMask = str | Callable[[Any], Tensor | Mapping[str, Tensor | None] | None] | None
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model.sites import Site
-from .batches import Forward
 from .collect import as_found
 from .gradients import loss_in
+
+if TYPE_CHECKING:
+    from ..model.sites import Site
+    from .batches import Forward
 
 
 def is_watched(model: nn.Module) -> bool:

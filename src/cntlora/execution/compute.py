@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,16 @@ from ..data.batches import Forward
 from ..data.collect import Seen
 from ..data.memory import MaxMemory
 from ..data.padding import TokenMask
+from ..messages import warn_caller
 from ..methods.estimator import GradientReader
 from ..methods.family import METHODS
-from ..model.checks import check_any_left, leave_silent, report_far, report_missing
+from ..model.checks import check_any_left, leave_silent, report_missing
+from ..model.lora_layers import lora_layers
 from ..model.sharded import is_split
-from ..model.sites import Site, lora_layers
-from ..model.ties import with_followers
-from ..plan import InitPlan
+from ..model.sites import Site
+from ..model.ties import Tied
+from ..plan import FAR, InitPlan, SitePlan, weight_sketch
+from ..report import far_cure
 from ..version import VERSION
 from .assemble import Alone, Share, Work, plan_sites
 from .passes import Again, Passes
@@ -95,7 +98,7 @@ def complete(plan: InitPlan, reading: Reading) -> InitPlan:
     """
     request = reading.request
     order = [name for name, _ in lora_layers(request.model, request.adapter_name)]
-    return report_far(with_followers(plan, reading.tied, order) if reading.tied else plan)
+    return _warn_of_far_starts(_with_followers(plan, reading.tied, order) if reading.tied else plan)
 
 
 def plan_from(reading: Reading, share: Share | None = None, again: Again | None = None) -> InitPlan:
@@ -153,3 +156,42 @@ def _starved_reason(name: str, seen: Seen) -> str:
     if name not in seen.tokens:
         return f"its layer was not called in any of {seen.batches} batches; does this data reach it?"
     return f"it saw no token that counts in {seen.batches} batches; read more batches or check the masks"
+
+
+def _with_followers(plan: InitPlan, tied: Sequence[Tied], order: Sequence[str]) -> InitPlan:
+    """The plan with the sites that follow others: the same factors, crossed where they are."""
+    sites, skipped, shared = dict(plan.sites), dict(plan.skipped), {}
+    for follower in tied:
+        name, leader = follower.site.name, follower.leader.name
+        if leader in sites:
+            sites[name] = _follower_plan(sites[leader], follower)
+            shared[name] = leader
+        else:
+            skipped[name] = f"it shares its factors with {leader}: {skipped[leader]}"
+    return replace(plan, sites={n: sites[n] for n in order if n in sites}, skipped=skipped, shared=shared)
+
+
+def _follower_plan(leader: SitePlan, tied: Tied) -> SitePlan:
+    A, B = (leader.B.mT, leader.A.mT) if tied.crossed else (leader.A, leader.B)
+    W = tied.site.weight()
+    return replace(
+        leader,
+        A=A.contiguous(),
+        B=B.contiguous(),
+        weight_norm=float(W.norm()),
+        sketch=weight_sketch(W),
+        seconds=0.0,
+    )
+
+
+def _warn_of_far_starts(plan: InitPlan) -> InitPlan:
+    """Warns of starts whose ‖s·B·A‖/‖W‖ is far beyond what trained adapters reach; returns the plan."""
+    far = plan.far_starts()
+    if far:
+        name, size = next(iter(far.items()))
+        others = f" (and {len(far) - 1} more, see the report)" if len(far) > 1 else ""
+        warn_caller(
+            f"site {name}{others}: ‖s·B·A‖/‖W‖ of its start is {size:.3g}, expected at most {FAR:g}; trained adapters "
+            f"stay far below, and such starts train badly; {far_cure(plan.config)}"
+        )
+    return plan

@@ -25,8 +25,8 @@ from ..data.collect import reading_mode
 from ..data.gradients import loss_in
 from ..linalg.factors import halves_cancel
 from ..methods.family import METHODS
+from ..model.layouts import shaped_like
 from ..model.sites import Site
-from ..model.writer import shaped_like
 from ..plan import InitPlan, SitePlan
 from .agreement import agreed, alone, attempt, gathered
 from .reading import Reading

@@ -14,8 +14,8 @@ import safetensors
 from torch import Tensor
 
 from ..messages import unknown_name
-from .inspection import DIFFUSERS_FILE, by_pattern, read_folder
-from .saving import CONFIG, PREFIX, WEIGHTS
+from .adapter_folder import CONFIG, DIFFUSERS_FILE, PREFIX, WEIGHTS
+from .inspection import by_pattern, read_folder
 
 DIFFUSERS_HEAD = "lora_adapter_metadata"
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")

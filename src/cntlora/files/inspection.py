@@ -16,9 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..linalg.factors import halves_cancel, product_spectrum
-from .saving import PREFIX
-
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+from .adapter_folder import DIFFUSERS_FILE, PREFIX
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..model.kinds import kind_of
-from ..model.provenance import Start
 from .public_names import hub_name
+
+if TYPE_CHECKING:
+    from ..model.provenance import Start
 
 _SHOWN = 50  # classes that the card names
 BEGIN = "<!-- cntlora: written with the adapter; what stands between the two marks is replaced at the next save -->"

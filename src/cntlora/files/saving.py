@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,19 +19,21 @@ from torch import Tensor, nn
 
 from ..atomic import not_written, temporary
 from ..execution.agreement import agreed, alone, attempt
-from ..model.provenance import Start, start_of
+from ..model.layouts import shaped_like
+from ..model.lora_layers import base_name, config_holder, lora_paths, uses_rslora
+from ..model.peft_config import anchored, selecting, whole
+from ..model.provenance import Start, start_of, subtracted_from
 from ..model.sharded import full, reshard, shards
-from ..model.sites import Site, base_name, config_holder, find_sites, lora_paths, uses_rslora
+from ..model.sites import Site, find_sites
 from ..model.ties import Tied, asked_to_tie, groups, tied_embedding
-from ..model.writer import SUBTRACTED, anchored, selecting, shaped_like, whole
-from ..plan import InitPlan
 from ..version import VERSION
+from .adapter_folder import CARD, CONFIG, PREFIX, WEIGHTS
 from .class_names import NAMES, class_names, write_names
 from .model_card import SavedSites, card_section, updated_card
 from .public_names import public_name, public_values
 
-PREFIX = "base_model.model."
-WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+if TYPE_CHECKING:
+    from ..plan import InitPlan
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,7 @@ def _start(name: str, layer: Any, adapter: str, plan: InitPlan | None) -> tuple[
     """A₀ and B₀ that base "subtract" took off the weight of a site, or None where it took nothing."""
     if plan is not None and plan.config.effective_base == "subtract" and name in plan.sites:
         return plan.sites[name].A, plan.sites[name].B
-    known: tuple[Tensor, Tensor] | None = SUBTRACTED.get(layer, {}).get(adapter)
-    return known
+    return subtracted_from(layer, adapter)
 
 
 def _for_pristine_base(state: dict[str, Tensor], site: str, start: tuple[Tensor, Tensor] | None) -> int:

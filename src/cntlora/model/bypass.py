@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .sites import Site
+if TYPE_CHECKING:
+    from .sites import Site
 
 
 @contextmanager

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..config import InitConfig
 from ..messages import quoted, warn_caller
 from ..methods.family import METHODS
-from ..plan import FAR, InitPlan
-from ..report import far_cure
 from .layouts import INSIDE_ATTENTION
+from .lora_layers import config_holder, factor_of, factor_slots
 from .offloaded import fetched
 from .sharded import check_rank
-from .sites import Site, config_holder, factor_of, factor_slots, find_sites
+from .sites import Site, find_sites
 from .ties import Group, Tied, groups, leader_of
+
+if TYPE_CHECKING:
+    from ..config import InitConfig
 
 
 def usable_sites(
@@ -218,16 +219,3 @@ def leave_silent(silent: Sequence[str], heard: int, batches: int, on_missing: st
             "still train where the loss of other batches depends on it"
         )
     return dict.fromkeys(silent, reason)
-
-
-def report_far(plan: InitPlan) -> InitPlan:
-    """Warns of starts whose ‖s·B·A‖/‖W‖ is far beyond what trained adapters reach; returns the plan."""
-    far = plan.far_starts()
-    if far:
-        name, size = next(iter(far.items()))
-        others = f" (and {len(far) - 1} more, see the report)" if len(far) > 1 else ""
-        warn_caller(
-            f"site {name}{others}: ‖s·B·A‖/‖W‖ of its start is {size:.3g}, expected at most {FAR:g}; trained adapters "
-            f"stay far below, and such starts train badly; {far_cure(plan.config)}"
-        )
-    return plan

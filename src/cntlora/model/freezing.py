@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .lora_layers import factor_of, factor_slots
 from .provenance import start_of
 from .sharded import full, is_sharded, part_of, reshard
-from .sites import Site, factor_of, factor_slots, find_sites
+from .sites import Site, find_sites
 
 _HANDLES: Any = WeakIdKeyDictionary()  # parameter → handle of its mask, so that a mask is never put on twice
 _WATCHES: Any = WeakIdKeyDictionary()  # parameter → what puts the mask on the one that takes its place

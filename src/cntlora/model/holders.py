@@ -11,14 +11,17 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..plan import InitPlan
+from .lora_layers import factor_of, factor_slots
 from .sharded import check_rank
-from .sites import Site, factor_of, factor_slots
+
+if TYPE_CHECKING:
+    from ..plan import InitPlan
+    from .sites import Site
 
 
 def check_holders(sites: list[Site], plan: InitPlan, replaced: Container[str] = ()) -> None:

@@ -176,3 +176,12 @@ def why_fixed(layer: nn.Module) -> str | None:
     if kind is not None:
         return f"its weight is quantised ({kind})"
     return "its weight is offloaded (accelerate), in memory during a call only" if is_offloaded(layer) else None
+
+
+def shaped_like(factor: Tensor, value: Tensor) -> Tensor:
+    """A (rank, d) or B (k, rank), of any rank, in the shape of a factor: (rank, channels, *kernel), or (k, rank, 1, …).
+
+    The kernel of B has one position, so that its shape after the second dimension is all ones.
+    """
+    rest = factor.shape[1:] if factor.shape[1:].numel() == value.shape[1] else (value.shape[1], *factor.shape[2:])
+    return value.reshape(value.shape[0], *rest)

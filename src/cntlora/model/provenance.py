@@ -10,18 +10,22 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import InitConfig
 from ..methods.family import METHODS
-from ..plan import InitPlan, SitePlan
-from .sites import lora_layers
+from .lora_layers import lora_layers
+
+if TYPE_CHECKING:
+    from ..plan import InitPlan, SitePlan
 
 _STARTS: Any = WeakIdKeyDictionary()
+_SUBTRACTED: Any = WeakIdKeyDictionary()
+"""LoRA layer → {adapter: (A, B)} at step 0, where the base weight had s·B·A taken off."""
 
 
 @dataclass(frozen=True)
@@ -107,3 +111,14 @@ def start_of(model: nn.Module, adapter: str = "default") -> Start | None:
         if adapter in known:
             return known[adapter]
     return None
+
+
+def remember_subtracted(layer: Any, adapter: str, A: Tensor, B: Tensor) -> None:
+    """Notes that s·B·A was taken off the weight of a layer (base "subtract")."""
+    _SUBTRACTED.setdefault(layer, {})[adapter] = (A, B)
+
+
+def subtracted_from(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
+    """A and B at step 0 if s·B·A was taken off the weight of a layer in this process, else None."""
+    known: tuple[Tensor, Tensor] | None = _SUBTRACTED.get(layer, {}).get(adapter)
+    return known

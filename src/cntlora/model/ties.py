@@ -7,15 +7,18 @@ weights are one, and so is what is added to them. Any two layers may share their
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..plan import InitPlan, SitePlan, weight_sketch
+from .lora_layers import config_holder, factor_of, factor_slots, lora_layers
 from .sharded import address, is_sharded
-from .sites import Site, config_holder, factor_of, factor_slots, lora_layers
+
+if TYPE_CHECKING:
+    from ..plan import InitPlan
+    from .sites import Site
 
 
 @dataclass(frozen=True)
@@ -183,32 +186,6 @@ def leader_of(group: Group, reads: str) -> str:
     """The site whose weight and inputs decide: the first one whose inputs can be read, where the method reads them."""
     readable = [site for site in group.sites if reads != "inputs" or site.unseen is None]
     return (readable or group.sites)[0].name
-
-
-def with_followers(plan: InitPlan, tied: Sequence[Tied], order: Sequence[str]) -> InitPlan:
-    """The plan with the sites that follow others: the same factors, crossed where they are."""
-    sites, skipped, shared = dict(plan.sites), dict(plan.skipped), {}
-    for follower in tied:
-        name, leader = follower.site.name, follower.leader.name
-        if leader in sites:
-            sites[name] = _following(sites[leader], follower)
-            shared[name] = leader
-        else:
-            skipped[name] = f"it shares its factors with {leader}: {skipped[leader]}"
-    return replace(plan, sites={n: sites[n] for n in order if n in sites}, skipped=skipped, shared=shared)
-
-
-def _following(leader: SitePlan, tied: Tied) -> SitePlan:
-    A, B = (leader.B.mT, leader.A.mT) if tied.crossed else (leader.A, leader.B)
-    W = tied.site.weight()
-    return replace(
-        leader,
-        A=A.contiguous(),
-        B=B.contiguous(),
-        weight_norm=float(W.norm()),
-        sketch=weight_sketch(W),
-        seconds=0.0,
-    )
 
 
 def tied_as_planned(found: Iterable[Group], plan: InitPlan) -> list[Tied]:

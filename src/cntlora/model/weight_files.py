@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
 from torch import Tensor
 
 from .layouts import as_matrix, layout_of
 from .quantised import FLOATS
-from .sites import Site
+
+if TYPE_CHECKING:
+    from .sites import Site
 
 NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 

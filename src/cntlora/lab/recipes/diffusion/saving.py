@@ -11,7 +11,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ....files.saving import PREFIX, save_adapter
+from ....files.adapter_folder import PREFIX
+from ....files.saving import save_adapter
 from .denoisers import denoiser_in
 
 
