@@ -1,6 +1,20 @@
-"""`python -m cntlora`: the same as the command `cntlora`."""
+"""The command `cntlora`, and `python -m cntlora`."""
 
-from .cli.app import main
+import sys
+
+from .extras import MissingExtraError, require
+
+
+def main() -> None:
+    """Entry point of the command, which says what to install where its own libraries are missing."""
+    try:
+        require("cli", "the command cntlora")
+    except MissingExtraError as error:
+        sys.exit(f"cntlora: {error}")
+    from .cli.app import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

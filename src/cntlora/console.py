@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import typer
-
+from .extras import require
 from .interrupts import tell_stopped
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns what the user can mend into one line and exit code 1; Ctrl-C into exit code 130."""
+def one_line_errors(purpose: str = "", extra: str | None = None) -> Iterator[None]:
+    """Turn what the user can mend into one line and exit code 1; Ctrl-C into exit code 130.
+
+    Args:
+        purpose: what runs inside, such as "cntlora report".
+        extra: the extra of the package that it needs, checked before anything is imported; None for none.
+    """
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, which a user of the command cannot mend
     try:
+        if extra is not None:
+            require(extra, purpose)
         yield
     except KeyboardInterrupt:
         tell_stopped()
-        raise typer.Exit(130) from None
-    except ModuleNotFoundError as error:
-        typer.echo(f"cntlora: {error.name} is not installed; pip install 'cntlora[demo]'", err=True)
-        raise typer.Exit(1) from None
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if isinstance(error, typer.Exit):
-            raise
-        typer.echo(f"cntlora: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
+        raise SystemExit(130) from None
+    except (ImportError, ValueError, TypeError, OSError, RuntimeError) as error:
+        sys.stderr.write(f"cntlora: {' '.join(str(error).split())}\n")
+        raise SystemExit(1) from None

@@ -37,11 +37,10 @@ def held_back() -> Iterator[None]:
 
 
 def tell_stopped() -> None:
-    """Says on stderr that the command was stopped."""
-    import typer  # not where only `held_back` is needed
-
+    """Say on stderr that the command was stopped."""
     TOLD.set()
-    typer.echo(STOPPED, err=True)
+    sys.stderr.write(f"{STOPPED}\n")
+    sys.stderr.flush()
 
 
 @contextmanager

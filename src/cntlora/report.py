@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -137,20 +135,16 @@ def _places(memory: Mapping[str, int]) -> list[str]:
 
 def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of sites as plain text: the first column to the left, the numbers under `heads` to the right."""
-    state = random.getstate()  # rich draws a number when it is first imported
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    lines = [("site", *heads), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    printed = [_aligned(line, widths) for line in lines]
+    printed.insert(1, " " + "─" * (sum(widths) + 3 * len(widths) - 1))
+    return "\n".join([title, *printed])
 
-    random.setstate(state)
-    table = Table("site", box=SIMPLE_HEAD)
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    buffer = io.StringIO()
-    Console(file=buffer, width=500, force_terminal=False).print(table)
-    return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())])
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    numbers = (cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True))
+    return "  " + "   ".join([cells[0].ljust(widths[0]), *numbers])
 
 
 def _starving(s: Mapping[str, Any]) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from cntlora.extras import MissingExtraError
 from cntlora.lab.experiments import peers
-from cntlora.lab.experiments import tasks as tasks_module
 from cntlora.lab.experiments.adapting import adapt
 from cntlora.lab.experiments.arms import PEFT_LABELS
 from cntlora.lab.experiments.records import Run, write_record
@@ -237,8 +237,8 @@ def test_a_task_that_is_not_known_or_lacks_a_library_says_what_to_do(monkeypatch
     monkeypatch.setitem(TASKS, "trial", ("trial", "vision"))
     with pytest.raises(ModuleNotFoundError):  # a row without a module is our error, not the user's
         task_kind("trial")
-    monkeypatch.setattr(tasks_module, "import_module", lambda name: importlib.import_module("no_such_library"))
-    with pytest.raises(ValueError, match=r"needs no_such_library: pip install 'cntlora\[vision\]'"):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"task 'trial' needs datasets: pip install 'cntlora\[vision\]'"):
         task_kind("trial")
 
 

@@ -115,7 +115,7 @@ def init(
 ) -> None:
     """Write an initialised adapter folder that plain PEFT loads on the untouched model."""
     options = {key: value for key, value in locals().items() if key in _CONFIG_OPTIONS}
-    with one_line_errors():
+    with one_line_errors("cntlora init", "text"):
         from ..lab.recipes.loading import LoraOptions
         from ..lab.recipes.text.tables import label_line
 
@@ -223,7 +223,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show ranks, scalings and sizes of an adapter, site by site."""
-    with one_line_errors():
+    with one_line_errors("cntlora inspect"):
         from ..files.class_names import read_names
         from ..files.inspection import inspect_adapter
 
@@ -256,7 +256,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Sentiment of tweets on MiniLM: plain LoRA against cntlora, about five minutes on 2 cores."""
-    with one_line_errors():
+    with one_line_errors("cntlora demo", "demo"):
         from ..lab.demo import run_demo
 
         say = (lambda line: None) if as_json else typer.echo

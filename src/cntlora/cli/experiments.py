@@ -143,7 +143,7 @@ def report(
     ] = None,
 ) -> None:
     """Write tables, plots and one self-contained page from the records of runs."""
-    with one_line_errors():
+    with one_line_errors("cntlora report", "lab"):
         from ..lab.report import write_into, write_report
 
         if not results.is_dir():
@@ -159,7 +159,7 @@ def report(
 
 def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options, *, table: bool) -> None:
     """Reads the file, runs the sweep, says what came out; exit code 1 if a run failed."""
-    with one_line_errors():
+    with one_line_errors("a comparison of methods", "lab"):
         from ..lab.experiments.settings import load_experiment, replaced
 
         given = {name: _listed(name, text, kind) for name, (text, kind) in grid.items()}
@@ -171,7 +171,7 @@ def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: O
             sweep = _sweep(experiment, out, options)
             _tell(sweep, out, options, table=table)
         if sweep.count("failed"):
-            raise typer.Exit(1)
+            raise SystemExit(1)
 
 
 def _changes(changes: list[str] | None, data: str | None, model: str | None) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write the adapter of a text-to-image model as one file for diffusers or for kohya's tools."""
-    with one_line_errors():
+    with one_line_errors("cntlora export"):
         from ..files.export import export_adapter
 
         if out.exists() and not overwrite:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -290,15 +289,20 @@ def _gradient_sink(work: Work) -> Callable[[int, str, Tensor], None]:
 
 @contextmanager
 def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    """A bar over the batches on a terminal, nothing elsewhere."""
+    """A counter of the batches on a terminal, nothing elsewhere."""
     if not (wanted and sys.stderr.isatty()):
         yield lambda: None
         return
-    state = random.getstate()  # rich draws a number when it is first imported
-    from rich.console import Console
-    from rich.progress import Progress
+    count = 0
 
-    random.setstate(state)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading batches", total=total)
-        yield lambda: bar.advance(task)
+    def advance() -> None:
+        nonlocal count
+        count += 1
+        sys.stderr.write(f"\rreading batches {count}/{total}")
+        sys.stderr.flush()
+
+    try:
+        yield advance
+    finally:
+        sys.stderr.write("\r\033[K")  # the line is empty again
+        sys.stderr.flush()

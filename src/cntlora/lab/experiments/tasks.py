@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from ...extras import require
 from ...messages import unknown_name
 from ..recipes.task import Recipe, Task
 
@@ -28,17 +29,14 @@ def task_kind(name: str) -> Recipe:
     """The recipe of a task's name.
 
     Raises:
-        ValueError: for an unknown name, with the nearest right one; or if a library is missing, with its extra.
+        ValueError: for an unknown name, with the nearest right one.
+        MissingExtraError: if a library is missing that the recipe imports, now or later, with its extra.
     """
     if name not in TASKS:
         raise ValueError(unknown_name("task.name", name, TASKS))
     module, extra = TASKS[name]
-    try:
-        recipes: dict[str, Recipe] = import_module(f"cntlora.lab.recipes.{module}").RECIPES
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("cntlora"):
-            raise
-        raise ValueError(f"task {name!r} needs {error.name}: pip install 'cntlora[{extra}]'") from error
+    require(extra, f"task {name!r}")
+    recipes: dict[str, Recipe] = import_module(f"cntlora.lab.recipes.{module}").RECIPES
     return recipes[name]
 
 

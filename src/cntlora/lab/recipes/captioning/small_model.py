@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -93,7 +92,7 @@ def vision_features(model: Any, processor: Any, scenes: Sequence[Scene], batch_s
             output = model.model.vision_tower(pixels, output_hidden_states=True)
             features.append(output.hidden_states[-1][:, 1:].to(torch.float16))  # without the CLS token
             if start % (batch_size * 20) == 0:
-                typer.echo(f"features of {start} of {len(scenes)} scenes")
+                print(f"features of {start} of {len(scenes)} scenes")
     return torch.cat(features)
 
 
@@ -238,13 +237,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="updates of 16 scenes (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60, help="stop after that time (default: %(default)s)")
     options = parser.parse_args()
-    with one_line_errors():
+    with one_line_errors("the small model", "vlm"):
         info = make(options.out, steps=options.steps, minutes=options.minutes)
-    typer.echo(f"{info['updates']} of {info['of']} updates, {info['minutes']} minutes in this call")
+    print(f"{info['updates']} of {info['of']} updates, {info['minutes']} minutes in this call")
     own, other = info["held_out_loss"], info["held_out_loss_with_another_picture"]
-    typer.echo(f"held-out loss {own:.3f} nats a token, with another picture {other:.3f}")
+    print(f"held-out loss {own:.3f} nats a token, with another picture {other:.3f}")
     for truth, said in info["samples"]:
-        typer.echo(f"  {truth:50.50}  {said}")
+        print(f"  {truth:50.50}  {said}")
 
 
 if __name__ == "__main__":

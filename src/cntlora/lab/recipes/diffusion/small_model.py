@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import typer
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
@@ -182,7 +181,7 @@ class Training:
         self.noise = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         if (self.home / "checkpoint").is_dir():
             self.accelerator.load_state(str(self.home / "checkpoint"))
-            typer.echo(f"going on after {self.progress.steps} steps, {self.progress.seconds / 60:.1f} minutes")
+            print(f"going on after {self.progress.steps} steps, {self.progress.seconds / 60:.1f} minutes", flush=True)
 
     @property
     def done(self) -> float:
@@ -248,7 +247,7 @@ class Training:
         p, recent = self.progress, float(np.mean(self.progress.losses[-200:]))
         minutes, left = p.seconds / 60, max(0.0, self.minutes - p.seconds / 60)
         done = f"step {p.steps}: {minutes:.1f} min ({p.cpu_seconds / 60:.1f} of CPU)"
-        typer.echo(f"{done}, {left:.1f} left, loss {recent:.4f}, {path}")
+        print(f"{done}, {left:.1f} left, loss {recent:.4f}, {path}", flush=True)
 
 
 def pretrain(out: Path, minutes: float, every: float = 5.0) -> Path:
@@ -271,7 +270,7 @@ def pretrain(out: Path, minutes: float, every: float = 5.0) -> Path:
     training = Training(new_pipeline(minilm_folder()), home, minutes)
     if finished and training.done >= 1:
         return out
-    typer.echo(f"training for {minutes:g} minutes of steps into {out}; samples in {home}")
+    print(f"training for {minutes:g} minutes of steps into {out}; samples in {home}", flush=True)
     training.run(every)
     training.average.copy_to(training.pipeline.unet.parameters())
     partial = out.with_name(out.name + ".partial")
@@ -291,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error(f"--minutes: expected more than 0, got {options.minutes:g}")
-    typer.echo(pretrain(options.out or pretrained_folder(), options.minutes, options.every))
+    print(pretrain(options.out or pretrained_folder(), options.minutes, options.every))
     return 0
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ....extras import require
 from ....messages import quiet_transformers
 from ..text.tables import Table
 from .downloads import derived_folder, packaged_file
@@ -75,6 +76,7 @@ def dinov2_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         RuntimeError: if the position embeddings or a weight of a linear layer are not found.
     """
+    require("samples", "DINOv2-S from a package")
     import onnx
     from onnx import numpy_helper
 
@@ -127,6 +129,7 @@ def smollm2_folder() -> Path:
     )
 
     def make(folder: Path) -> None:
+        require("samples", "SmolLM2-135M from a package")
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with quiet_transformers():
