@@ -11,13 +11,14 @@ from cntlora.atomic import write_atomically
 
 
 def put_into(document: Path, record: dict[str, Any]) -> None:
-    """Puts every table between its two marks.
+    """Puts every table between its two marks; wrong inputs have a page of their own in the folder beside the document.
 
     Raises:
         ValueError: if the document lacks a mark; names it.
     """
     for name, content in tables(record).items():
-        put_between(document, name, content)
+        page = document.with_suffix("") / "wrong_inputs.md" if name == "wrong inputs" else document
+        put_between(page, name, content)
 
 
 def put_between(document: Path, name: str, content: str) -> None:

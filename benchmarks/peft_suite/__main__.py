@@ -3,7 +3,7 @@
     python benchmarks/peft_suite ../peft               # everything; ../peft is a checkout of the PEFT repository
     python benchmarks/peft_suite ../peft --every 20    # a sample of the tests, minutes
     python benchmarks/peft_suite ../peft --suites mixed low_level_api --settings self+keep
-    python benchmarks/peft_suite ../peft --record      # also the table in docs/reliability.md
+    python benchmarks/peft_suite ../peft --record      # also the table in docs/reliability/peft_tests.md
 
 The tests of the checkout run against the PEFT that is installed, so take a checkout of about that version. Nothing is
 written into it and nothing is downloaded: models that the tests ask the hub for are tiny random ones of the same
@@ -84,7 +84,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="keep outcomes and pytest's output in this folder")
     parser.add_argument("--resume", action="store_true", help="take what --out has, run the rest")
     parser.add_argument("--expected", type=Path, default=EXPECTED, help="the list of expected failures")
-    parser.add_argument("--record", action="store_true", help="write the record and the table of docs/reliability.md")
+    parser.add_argument("--record", action="store_true", help="write the record and docs/reliability/peft_tests.md")
     options = parser.parse_args(arguments)
     options.checkout = options.checkout.resolve()
     tests = options.checkout / "tests"

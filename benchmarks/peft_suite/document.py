@@ -1,4 +1,4 @@
-"""The record of a run of PEFT's tests → the table of docs/reliability.md. Pure."""
+"""The record of a run of PEFT's tests → the tables of docs/reliability/peft_tests.md. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.peft_suite.outcomes import VERDICTS
 from benchmarks.reliability_tables import put_between
 from benchmarks.tables import machine_line, table
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability" / "peft_tests.md"
 RECORD = Path(__file__).parents[1] / "records" / "peft_suite.json"
 MARK = "peft's own tests"
 
