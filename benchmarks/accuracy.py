@@ -70,7 +70,7 @@ def measure(name: str) -> dict[str, dict[str, dict[str, float]]]:
     inputs: dict[str, list[Tensor]] = {}
     margins: dict[str, float] = {}
     for method in METHODS:
-        config = cntlora.InitConfig(method=method, base="keep", strength=1.0, rtol=0.0)
+        config = cntlora.InitConfig.from_dict({"method": method, "base": "keep", "strength": 1.0, "rtol": 0.0})
         plan = cntlora.compute_plan(model, batches, config, progress=False)
         layers: dict[str, nn.Module] = {n: model.base_model.model.get_submodule(n) for n in plan.sites}  # type: ignore[union-attr,operator]
         inputs = inputs or inputs_of(model, layers, batches)

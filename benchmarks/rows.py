@@ -14,7 +14,7 @@ from benchmarks.workloads import Batch, Workload, forward_pass, with_lora
 from torch import nn
 
 import cntlora
-from cntlora.methods.family import METHODS
+from cntlora.methods.method import METHODS
 
 FLOOR = "forward pass"
 OURS: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ class Bench:
         return cntlora.compute_plan(
             model,
             self.batches,
-            cntlora.InitConfig(**options),
+            cntlora.InitConfig.from_dict(options),
             loss=self.workload.loss if reads_gradients else None,
             progress=False,
         )

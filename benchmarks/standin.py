@@ -60,7 +60,7 @@ def stand_in(size: Size) -> tuple[nn.Module, list[dict[str, Tensor]]]:
 def letter(method: str, **options: Any) -> cntlora.InitConfig:
     """The configuration of a method; † of cross and shift as NumPy has it, of which the records tell."""
     rtol = 0.0 if method in ("cross", "shift") else None
-    return cntlora.InitConfig(method=method, rtol=rtol, **options)
+    return cntlora.InitConfig.from_dict({"method": method, "rtol": rtol, **options})
 
 
 def extra_seconds(size: Size, methods: Sequence[str], repeats: int) -> dict[str, float]:

@@ -41,7 +41,7 @@ def _init(*batches: Any, model: Any = None, config: dict[str, Any] | None = None
         return initialize(
             adapted() if model is None else model(),
             text_batches() if data is None else data,
-            InitConfig(**(config or {})),
+            InitConfig.from_dict(config or {}),
             **call,
         )
 

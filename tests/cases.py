@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from cntlora import InitConfig
 from cntlora.linalg.moments import Moments
-from cntlora.methods.constraints import shift_constant
 from cntlora.methods.estimator import InputReader, absorb_batch
-from cntlora.methods.family import METHODS
-from cntlora.methods.solve import site_generator
+from cntlora.methods.shift import shift_constant
+from cntlora.methods.target import site_generator
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """What the relative error against the reference may be, by the dtype of the inputs."""
@@ -171,11 +170,11 @@ def absorb(estimator: Any, names: Sequence[str], X: Moments, weight: float) -> N
 
 def delta(config: InitConfig, W: Tensor, batches: Sequence[Tensor], site: str = "site") -> Tensor:
     """ΔW (k, d) of cntlora's core, one batch at a time."""
-    estimator = METHODS[config.method].estimator(lambda name: W.to(torch.float64, copy=True), config)
-    weights = config.batch_weights or (1.0,) * len(batches)
+    estimator = config.method.estimator(lambda name: W.to(torch.float64, copy=True), config)
+    weights = config.method.batch_weights or (1.0,) * len(batches)
     for X, weight in zip(batches, weights, strict=True):
-        absorb(estimator, [site], moments(X, config.gram, pieces=2), weight)
-    M = estimator.target(site, len(batches), config.initial_weight).M
+        absorb(estimator, [site], moments(X, config.method.gram, pieces=2), weight)
+    M = estimator.target(site, len(batches)).M
     assert M is not None
     return M
 

@@ -38,7 +38,7 @@ def config_of(method: str, base: str = "keep", count: int = 2, **options: Any) -
     # shift's own tolerance drops something everywhere, so that no site shares; that of rounding lets some
     rtol = {"cross": {"rtol": 1e-6}, "self": {"rtol": 1e-6}, "shift": {"rtol": 0.0}}.get(method, {})
     step = {"strength": 0.1} if method == "descent" else {}  # its search looks at the first batches of each process
-    return InitConfig(**{"method": method, "base": base, "num_batches": count, **rtol, **step, **options})
+    return InitConfig.from_dict({"method": method, "base": base, "num_batches": count, **rtol, **step, **options})
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

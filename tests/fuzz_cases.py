@@ -13,7 +13,8 @@ from tests.fuzz_models import Node, Whole, build, sizes, trees
 from torch import Tensor, nn
 
 from cntlora import InitConfig, InitPlan, InitReport, apply_plan, compute_plan, initialize
-from cntlora.methods.family import METHOD_OPTIONS, METHODS
+from cntlora.methods.method import METHODS, all_options
+from cntlora.methods.options import option_names
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -118,8 +119,8 @@ def _config(draw: Any) -> dict[str, Any]:
     if draw(st.integers(0, 19)) == 7:
         return dict(draw(WRONG))
     method = draw(st.sampled_from(tuple(METHODS)))
-    reads = METHODS[method].options
-    usable = [name for name in OPTIONS if name not in METHOD_OPTIONS or name in reads]
+    reads = option_names(METHODS[method])
+    usable = [name for name in OPTIONS if name not in all_options() or name in reads]
     chosen = draw(st.lists(st.sampled_from(usable), unique=True, max_size=5))
     config = {"method": method, **{name: draw(OPTIONS[name]) for name in chosen}}
     return {**config, **draw(RANKS)} if draw(st.booleans()) and METHODS[method].ranked else config
@@ -237,7 +238,7 @@ def arguments(case: Case) -> dict[str, Any]:
 
 def start(case: Case, model: Any) -> InitReport:
     """The call itself, in one step or by way of a plan that was written and read."""
-    config = InitConfig(**case.config)
+    config = InitConfig.from_dict(case.config)
     if not case.by_plan:
         return initialize(model, batches_of(case), config, **arguments(case))
     plan = compute_plan(model, batches_of(case), config, **arguments(case))

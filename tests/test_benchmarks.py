@@ -262,7 +262,7 @@ def test_the_bound_on_the_accuracy_tells_other_data_apart() -> None:
     """The control: factors of all batches against the exact ΔW of the last two, at every site."""
     model, batches = accuracy.some_layers(TINY, (0, 1)), TINY.batches()
     for method in accuracy.METHODS:
-        config = cntlora.InitConfig(method=method, base="keep", strength=1.0, rtol=0.0)
+        config = cntlora.InitConfig.from_dict({"method": method, "base": "keep", "strength": 1.0, "rtol": 0.0})
         plan = cntlora.compute_plan(model, batches, config, progress=False)
         layers = {name: model.get_submodule(f"base_model.model.{name}") for name in plan.sites}
         inputs = accuracy.inputs_of(model, layers, batches)

@@ -33,7 +33,7 @@ def started(arm: Arm, **more: Any) -> Any:
     tolerance = {"rtol": 1e-3} if arm.init["method"] in MODES else {}
     options = {**tolerance, **arm.init, **more}
     model = adapted("bert", target_modules=TARGETS, **arm.lora)
-    initialize(model, text_batches(), InitConfig(**options), progress=False)
+    initialize(model, text_batches(), InitConfig.from_dict(options), progress=False)
     return model
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import FrozenInstanceError, fields, replace
+import pickle
+import warnings
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from typing import Any
 
 import pytest
 
 import cntlora
-from cntlora import InitConfig
-from cntlora.config import CHOICES
+from cntlora import Cross, Descent, Eva, InitConfig, Lora, Olora, Self, Shift
+from cntlora.config import BASES
 from cntlora.messages import unknown_name
+from cntlora.methods.method import METHODS
+from cntlora.methods.options import EARLIER_DEFAULTS, choices
+
+CHOICES: dict[str, tuple[str, ...]] = {"method": cntlora.methods(), "base": BASES, **choices(Self)}
+"""The options that take one of a few names."""
 
 WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     # names of options and of choices: the error lists all that are right
@@ -103,13 +111,13 @@ def test_every_choice_is_listed_when_one_is_wrong() -> None:
         with pytest.raises(ValueError) as error:
             InitConfig(**{name: "?"})
         assert all(value in str(error.value) for value in allowed)
-    assert CHOICES["method"] == cntlora.methods()
+    assert set(CHOICES) == {"method", "base", "decomposition", "gram", "root", "initial_weight"}
 
 
 def test_the_default_strength_is_the_methods_own() -> None:
     for method in ("cross", "self", "shift"):
-        assert InitConfig(method=method).strength_at(0.5) == 2.0
-        assert InitConfig(method=method, strength=1).strength_at(0.5) == 1.0
+        assert InitConfig(method=method).method.strength_at(0.5) == 2.0
+        assert METHODS[method](strength=1).strength_at(0.5) == 1.0
 
 
 def test_a_configuration_does_not_change() -> None:
@@ -118,10 +126,10 @@ def test_a_configuration_does_not_change() -> None:
         config.p = 0.1  # type: ignore[misc]
     assert replace(config, p=0.1).p == 0.1 and config.p == 0.5
     weights = [1.0, 2.0]
-    config = InitConfig(batch_weights=weights)  # type: ignore[arg-type]
+    config = InitConfig(method=Self(batch_weights=weights))  # type: ignore[arg-type]
     weights[0] = 9.0
-    assert config.batch_weights == (1.0, 2.0)
-    assert hash(config) == hash(InitConfig(batch_weights=(1, 2)))
+    assert config.method.batch_weights == (1.0, 2.0)
+    assert hash(config) == hash(InitConfig(method=Self(batch_weights=(1, 2))))
 
 
 def test_replace_checks_as_well() -> None:
@@ -146,6 +154,97 @@ def test_what_is_stated_of_the_tolerance_tells_the_letter_from_the_default() -> 
         ({"method": "cross", "rtol": 0.0}, 0.0, None),
         ({"method": "pissa"}, None, None),  # without †
     ):
-        config = InitConfig(**options)
-        assert config.effective_rtol == effective and config.stated()["rtol"] == stated, options
+        config = InitConfig.from_dict(options)
+        assert getattr(config.method, "rtol", None) == effective and config.stated()["rtol"] == stated, options
         assert InitConfig.from_dict(config.to_dict()) == config
+
+
+# --- options of the methods -----------------------------------------------------------------------------------
+
+
+def test_options_live_in_their_method() -> None:
+    config = InitConfig(method=Self(root="cholesky"), base="keep")
+    assert config.method == Self(root="cholesky") != Self() and InitConfig(method="self").method == Self()
+    assert InitConfig.from_dict({"method": "self", "root": "cholesky", "base": "keep"}) == config
+    assert replace(config, seed=3).method is config.method
+    assert replace(config, method=Cross()).method == Cross()
+    assert {f.name for f in fields(config)}.isdisjoint(EARLIER_DEFAULTS)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    assert not hasattr(config, "rot")
+
+
+def test_flat_keys_are_the_method_and_its_own_options_alone() -> None:
+    values = InitConfig(method=Eva(center=False), num_batches=3).to_dict()
+    assert values["method"] == "eva" and values["center"] is False and values["num_batches"] == 3
+    assert not {"root", "p", "strength"} & set(values)
+    for name, cls in METHODS.items():
+        config = InitConfig(method=name)
+        assert set(config.to_dict()) == {f.name for f in fields(config)} | set(asdict(cls()))  # type: ignore[call-overload]
+        assert InitConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "parts"),
+    [
+        (lambda: Self(rot="paper"), TypeError, ["Self option", "'rot'", "did you mean 'root'", "batch_weights"]),
+        (lambda: Lora(p=0.5), TypeError, ["Lora option", "'p'"]),
+        (lambda: Self(root="polar"), ValueError, ["root", "'polar'", "paper, symmetric, cholesky"]),
+        (lambda: Olora(decomposition="svd"), ValueError, ["decomposition", "'svd'", "qr, qr_pivoted"]),
+        (lambda: Shift(shift_constant="normal"), ValueError, ["shift_constant", "gaussian"]),
+        (lambda: Descent(damping=-1), ValueError, ["damping", "[0, inf]"]),
+        (lambda: Eva(center=1), TypeError, ["center", "True or False"]),
+        (lambda: Cross(rtol=None), TypeError, ["rtol", "expected a number"]),
+        (lambda: InitConfig(method=Self), TypeError, ["method", "the class Self", "Self()"]),
+        (lambda: InitConfig(method=3), ValueError, ["method", "3", "cross, self"]),
+    ],
+)
+def test_a_wrong_option_of_a_method_is_one_clear_error(make: Any, kind: type[Exception], parts: list[str]) -> None:
+    with pytest.raises(kind) as error:
+        make()
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_the_earlier_form_works_and_one_warning_shows_the_new_one() -> None:
+    for options in ({"root": "cholesky"}, {"method": "shift", "shift_constant": 3, "base": "keep"}, {"p": 0.5}):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            config = InitConfig(**options)
+        assert [(w.category, w.filename) for w in said] == [(DeprecationWarning, __file__)]
+        _, _, written = str(said[0].message).partition("write ")
+        assert eval(written, {**vars(cntlora)}) == config == InitConfig.from_dict(options)
+        with warnings.catch_warnings():  # the control: the new form, and flat keys of files, say nothing
+            warnings.simplefilter("error")
+            assert eval(written, {**vars(cntlora)}) == InitConfig.from_dict(options)
+
+
+def test_earlier_reads_are_forwarded_with_a_warning() -> None:
+    config = InitConfig(method=Self(root="cholesky"))
+    with pytest.warns(DeprecationWarning, match=r"config\.method\.root"):
+        assert config.root == "cholesky"  # type: ignore[attr-defined]
+    with pytest.warns(DeprecationWarning):
+        assert InitConfig(method="lora").damping == EARLIER_DEFAULTS["damping"]  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'rot'"):
+        config.rot  # type: ignore[attr-defined]  # noqa: B018
+
+
+EARLIER = {
+    "base": None, "num_batches": 8, "adaptive_ranks": False, "rank_budget": None, "min_rank": 0, "max_rank": None,
+    "exact_svd": False, "fold_alpha": False, "seed": 0, **EARLIER_DEFAULTS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_what_version_0_1_wrote_is_read(method: str) -> None:
+    """Its plans and records have the options of all methods, and None for the method's own strength and tolerance."""
+    assert InitConfig.from_dict({**EARLIER, "method": method}) == InitConfig(method=method)
+    other = "center" if method != "eva" else "root"
+    value = {"center": False, "root": "symmetric"}[other]
+    with pytest.raises(ValueError, match=f"{other}: .* has no effect with method '{method}'"):  # the control
+        InitConfig.from_dict({**EARLIER, "method": method, other: value})
+
+
+def test_what_is_stated_has_the_form_of_the_records() -> None:
+    assert InitConfig(method="descent").stated() == {**EARLIER, "method": "descent", "base": "keep"}
+    assert InitConfig(method="olora").stated()["decomposition"] == "svd"
+    assert InitConfig(method=Olora(decomposition="qr_pivoted")).stated()["decomposition"] == "qr_pivoted"
+    assert InitConfig(method=Self(strength=1.0)).stated()["strength"] == 1.0 and Self().strength == 2.0

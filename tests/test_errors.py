@@ -166,10 +166,10 @@ def test_what_was_given_is_quoted_in_short(value: Any) -> None:
 
     calls: list[Callable[[], object]] = [
         lambda: InitConfig(method=value),
-        lambda: InitConfig(p=value),
+        lambda: InitConfig.from_dict({"p": value}),
         lambda: InitConfig(num_batches=value),
-        lambda: InitConfig(center=value, method="eva"),
-        lambda: InitConfig(batch_weights=value),
+        lambda: InitConfig.from_dict({"center": value, "method": "eva"}),
+        lambda: InitConfig.from_dict({"batch_weights": value}),
         lambda: initialize(adapted(), text_batches(), on_missing=value),
         lambda: parse_limits({"device": value}),
         lambda: compute_plan(adapted(), text_batches(), token_mask="y" * 5000),
@@ -251,7 +251,7 @@ def branches() -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"adaptive_ranks": True}])
 def test_a_site_that_never_fires(options: dict[str, Any]) -> None:
-    rows, config = [torch.randn(9, 6)], InitConfig(**options)
+    rows, config = [torch.randn(9, 6)], InitConfig.from_dict(options)
     refuses(branches(), rows, "site idle", "not called in any of 1 batches", "on_missing='warn'", config=config)
     model = branches()
     with pytest.warns(UserWarning, match="site idle cannot be initialised.*left as plain LoRA") as caught:
@@ -393,7 +393,7 @@ def test_rank_above_the_layer() -> None:
 def test_estimates_that_the_dtype_cannot_hold(base: str, autocast: bool) -> None:
     """A near-singular estimate overflows float16: an error, not an adapter or a weight of Inf."""
     model = adapted(dtype=torch.float16, autocast_adapter_dtype=autocast)
-    config = InitConfig(base=base, strength=1e14)
+    config = InitConfig.from_dict({"base": base, "strength": 1e14})
     if base == "subtract" or not autocast:
         what = "base" if autocast else "adapter"
         refuses(model, text_batches(), f"site {QUERY}", f"too large for a{'n' * (not autocast)} {what}", "float16",

@@ -233,7 +233,7 @@ def test_replaced_parameters_are_trainable_where_the_old_ones_were(trainable: bo
 
 def test_applying_draws_nothing() -> None:
     model = adapted()
-    plan = compute_plan(model, text_batches(), InitConfig(method="shift", shift_constant="gaussian"))
+    plan = compute_plan(model, text_batches(), InitConfig.from_dict({"method": "shift", "shift_constant": "gaussian"}))
     before = torch.get_rng_state()
     apply_plan(model, plan)
     assert torch.equal(torch.get_rng_state(), before)

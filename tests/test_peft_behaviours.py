@@ -27,7 +27,7 @@ Batch = dict[str, Tensor]
 
 def of(method: str, **options: Any) -> InitConfig:
     stable = {"rtol": 1e-3} if method in ("cross", "shift") else {}
-    return InitConfig(method=method, **stable, **options)
+    return InitConfig.from_dict({"method": method, **stable, **options})
 
 
 def fast(*methods: str) -> list[Any]:

@@ -23,10 +23,10 @@ from cntlora.plan import FORMAT, sketch_distance, weight_sketch
 FIRST = "bert.encoder.layer.0.attention.self.query"
 CONFIGS = [
     InitConfig(),
-    InitConfig(base="keep", method="cross", p=0.3, batch_weights=(1.0, 0.5, 2.0)),
-    InitConfig(base="paired", fold_alpha=True, gram="mean", root="symmetric", rtol=1e-6),
+    InitConfig.from_dict({"base": "keep", "method": "cross", "p": 0.3, "batch_weights": (1.0, 0.5, 2.0)}),
+    InitConfig.from_dict({"base": "paired", "fold_alpha": True, "gram": "mean", "root": "symmetric", "rtol": 1e-6}),
     InitConfig(base="subtract", adaptive_ranks=True, rank_budget=3),
-    InitConfig(method="shift", shift_constant="gaussian", seed=3, num_batches=2),
+    InitConfig.from_dict({"method": "shift", "shift_constant": "gaussian", "seed": 3, "num_batches": 2}),
 ]
 
 
@@ -322,7 +322,9 @@ def test_a_plan_fits_the_model_however_it_is_wrapped(plan: InitPlan) -> None:
 def test_report_is_a_table_and_a_dict() -> None:
     model = adapted(target_modules=["query", "word_embeddings"])
     with pytest.warns(UserWarning, match="left as plain LoRA"):
-        report = initialize(model, text_batches(), InitConfig(batch_weights=(1, 2, 3)), on_missing="warn")
+        report = initialize(
+            model, text_batches(), InitConfig.from_dict({"batch_weights": (1, 2, 3)}), on_missing="warn"
+        )
     values = json.loads(json.dumps(report.to_dict()))
     assert values["config"]["method"] == "self" and values["config"]["batch_weights"] == [1.0, 2.0, 3.0]
     assert set(values["sites"]) == {FIRST, FIRST.replace("layer.0", "layer.1")}

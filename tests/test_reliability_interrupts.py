@@ -65,10 +65,12 @@ def test_the_model_is_as_it_was(name: str, threads: int, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         interrupt(model, patch)
         with pytest.raises(KeyboardInterrupt):
-            initialize(model, text_batches(), InitConfig(**options))
+            initialize(model, text_batches(), InitConfig.from_dict(options))
     assert torch.get_num_threads() == threads
     assert as_it_is(model, weights=True) == before
-    initialize(model, text_batches(), InitConfig(**options))  # the control: without the interrupt it is another model
+    initialize(
+        model, text_batches(), InitConfig.from_dict(options)
+    )  # the control: without the interrupt it is another model
     assert as_it_is(model, weights=True) != before
 
 

@@ -220,7 +220,9 @@ def _fitted(site: Any, doubles: bool, even: bool) -> Callable[[], None]:
 def _init_config(session: Session, changes: bool) -> Any:
     if not changes:
         return cntlora.InitConfig(method=session.method, base=session.base)
-    return cntlora.InitConfig(method=session.method, base="keep", strength=1 + torch.rand(()).item())
+    return cntlora.InitConfig.from_dict(
+        {"method": session.method, "base": "keep", "strength": 1 + torch.rand(()).item()}
+    )
 
 
 def _randomise_fresh(model: nn.Module, adapter: str) -> None:

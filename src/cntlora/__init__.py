@@ -4,7 +4,8 @@
     report = cntlora.initialize(model, train_loader)               # the one line
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)     # only then the optimizer
 
-`InitConfig` holds the choices (method, base, ranks, ...), `compute_plan` and `apply_plan` are the two halves of
+`InitConfig` holds the choices (method, base, ranks, ...), each method is a class with its own options
+(`InitConfig(method=Self(root="cholesky"))`), `compute_plan` and `apply_plan` are the two halves of
 `initialize` (a plan is one file), `initialize_from_trainer` does it for transformers' and TRL's trainers, and
 `save_adapter` writes an ordinary LoRA for the untouched base, whatever `base` was.
 """
@@ -15,7 +16,9 @@ from .api import apply_plan, initialize, initialize_from_trainer
 from .config import InitConfig
 from .execution.compute import compute_plan
 from .files.saving import save_adapter
-from .methods.family import methods
+from .methods import *  # noqa: F403 (its `__all__`: a method is added in one place)
+from .methods import __all__ as _method_classes
+from .methods.method import methods
 from .model.freezing import freeze_offset
 from .plan import InitPlan, SitePlan
 from .report import InitReport
@@ -41,3 +44,4 @@ __all__ = [
     "start_curvature",
     "start_diagnostics",
 ]
+__all__ += _method_classes

@@ -19,7 +19,6 @@ from .execution.distributed import plan_together
 from .execution.lockstep import absorb_together
 from .execution.reading import Loss, Request, read
 from .execution.sizing import sized
-from .methods.family import METHODS
 from .model.lora_layers import lora_layers
 from .model.sharded import partitioned, recover, reshard, shards
 from .model.writer import write_plan
@@ -107,7 +106,7 @@ def _check_before_engine(model: nn.Module, adapter: str) -> None:
 
 
 def _together(call: Forward, config: InitConfig) -> Forward:
-    reads = METHODS[config.method].reads
+    reads = config.method.reads
     return in_step(call, scalar_loss if reads == "gradients" else None)
 
 

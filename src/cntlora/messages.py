@@ -17,13 +17,13 @@ _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = tuple(f"{_STANDARD}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 
 
-def warn_caller(message: str) -> None:
-    """A UserWarning at the first frame outside this package and the standard library."""
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the first frame outside this package and the standard library."""
     level, frame = 1, sys._getframe()
     outer: FrameType | None = frame
     while outer is not None and _passed_over(outer):
         outer, level = outer.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _passed_over(frame: FrameType) -> bool:

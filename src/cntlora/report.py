@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .methods.family import METHODS
+from .methods.options import option_names
 from .plan import FAR, InitPlan, site_dict
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class InitReport:
         start = f"base {c.effective_base}" if c.effective_base == c.stated_base else "B = 0"
         total = sum(site["rank"] for name, site in self.sites.items() if name not in self.shared)
         title = (
-            f"{c.method} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
+            f"{c.method.name} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
         )
         masks = any(site["mask"] or site["unmasked"] for site in self.sites.values())
@@ -173,6 +173,6 @@ def _cells(s: Mapping[str, Any], masks: bool, far: bool) -> tuple[str, ...]:
 
 def far_cure(config: InitConfig) -> str:
     """What makes a start smaller."""
-    if "rtol" not in METHODS[config.method].options:
+    if "rtol" not in option_names(config.method):
         return "lower strength"
     return "raise rtol (1e-3 cuts off what the data hardly determine), read more or larger batches, or lower strength"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .data.batches import REPEATABLE, Forward, default_forward
-from .methods.family import METHODS
 
 if TYPE_CHECKING:
     from .config import InitConfig
@@ -63,7 +62,7 @@ def training_arguments(
     Raises:
         ValueError: if the trainer makes its data while it trains, and the method reads data.
     """
-    if METHODS[config.method].reads == "weights":
+    if config.method.reads == "weights":
         return {"batches": None, "forward": forward, "loss": loss}
     if _generates(trainer) and forward is None and loss is None:
         raise ValueError(
@@ -73,7 +72,7 @@ def training_arguments(
             "(pissa, olora)"
         )
     loader = trainer.get_train_dataloader()
-    if METHODS[config.method].reads == "gradients" and forward is None:
+    if config.method.reads == "gradients" and forward is None:
         return {"batches": loader, "forward": None, "loss": loss or _OwnLoss(trainer)}
     if callable(getattr(trainer, "collect_features", None)) and forward is None:
         return {"batches": Columns(loader, trainer.collect_features), "forward": _one_argument, "loss": loss}

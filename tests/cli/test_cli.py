@@ -273,7 +273,7 @@ def test_help_names_every_method() -> None:
     from typer.main import get_command
 
     from cntlora.cli.app import app
-    from cntlora.methods.family import methods
+    from cntlora.methods.method import methods
 
     commands: Any = get_command(app)
     (method,) = [p for p in commands.commands["init"].params if p.name == "method"]

@@ -88,7 +88,7 @@ def test_readable_sizes_can_be_given_back() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("options", [{}, {"adaptive_ranks": True, "rank_budget": 9}, {"base": "keep"}], ids=str)
 def test_several_passes_give_the_same_bits(method: str, options: dict[str, Any]) -> None:
-    config, batches = InitConfig(method=method, **options), token_batches(SIZES)
+    config, batches = InitConfig.from_dict({"method": method, **options}), token_batches(SIZES)
     free = cntlora.compute_plan(wrapped(mlp()), batches, config)
     limit = least(wrapped(mlp()), batches, config)
     tight = cntlora.compute_plan(wrapped(mlp()), batches, config, max_memory=limit)
@@ -102,7 +102,9 @@ def test_several_passes_give_the_same_bits(method: str, options: dict[str, Any])
 
 @pytest.mark.parametrize("decomposition", ["qr", "qr_pivoted"])
 def test_several_passes_with_factors_that_need_the_matrix_twice(decomposition: str) -> None:
-    config = InitConfig(method="cross", decomposition=decomposition, adaptive_ranks=True, rank_budget=11)
+    config = InitConfig.from_dict(
+        {"method": "cross", "decomposition": decomposition, "adaptive_ranks": True, "rank_budget": 11}
+    )
     batches = token_batches(SIZES)
     limit = least(wrapped(mlp()), batches, config)
     tight = cntlora.compute_plan(wrapped(mlp()), batches, config, max_memory=limit)

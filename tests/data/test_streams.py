@@ -95,7 +95,7 @@ def test_layers_count_the_tokens_that_the_rows_have_alone(kind: str, side: str, 
 def test_padding_changes_nothing(kind: str, side: str, method: str) -> None:
     """More of it gives the same plan; where all tokens count, another."""
     options = {"rtol": 1e-4} if method == "self" else {"strength": 0.1}
-    config = InitConfig(method=method, base="keep", **options)  # type: ignore[arg-type]
+    config = InitConfig.from_dict({"method": method, "base": "keep", **options})  # type: ignore[arg-type]
     dtype = torch.float32 if kind in ("longformer", "led") else torch.float64  # whose float64 gradient is NaN
     model = adapted(kind, dtype=dtype)
 
@@ -403,7 +403,7 @@ def tokens_of(report: cntlora.InitReport) -> int:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_trainers_loss_leaves_out_what_the_models_own_does(tmp_path: Path, smoothing: float) -> None:
     """With a loss of another kind the masks alone decide, as with `loss=`."""
-    config = InitConfig(method="descent", strength=0.1, num_batches=1)
+    config = InitConfig.from_dict({"method": "descent", "strength": 0.1, "num_batches": 1})
     rows = [{key: value[i] for key, value in text([6, 6, 6]).items()} for i in range(3)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     reached, masked = 3 * 5, 3 * 6  # not the last token of a row

@@ -51,7 +51,7 @@ KEEP: dict[str, Any] = {"base": "keep"}
 
 
 def plan_of(model: nn.Module, batches: Any, config: InitConfig | None = None, **more: Any) -> InitPlan:
-    return compute_plan(model, batches, config or InitConfig(**KEEP), progress=False, **more)
+    return compute_plan(model, batches, config or InitConfig.from_dict(KEEP), progress=False, **more)
 
 
 def same(one: InitPlan, other: InitPlan, tolerance: float = 0.0) -> bool:
@@ -99,7 +99,7 @@ def test_a_plan_equals_the_reference(mode: Mode, dtype: torch.dtype, record_prop
     ]
     for adapter, options, arguments in settings:
         model = wrapped(mlp(dtype=dtype), lora(**adapter))
-        config = InitConfig(**{**mode.options, **KEEP, **options})
+        config = InitConfig.from_dict({**mode.options, **KEEP, **options})
         plan = plan_of(model, batches, config)
         assert list(plan.sites) == list(Mlp.targets)
         r = adapter.get("r", 3)
@@ -128,7 +128,11 @@ def test_factors_are_those_of_the_reference(p: float, mode: Mode, dtype: torch.d
     batches = token_batches(SIZES, dtype=dtype)
     base = mlp(dtype=dtype)
     inputs, W = inputs_of(base, batches), weights_of(base)
-    plan = plan_of(wrapped(base, lora(r=3, alpha=4, use_rslora=True)), batches, InitConfig(**mode.options, **KEEP, p=p))
+    plan = plan_of(
+        wrapped(base, lora(r=3, alpha=4, use_rslora=True)),
+        batches,
+        InitConfig.from_dict({**mode.options, **KEEP, "p": p}),
+    )
     for name, site in plan.sites.items():
         M = reference_delta(mode, W[name], inputs[name], name, precision=precision_of(dtype))
         B, A = reference.svd_factors(2 * 3**0.5 / 4 * M, 3, p)
@@ -145,7 +149,7 @@ def test_qr_plans_equal_the_reference(decomposition: str, mode: Mode, dtype: tor
     batches = token_batches(SIZES, dtype=dtype)
     base = mlp(dtype=dtype)
     inputs, W = inputs_of(base, batches), weights_of(base)
-    config = InitConfig(**mode.options, **KEEP, decomposition=decomposition, strength=1.5)
+    config = InitConfig.from_dict({**mode.options, **KEEP, "decomposition": decomposition, "strength": 1.5})
     plan = plan_of(wrapped(base), batches, config)
     for name, site in plan.sites.items():
         M = reference_delta(mode, W[name], inputs[name], name, precision=precision_of(dtype))
@@ -188,7 +192,7 @@ def test_the_function_added_does_not_depend_on_alpha_or_fold_alpha(alpha: float,
     expected = plan_of(wrapped(mlp()), batches)
     model = wrapped(mlp(), lora(alpha=alpha, use_rslora=use_rslora))
     for fold in (False, True):
-        plan = plan_of(model, batches, InitConfig(**KEEP, fold_alpha=fold))
+        plan = plan_of(model, batches, InitConfig.from_dict({**KEEP, "fold_alpha": fold}))
         for name, site in plan.sites.items():
             assert relative_error(added(site), added(expected.sites[name])) < 1e-12
             assert (site.scaling == 1.0 and site.alpha == site.rank and not site.use_rslora) or not fold
@@ -227,7 +231,7 @@ def test_offset_and_paired_plans_add_exactly_nothing(dtype: torch.dtype, base: s
 @mode
 def test_splitting_a_batch_in_two_changes_the_estimate_and_its_layout_does_not(mode: Mode) -> None:
     x = draw(0, 8, 5, 10)
-    config = InitConfig(**mode.options, **KEEP)
+    config = InitConfig.from_dict({**mode.options, **KEEP})
     whole = plan_of(wrapped(mlp()), [x], config)
     for shape in ((40, 10), (4, 10, 10), (1, 40, 10)):
         assert same(plan_of(wrapped(mlp()), [x.reshape(shape)], config), whole, tolerance=1e-7)
@@ -242,7 +246,7 @@ def test_splitting_a_batch_in_two_changes_the_estimate_and_its_layout_does_not(m
 def test_only_num_batches_are_taken_from_a_one_shot_iterator() -> None:
     batches = token_batches(SIZES)
     iterator = iter(batches)
-    plan = plan_of(wrapped(mlp()), iterator, InitConfig(**KEEP, num_batches=2))
+    plan = plan_of(wrapped(mlp()), iterator, InitConfig.from_dict({**KEEP, "num_batches": 2}))
     assert plan.batches == 2
     assert [id(left) for left in iterator] == [id(batch) for batch in batches[2:]]
     assert same(plan, plan_of(wrapped(mlp()), batches[:2]))
@@ -254,10 +258,12 @@ def test_weights_must_match_the_batches_read() -> None:
     batches = token_batches(SIZES)
     for weights in ((1.0, 1.0), (1.0,) * 5):
         with pytest.raises(ValueError, match=f"batch_weights: expected one for each of .*batches.* got {len(weights)}"):
-            plan_of(wrapped(mlp()), batches, InitConfig(batch_weights=weights))
-    ones = plan_of(wrapped(mlp()), batches, InitConfig(**KEEP, batch_weights=(1,) * 4))
+            plan_of(wrapped(mlp()), batches, InitConfig.from_dict({"batch_weights": weights}))
+    ones = plan_of(wrapped(mlp()), batches, InitConfig.from_dict({**KEEP, "batch_weights": (1,) * 4}))
     assert same(ones, plan_of(wrapped(mlp()), batches))
-    assert not same(ones, plan_of(wrapped(mlp()), batches, InitConfig(**KEEP, batch_weights=(1, 1, 1, 2))))
+    assert not same(
+        ones, plan_of(wrapped(mlp()), batches, InitConfig.from_dict({**KEEP, "batch_weights": (1, 1, 1, 2)}))
+    )
 
 
 class Mapped(nn.Module):
@@ -372,7 +378,7 @@ def packed(x: Tensor, lengths: list[int]) -> Tensor:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side: str, mode: Mode) -> None:
     xs = [draw(i, 3, 5, 10) for i in range(2)]
-    config = InitConfig(**mode.options, **KEEP)
+    config = InitConfig.from_dict({**mode.options, **KEEP})
     plain = plan_of(wrapped(seeded(Mapped)), [packed(x, n) for x, n in zip(xs, LENGTHS, strict=True)], config)
     batches = [padded(x, n, side) for x, n in zip(xs, LENGTHS, strict=True)]
     masked = plan_of(wrapped(seeded(Mapped)), batches, config)
@@ -494,7 +500,7 @@ def test_a_layer_called_twice_sees_both_inputs_as_one_batch(mode: Mode, tokens: 
     batches = token_batches([tokens, tokens])
     once = inputs_of(base, batches, ["a", "b"])
     W = {name: array(base.get_submodule(name).weight) for name in ("a", "b")}
-    plan = plan_of(wrapped(base, lora(targets=["a", "b"])), batches, InitConfig(**mode.options, **KEEP))
+    plan = plan_of(wrapped(base, lora(targets=["a", "b"])), batches, InitConfig.from_dict({**mode.options, **KEEP}))
     joined = [np.hstack(once["a"][i : i + 2]) for i in (0, 2)]
     for name, inputs in (("a", joined), ("b", once["b"])):
         expected = 2 * truncated(reference_delta(mode, W[name], inputs, name), 3)
@@ -677,19 +683,21 @@ def test_a_site_that_sees_no_token_is_named() -> None:
 def test_fewer_tokens_than_rank_works_and_the_effective_rank_says_so(mode: Mode) -> None:
     base, batches = mlp(), token_batches([(1, 2), (1, 3)])
     inputs, W = inputs_of(base, batches), weights_of(base)
-    plan = plan_of(wrapped(base, lora(r=5)), batches, InitConfig(**mode.options, **KEEP))
+    plan = plan_of(wrapped(base, lora(r=5)), batches, InitConfig.from_dict({**mode.options, **KEEP}))
     for name, site in plan.sites.items():
         assert site.effective_rank == 2 and site.tokens == 5 and site.rank == 5
         expected = reference_delta(mode, W[name], inputs[name], name)
         assert relative_error(added(site), 2 * truncated(expected, 5)) < 1e-8
-    enough = plan_of(wrapped(mlp(), lora(r=5)), token_batches([(4, 20)]), InitConfig(**mode.options, **KEEP))
+    enough = plan_of(
+        wrapped(mlp(), lora(r=5)), token_batches([(4, 20)]), InitConfig.from_dict({**mode.options, **KEEP})
+    )
     assert [site.effective_rank for site in enough.sites.values()] == [10, 10, 10, 14, 14]  # control
 
 
 @mode
 def test_the_tolerance_reported_is_the_one_in_force(mode: Mode) -> None:
     batches = token_batches(SIZES)
-    plan = plan_of(wrapped(mlp()), batches, InitConfig(**mode.options))
+    plan = plan_of(wrapped(mlp()), batches, InitConfig.from_dict(mode.options))
     for name, site in plan.sites.items():
         k, d = site.B.shape[0], site.A.shape[1]
         largest = k if mode.options["method"] == "shift" else 28  # tokens of the largest batch, not of all
@@ -698,9 +706,9 @@ def test_the_tolerance_reported_is_the_one_in_force(mode: Mode) -> None:
             assert site.rtol == pytest.approx(expected**0.5, rel=1e-12), name
         else:
             assert site.rtol == expected, name
-    letter = plan_of(wrapped(mlp()), batches, InitConfig(**{**mode.options, "rtol": 0.0}))
+    letter = plan_of(wrapped(mlp()), batches, InitConfig.from_dict({**mode.options, "rtol": 0.0}))
     assert letter.sites["q"].rtol == default_rtol(10, 14 if mode.options["method"] == "shift" else 28, torch.float64)
-    given = plan_of(wrapped(mlp()), batches, InitConfig(**{**mode.options, "rtol": 1e-3}))
+    given = plan_of(wrapped(mlp()), batches, InitConfig.from_dict({**mode.options, "rtol": 1e-3}))
     assert {site.rtol for site in given.sites.values()} == {1e-3}
 
 
@@ -709,7 +717,8 @@ def test_the_tolerance_of_a_method_is_its_default(method: str, own: float) -> No
     """1e-3 for cross and shift, as the study says; self keeps that of rounding, the letter."""
     batches = token_batches(SIZES)
     plans = {
-        rtol: plan_of(wrapped(mlp()), batches, InitConfig(method=method, rtol=rtol)) for rtol in (None, own, 0.0, 0.3)
+        rtol: plan_of(wrapped(mlp()), batches, InitConfig.from_dict({"method": method, "rtol": rtol}))
+        for rtol in (None, own, 0.0, 0.3)
     }
     assert same(plans[None], plans[own])
     assert not same(plans[None], plans[0.3], tolerance=1e-3)  # the control: a tolerance has an effect
@@ -749,8 +758,8 @@ def test_adaptive_ranks_meet_the_budget_and_are_those_of_the_reference(mode: Mod
     inputs, W = inputs_of(base, batches), weights_of(base)
     deltas = {name: reference_delta(mode, W[name], inputs[name], name) for name in Mlp.targets}
     for budget, low, high in ((None, 0, None), (7, 0, None), (20, 2, 6), (12, 0, 3)):
-        config = InitConfig(
-            **mode.options, **KEEP, adaptive_ranks=True, rank_budget=budget, min_rank=low, max_rank=high
+        config = InitConfig.from_dict(
+            {**mode.options, **KEEP, "adaptive_ranks": True, "rank_budget": budget, "min_rank": low, "max_rank": high}
         )
         plan = plan_of(wrapped(mlp()), batches, config)
         ranks = {name: site.rank for name, site in plan.sites.items()}
@@ -770,7 +779,9 @@ def test_a_site_that_wins_more_than_twice_its_rank_gets_the_factors_of_a_full_sv
 ) -> None:
     batches = [draw(5, 4, 20, 16)]
     base = uneven()
-    config = InitConfig(**KEEP, method="cross", adaptive_ranks=True, rank_budget=20, decomposition=decomposition)
+    config = InitConfig.from_dict(
+        {**KEEP, "method": "cross", "adaptive_ranks": True, "rank_budget": 20, "decomposition": decomposition}
+    )
     asked: list[int] = []
     plain = assemble.spectrum
     monkeypatch.setattr(assemble, "spectrum", lambda M, q, exact: asked.append(q) or plain(M, q, exact))
@@ -793,7 +804,9 @@ def test_a_site_that_wins_more_than_twice_its_rank_gets_the_factors_of_a_full_sv
 @pytest.mark.parametrize("base", ["offset", "paired", "keep", "subtract"])
 @pytest.mark.parametrize("decomposition", ["svd", "qr", "qr_pivoted"])
 def test_a_rank_of_zero_is_an_empty_adapter(base: str, decomposition: str) -> None:
-    config = InitConfig(base=base, adaptive_ranks=True, rank_budget=2, decomposition=decomposition)
+    config = InitConfig.from_dict(
+        {"base": base, "adaptive_ranks": True, "rank_budget": 2, "decomposition": decomposition}
+    )
     plan = plan_of(wrapped(mlp()), token_batches(SIZES), config)
     empty = {name: site for name, site in plan.sites.items() if site.rank == 0}
     assert len(empty) >= 3 and sum(site.rank for site in plan.sites.values()) == 2
@@ -839,7 +852,7 @@ def test_ranks_do_not_depend_on_the_order_of_the_sites_and_grow_with_the_budget(
 )
 def test_a_budget_that_cannot_be_met_is_an_error(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_of(wrapped(mlp()), token_batches(SIZES), InitConfig(adaptive_ranks=True, **options))
+        plan_of(wrapped(mlp()), token_batches(SIZES), InitConfig.from_dict({"adaptive_ranks": True, **options}))
 
 
 def test_a_rank_above_what_a_layer_has_is_an_error_that_names_it() -> None:
@@ -855,7 +868,7 @@ def test_a_rank_above_what_a_layer_has_is_an_error_that_names_it() -> None:
 @mode
 @pytest.mark.parametrize("options", [{}, {"adaptive_ranks": True}, {"decomposition": "qr_pivoted"}], ids=str)
 def test_two_runs_give_the_same_bits(mode: Mode, options: dict[str, Any]) -> None:
-    config = InitConfig(**mode.options, **options)
+    config = InitConfig.from_dict({**mode.options, **options})
     plans = []
     for _ in range(2):
         torch.rand(3), random.random(), np.random.rand()  # the global generators have moved on
@@ -867,7 +880,7 @@ def test_only_the_gaussian_constant_listens_to_the_seed() -> None:
     batches = token_batches(SIZES)
 
     def planned(seed: int, constant: Any) -> InitPlan:
-        config = InitConfig(**KEEP, method="shift", shift_constant=constant, seed=seed)
+        config = InitConfig.from_dict({**KEEP, "method": "shift", "shift_constant": constant, "seed": seed})
         return plan_of(wrapped(mlp()), batches, config)
 
     assert same(planned(0, 1.0), planned(1, 1.0))

@@ -62,7 +62,7 @@ def half(model: nn.Module, which: int) -> Tensor:
 def scenario(rank: int, base: str, wrap_first: bool = False, **options: Any) -> dict[str, bool]:
     model, before, mine = adapted(), state(adapted()), text_batches(4, seed=rank)
     wrapped = DistributedDataParallel(model) if wrap_first else None
-    initialize(wrapped or model, mine, InitConfig(base=base, **options))
+    initialize(wrapped or model, mine, InitConfig.from_dict({"base": base, **options}))
     start = same(model)
     wrapped = wrapped or DistributedDataParallel(model)
     positive, negative, decay = half(model, 0), half(model, 1), (1 - 1e-2 * 0.1) ** 2

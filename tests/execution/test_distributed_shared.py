@@ -72,7 +72,9 @@ def same_everywhere(model: nn.Module, report: Any) -> bool:
 def compared(method: str, rank: int, world: int, adaptive: bool) -> dict[str, Any]:
     own: dict[str, Any] = {"rtol": 1e-6} if method in ("cross", "self", "shift") else {}
     own |= {"strength": 0.1} if method == "descent" else {}  # its search looks at the first batches of each process
-    config = InitConfig(method=method, base="keep", num_batches=3 * world, adaptive_ranks=adaptive, **own)
+    config = InitConfig.from_dict(
+        {"method": method, "base": "keep", "num_batches": 3 * world, "adaptive_ranks": adaptive, **own}
+    )
     everything = [batch for other in range(world) for batch in own_batches(other)]
     batches: Any = None if method == "pissa" else own_batches(rank)
     model, made, original = adapted(dtype=torch.float64), [], assemble._plan_site

@@ -48,7 +48,7 @@ def distance(one: cntlora.SitePlan, other: cntlora.SitePlan) -> float:
 def test_the_plan_is_that_of_the_cpu(method: str, kind: str) -> None:
     """Directions whose eigenvalues are rounding may differ, hence the tolerance of the pseudo-inverse."""
     options = {"rtol": 1e-3} if method in ("cross", "self", "shift") else {}
-    config = InitConfig(method=method, **options)
+    config = InitConfig.from_dict({"method": method, **options})
     batches = KINDS[kind].batches(count=3)
     model = adapted(kind)
     with tf32(False):
@@ -140,7 +140,7 @@ def test_the_data_pass_does_not_wait_for_every_layer(method: str, monkeypatch: p
     monkeypatch.setattr("cntlora.execution.reading.collect", counted)
     options = {"rtol": 1e-6} if method == "cross" else {}  # an input without full rank waits for its eigenvalues
     for layers in (2, 2, 8):  # the first call loads libraries
-        read(Request(llama(layers), [batch], InitConfig(method=method, **options)))
+        read(Request(llama(layers), [batch], InitConfig.from_dict({"method": method, **options})))
     assert counts[1] == counts[2] > 0
     assert synchronisations(lambda: [float(ids.sum()) for _ in range(5)]) == 5  # control
 

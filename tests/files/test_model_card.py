@@ -23,7 +23,7 @@ from cntlora.model.provenance import Start, data_fingerprint, start_of
 def planned(seed: int = 0, **init: Any) -> tuple[Any, InitPlan]:
     model = adapted(target_modules=["query", "value", "dense"])
     needs = init.get("method") not in ("pissa", "olora", "lora")
-    plan = compute_plan(model, text_batches(seed=seed) if needs else None, InitConfig(**init), progress=False)
+    plan = compute_plan(model, text_batches(seed=seed) if needs else None, InitConfig.from_dict(init), progress=False)
     apply_plan(model, plan)
     return model, plan
 

@@ -91,7 +91,7 @@ class Case:
 
     def trained(self) -> Any:
         model, batches = self.make(), KINDS[self.kind].batches()
-        initialize(model, batches, InitConfig(base=self.base, **self.init), on_missing="warn")
+        initialize(model, batches, InitConfig.from_dict({"base": self.base, **self.init}), on_missing="warn")
         train(model, batches)
         return model
 
@@ -196,7 +196,7 @@ def test_subtract_needs_save_adapter(checkpoints: Checkpoints) -> None:
 
 def test_adaptive_cases_have_a_site_without_rank() -> None:
     model, batches = NAMED["bert.adaptive.offset"].make(), text_batches()
-    report = initialize(model, batches, InitConfig(**ADAPTIVE))
+    report = initialize(model, batches, InitConfig.from_dict(ADAPTIVE))
     ranks = [site["rank"] for site in report.sites.values()]
     assert 0 in ranks and len(set(ranks)) > 2
 
@@ -379,7 +379,7 @@ def test_a_passing_set_scale_is_not_saved(tmp_path: Path) -> None:
 def test_a_copy_of_a_subtracted_model_is_saved_with_its_plan(tmp_path: Path, fold: bool) -> None:
     """What was subtracted is known of the very object that was initialised; the plan tells it of any other."""
     model, batches = adapted(target_modules=DENSE), text_batches()
-    plan = compute_plan(model, batches, InitConfig(base="subtract", **ADAPTIVE))
+    plan = compute_plan(model, batches, InitConfig.from_dict({"base": "subtract", **ADAPTIVE}))
     apply_plan(model, plan)
     train(model, batches)
     other = copy.deepcopy(model)
@@ -397,7 +397,7 @@ def test_a_copy_of_a_subtracted_model_is_saved_with_its_plan(tmp_path: Path, fol
 def test_injected_adapters_can_be_saved(tmp_path: Path, base: str) -> None:
     model = inject_adapter_in_model(lora_config(target_modules=DENSE), base_model()).eval()
     batches = text_batches()
-    initialize(model, batches, InitConfig(base=base, **ADAPTIVE))
+    initialize(model, batches, InitConfig.from_dict({"base": base, **ADAPTIVE}))
     train(model, batches)
     save_adapter(model, tmp_path)
     reloaded = PeftModel.from_pretrained(base_model(), tmp_path).eval()

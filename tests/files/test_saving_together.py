@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's remarks on merging
 
 def trained(base: str = "offset", seed: int = 0, lora: dict[str, Any] | None = None, **init: Any) -> Any:
     model, batches = adapted(**(lora or {})), text_batches(seed=seed)
-    initialize(model, batches, InitConfig(base=base, **init), progress=False)
+    initialize(model, batches, InitConfig.from_dict({"base": base, **init}), progress=False)
     train(model, batches)
     return model
 

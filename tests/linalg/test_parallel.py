@@ -18,7 +18,7 @@ from cntlora import InitConfig
 from cntlora.linalg.parallel import SIDE_BY_SIDE, full_precision, once, side_by_side
 from cntlora.linalg.pseudo_inverse import symmetric_product
 from cntlora.methods.estimator import absorb_batch
-from cntlora.methods.family import METHODS
+from cntlora.methods.method import METHODS
 
 CPU = torch.device("cpu")
 
@@ -141,7 +141,7 @@ def test_full_precision_undoes_autocast_and_gives_back_what_was() -> None:
 
 @pytest.mark.parametrize("method", ["cross", "self", "shift"])
 def test_autocast_around_the_call_changes_no_statistic(method: str) -> None:
-    config, batches = InitConfig(method=method, rtol=1e-3), token_batches([(3, 10), (4, 10)])
+    config, batches = InitConfig.from_dict({"method": method, "rtol": 1e-3}), token_batches([(3, 10), (4, 10)])
 
     def in_float32(model: torch.nn.Module, batch: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -176,7 +176,7 @@ def test_a_batch_is_read_back_once_however_many_inputs_it_has(method: str) -> No
 
     def reads(inputs: int) -> int:
         W = draw(0, 9, 6)
-        estimator = METHODS[method].estimator(lambda name: W, InitConfig(method=method))
+        estimator = METHODS[method]().estimator(lambda name: W, InitConfig())
         groups = [((f"site{i}",), moments(draw(i, 6, 40))) for i in range(inputs)]
         if method == "shift":  # its condition of W is one read a site and not one a batch
             absorb_batch(estimator, groups, 1.0)  # type: ignore[arg-type]

@@ -22,10 +22,11 @@ import cntlora
 from cntlora import InitConfig
 from cntlora.linalg.moments import Moments
 from cntlora.linalg.pseudo_inverse import coarser, rounding_noise
-from cntlora.methods.constraints import cross_map, self_map, self_quick
-from cntlora.methods.estimator import Digest, Noted
-from cntlora.methods.peers import Target
-from cntlora.methods.solve import InputEstimator
+from cntlora.methods.cross import cross_map
+from cntlora.methods.estimator import Contribution, InputFacts
+from cntlora.methods.self_mode import self_map, self_quick
+from cntlora.methods.statistics import InputEstimator
+from cntlora.methods.target import Target
 from cntlora.plan import FAR
 
 root = pytest.mark.parametrize("root", ["paper", "symmetric", "cholesky"])
@@ -157,10 +158,10 @@ def test_the_coarsest_dtype_of_a_batch_decides() -> None:
 
 
 def test_what_is_noted_is_put_together_over_batches_and_processes() -> None:
-    one, two = Noted(), Noted()
-    one.add(["a", "b"], Digest(rank=5, rtol=torch.tensor(1e-6), precision=torch.float32))
-    one.add(["a"], Digest(rank=7, rtol=torch.tensor(4e-6), precision=torch.bfloat16))
-    two.add(["b"], Digest(rank=3, rtol=torch.tensor(2e-6), precision=torch.float64))
+    one, two = InputFacts(), InputFacts()
+    one.add(["a", "b"], Contribution(rank=5, rtol=torch.tensor(1e-6), precision=torch.float32))
+    one.add(["a"], Contribution(rank=7, rtol=torch.tensor(4e-6), precision=torch.bfloat16))
+    two.add(["b"], Contribution(rank=3, rtol=torch.tensor(2e-6), precision=torch.float64))
     one.update(two)
     assert one.ranks == {"a": 5, "b": 3}
     assert one.rtols == pytest.approx({"a": 4e-6, "b": 2e-6})
@@ -172,11 +173,11 @@ def test_the_rank_of_all_inputs_does_not_count_rounding() -> None:
     made = InputEstimator(lambda gram, total, n: gram, lambda name, batches, C: Target(M=C))
     for seed in (0, 1):
         absorb(made, ["site"], moments(few_distinct(32, 64, 4, torch.float32, seed)), 1.0)
-    made.target("site", 2, "pretrained")
+    made.target("site", 2)
     assert made.effective_rank("site") == 8  # four columns in each of two batches
-    made.noted.precisions["site"] = torch.float64  # control: without the dtype it would be full
+    made.facts.precisions["site"] = torch.float64  # control: without the dtype it would be full
     made._last = None  # which holds the rank that was found
-    made.target("site", 2, "pretrained")
+    made.target("site", 2)
     assert made.effective_rank("site") > 8
 
 
@@ -272,7 +273,7 @@ def planned(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> An
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         plan = cntlora.compute_plan(
-            adapted(name, dtype), MODELS[name].batches(dtype), InitConfig(**options), progress=False
+            adapted(name, dtype), MODELS[name].batches(dtype), InitConfig.from_dict(options), progress=False
         )
     return plan, [str(w.message) for w in found if "of its start" in str(w.message)]
 
@@ -348,7 +349,7 @@ def trained(name: str, **options: Any) -> tuple[nn.Module, list[Any]]:
     model, batches = adapted(name), MODELS[name].batches(torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cntlora.initialize(model, batches, InitConfig(base="keep", **options), progress=False)
+        cntlora.initialize(model, batches, InitConfig.from_dict({"base": "keep", **options}), progress=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(4):
         for batch in batches:
@@ -387,7 +388,7 @@ def test_a_far_start_is_said_for_every_method_and_base(method: str, base: str) -
             report = cntlora.initialize(
                 model,
                 batches,
-                InitConfig(method=method, base=base, strength=strength),
+                InitConfig.from_dict({"method": method, "base": base, "strength": strength}),
                 loss=lambda model, batch: model(batch).square().mean(),
                 progress=False,
             )

@@ -9,17 +9,10 @@ from tests import reference
 from tests.cases import CASES, Case, array, draw, moments, relative_error
 from torch import Tensor
 
-from cntlora.methods.constraints import (
-    combine,
-    cross_map,
-    cross_quick,
-    self_map,
-    self_quick,
-    shift_constant,
-    shift_inverse,
-    shift_resolvent,
-    shift_rtol,
-)
+from cntlora.methods.cross import cross_map, cross_quick
+from cntlora.methods.self_mode import self_map, self_quick
+from cntlora.methods.shift import shift_constant, shift_inverse, shift_resolvent, shift_rtol
+from cntlora.methods.statistics import combine
 
 case = pytest.mark.parametrize("case", CASES, ids=repr)
 full_case = pytest.mark.parametrize("case", [c for c in CASES if c.full], ids=repr)

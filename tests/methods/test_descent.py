@@ -42,7 +42,11 @@ def test_the_product_is_the_least_squares_step_up_to_one_number(dtype: torch.dty
     base, batches = mlp(dtype=dtype), token_batches(SIZES, dtype=dtype)
     X, G = inputs_of(base, batches), gradients(base, batches)
     plan = compute_plan(
-        wrapped(base), batches, InitConfig(method="descent", strength=0.1), loss=squares, progress=False
+        wrapped(base),
+        batches,
+        InitConfig.from_dict({"method": "descent", "strength": 0.1}),
+        loss=squares,
+        progress=False,
     )
     factors = []
     for name, site in plan.sites.items():
@@ -155,7 +159,7 @@ def test_the_size_stays_within_bounds_and_survives_overflow() -> None:
 def test_the_slope_is_that_of_the_loss_along_the_start(options: Any) -> None:
     """By finite differences in float64, of the first half of the directions where base "paired" keeps no more."""
     base, batches = mlp(), token_batches(SIZES)[:3]
-    config = InitConfig(method="descent", strength=0.1, **options)
+    config = InitConfig.from_dict({"method": "descent", "strength": 0.1, **options})
     plan = compute_plan(wrapped(base), batches, config, loss=squares, progress=False)
     weights = options.get("batch_weights", (1.0,) * len(batches))
 
@@ -200,7 +204,9 @@ def test_a_strength_is_the_size_and_costs_no_trial() -> None:
         return model(**batch)
 
     batches = text_batches()
-    plan = compute_plan(adapted(), batches, InitConfig(method="descent", strength=0.2), loss=loss, progress=False)
+    plan = compute_plan(
+        adapted(), batches, InitConfig.from_dict({"method": "descent", "strength": 0.2}), loss=loss, progress=False
+    )
     assert plan.step == {"size": 0.2} and len(calls) == len(batches)
     assert max(s.start_norm / s.weight_norm for s in plan.sites.values()) == pytest.approx(0.2)
     tried = compute_plan(adapted(), batches, DESCENT, loss=loss, progress=False)

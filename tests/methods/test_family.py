@@ -30,7 +30,8 @@ from torch import Tensor, nn
 import cntlora
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
 from cntlora.data.gradients import scalar_loss
-from cntlora.methods.family import METHOD_OPTIONS, METHODS
+from cntlora.methods.method import METHODS, all_options
+from cntlora.methods.options import option_names
 
 PRODUCT = ("pissa", "olora", "corda", "lora_ga", "lora_one")
 ZERO = ("lora", "eva")
@@ -77,7 +78,9 @@ def test_the_product_is_that_of_the_paper(method: str, dtype: torch.dtype) -> No
 def test_eva_writes_the_principal_directions_of_the_inputs(center: bool) -> None:
     base, batches = mlp(), [batch + 0.7 for batch in token_batches(SIZES)]
     X = inputs_of(base, batches)
-    plan = compute_plan(wrapped(base), batches, InitConfig(method="eva", center=center), progress=False)
+    plan = compute_plan(
+        wrapped(base), batches, InitConfig.from_dict({"method": "eva", "center": center}), progress=False
+    )
     for name, site in plan.sites.items():
         A = reference.eva_directions(np.hstack(X[name]), R, center)
         assert relative_error(site.A, A) < 1e-8
@@ -292,33 +295,38 @@ def test_an_option_without_effect_is_an_error_and_one_with_an_effect_has_it(meth
         "batch_weights": (1.0, 0.2, 3.0, 0.5), "root": "symmetric", "shift_constant": 3.0, "center": False,
         "damping": 2.0,
     }  # fmt: skip
-    assert set(values) == METHOD_OPTIONS
+    assert set(values) == set(all_options())
     batches = [batch + 0.3 for batch in token_batches(SIZES)]
 
     def start(**options: Any) -> Any:
-        config = InitConfig(method=method, base="keep", **options)
+        config = InitConfig.from_dict({"method": method, "base": "keep", **options})
         return compute_plan(wrapped(mlp()), batches, config, loss=squares, progress=False).sites["up"]
 
     plain = start()
     for option, value in values.items():
-        if option in METHODS[method].options:
+        if option in option_names(METHODS[method]):
             other = start(**{option: value})
             assert not (torch.equal(other.A, plain.A) and torch.equal(other.B, plain.B)), option
         else:
             with pytest.raises(ValueError, match=f"{option}: .* has no effect with method '{method}'"):
-                InitConfig(method=method, **{option: value})
+                InitConfig.from_dict({"method": method, **{option: value}})
 
 
 def test_wrong_combinations_say_so() -> None:
     with pytest.raises(ValueError, match="method 'lora' has no spectrum"):
         InitConfig(method="lora", adaptive_ranks=True)
     with pytest.raises(ValueError, match="damping"):
-        InitConfig(method="corda", damping=-1)
+        InitConfig.from_dict({"method": "corda", "damping": -1})
     with pytest.raises(ValueError, match=r"min\(in, out\)/2, which lora_ga needs = 3"):
         batches, loss = token_batches(SIZES), squares
         compute_plan(wrapped(mlp(), lora(r=4)), batches, InitConfig(method="lora_ga"), loss=loss)
     with pytest.raises(ValueError, match="raise damping"):
-        compute_plan(wrapped(mlp()), token_batches(((1, 2),)), InitConfig(method="corda", damping=0.0), progress=False)
+        compute_plan(
+            wrapped(mlp()),
+            token_batches(((1, 2),)),
+            InitConfig.from_dict({"method": "corda", "damping": 0.0}),
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -344,7 +352,9 @@ def test_half_precision(method: str, dtype: torch.dtype) -> None:
 def test_dora_starts_as_w_plus_the_product(method: str) -> None:
     """With `keep` DoRA's function is that of W + s·B·A; with magnitudes left at ‖W‖ it is another (the control)."""
     batches, batch = text_batches(), text_batches(seed=9)[0]
-    config = InitConfig(method=method, base="keep", **({} if method == "lora_ga" else {"strength": 1.5}))
+    config = InitConfig.from_dict(
+        {"method": method, "base": "keep", **({} if method == "lora_ga" else {"strength": 1.5})}
+    )
     plain, dora = adapted("bert"), adapted("bert", use_dora=True)
     for model in (plain, dora):
         initialize(model, batches, config, progress=False)
@@ -390,7 +400,7 @@ def test_neighbours_with_one_input_share_the_work(monkeypatch: pytest.MonkeyPatc
 
 def test_spectra_of_eva_hold_no_square_matrix_for_each_site() -> None:
     from cntlora.execution.assemble import _spectrum
-    from cntlora.methods.peers import eva_target
+    from cntlora.methods.eva import eva_target
     from cntlora.model.sites import find_sites
 
     X = draw(1, 10, 30)
@@ -432,7 +442,7 @@ def test_with_adaptive_ranks_a_target_is_made_again_only_where_its_matrix_is_nee
     made: list[str] = []
     plain = Work.target
     monkeypatch.setattr(Work, "target", lambda self, site, seen: made.append(site.name) or plain(self, site, seen))
-    config = InitConfig(method=method, decomposition=decomposition, adaptive_ranks=True)
+    config = InitConfig.from_dict({"method": method, "decomposition": decomposition, "adaptive_ranks": True})
     plan = compute_plan(wrapped(mlp()), token_batches(SIZES), config, progress=False)
     extended = [n for n, s in plan.sites.items() if s.rank > 2 * R]
     assert sorted(made) == sorted([*plan.sites] * passes + (extended if passes == 1 else []))

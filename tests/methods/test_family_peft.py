@@ -52,7 +52,9 @@ def lora(**options: Any) -> LoraConfig:
 
 def ours(task: SentimentTask, method: str, batches: list[Batch] | None, **options: Any) -> InitPlan:
     model = get_peft_model(task.build_model(0), lora())
-    return compute_plan(model, batches, InitConfig(method=method, base="keep", **options), progress=False)
+    return compute_plan(
+        model, batches, InitConfig.from_dict({"method": method, "base": "keep", **options}), progress=False
+    )
 
 
 def sites(model: Any) -> dict[str, Site]:

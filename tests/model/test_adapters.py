@@ -99,7 +99,7 @@ def test_what_is_added_is_strength_times_the_estimate(base: str) -> None:
     """s·B·A has the singular values strength·S, whatever alpha and r are; with subtract W + s·B·A is the old W."""
     model, batches = adapted(lora_alpha=3, r=5), text_batches()
     W = weights_of(find_sites(model)[0])
-    plan = compute_plan(model, batches, InitConfig(base=base, strength=1.5))
+    plan = compute_plan(model, batches, InitConfig.from_dict({"base": base, "strength": 1.5}))
     apply_plan(model, plan)
     for site in find_sites(model)[0]:
         S = torch.linalg.svdvals(added(site))[:5]
@@ -355,7 +355,7 @@ def one_site_loses(**options: Any) -> Any:
     return model
 
 
-SMALL = InitConfig(adaptive_ranks=True, rank_budget=2, method="cross", initial_weight="zero")
+SMALL = InitConfig.from_dict({"adaptive_ranks": True, "rank_budget": 2, "method": "cross", "initial_weight": "zero"})
 
 
 def test_a_site_without_rank_becomes_its_base_layer() -> None:

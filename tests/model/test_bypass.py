@@ -24,7 +24,7 @@ def calls_of(model: torch.nn.Module, **options: Any) -> int:
         count += 1
 
     handles = [site.layer.lora_A[site.adapter].register_forward_pre_hook(counted) for site in find_sites(model)[0]]
-    cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]), InitConfig(**options))
+    cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]), InitConfig.from_dict(options))
     for handle in handles:
         handle.remove()
     return count

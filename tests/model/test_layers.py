@@ -115,7 +115,7 @@ CONVOLUTIONS = ["first", "strided", "point", "same"]
 def test_convolutions_live_through_training_and_reloading(
     options: dict[str, Any], lora: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = InitConfig(**options)
+    config = InitConfig.from_dict(options)
     report = whole_life(Pictures, pictures(), tmp_path, config, target_modules=[*CONVOLUTIONS, "head"], **lora)
     assert set(report.sites) <= {*CONVOLUTIONS, "head"} and len(report.sites) >= 4
     assert all(site.norm >= 0 for site in inspect_adapter(tmp_path))
@@ -327,7 +327,7 @@ def test_embeddings_live_through_training_and_reloading(method: str, base: str, 
 def test_the_start_of_an_embedding_is_the_leading_part_of_its_table() -> None:
     model = wrapped(Words, target_modules=["words"])
     E = model.base_model.model.words.base_layer.weight.detach().double()
-    initialize(model, config=InitConfig(method="pissa", base="keep", strength=1.0))
+    initialize(model, config=InitConfig.from_dict({"method": "pissa", "base": "keep", "strength": 1.0}))
     layer = model.base_model.model.words
     U, S, Vh = torch.linalg.svd(E, full_matrices=False)
     wanted = (U[:, :4] * S[:4]) @ Vh[:4]

@@ -137,7 +137,9 @@ def test_a_tied_head_lives_through_training_and_reloading(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # T5 has two embeddings more, with factors of their own: nothing to read there
         missing = "warn" if kind == "t5" and reads else "raise"
-        report = initialize(model, batches(), InitConfig(method=method, base=base, **options), on_missing=missing)
+        report = initialize(
+            model, batches(), InitConfig.from_dict({"method": method, "base": base, **options}), on_missing=missing
+        )
     embedding, head = pair(model)
     assert is_one(model) and embedding.rank == head.rank == embedding.A.shape[0]
     assert set(report.shared) == {embedding.name if reads else head.name}

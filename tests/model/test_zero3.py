@@ -53,7 +53,7 @@ def batches(rank: int) -> list[dict[str, Tensor]]:
 
 def config(method: str, **options: Any) -> InitConfig:
     rtol = {"rtol": 1e-3} if method in ("cross", "self", "shift") else {}
-    return InitConfig(method=method, num_batches=options.pop("count", 3), **rtol, **options)
+    return InitConfig.from_dict({"method": method, "num_batches": options.pop("count", 3), **rtol, **options})
 
 
 def products(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 
 from cntlora import InitConfig, initialize
 
-CONFIG = InitConfig(num_batches=3, rtol=1e-3)  # few tokens: without a tolerance ΔW is so large that float32 rounds
+CONFIG = InitConfig.from_dict(
+    {"num_batches": 3, "rtol": 1e-3}
+)  # few tokens: without a tolerance ΔW is so large that float32 rounds
 
 
 @pytest.fixture(autouse=True)

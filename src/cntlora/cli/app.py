@@ -84,24 +84,39 @@ def init(
     ] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha over the root of the rank.")] = False,
     dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed LoRA.")] = False,
-    decomposition: Annotated[str, typer.Option(help="svd, qr or qr_pivoted.")] = "svd",
-    p: Annotated[float, typer.Option(help="Share of the singular values that A gets, 0 to 1.")] = 0.5,
+    decomposition: Annotated[
+        str | None, typer.Option(help="svd, qr or qr_pivoted.  [default: svd; qr for olora]")
+    ] = None,
+    p: Annotated[
+        float | None, typer.Option(help="Share of the singular values that A gets, 0 to 1.  [default: 0.5]")
+    ] = None,
     strength: Annotated[float | None, typer.Option(help="Size of the start.  [default: the method's own]")] = None,
     adaptive_ranks: Annotated[bool, typer.Option("--adaptive-ranks", help="Share the ranks out by the data.")] = False,
     rank_budget: Annotated[int | None, typer.Option(help="Sum of all ranks.  [default: rank x sites]")] = None,
     min_rank: Annotated[int, typer.Option(help="Least rank of a site, with --adaptive-ranks.")] = 0,
     max_rank: Annotated[int | None, typer.Option(help="Largest rank of a site, with --adaptive-ranks.")] = None,
-    gram: Annotated[str, typer.Option(help="sum or mean over the tokens of a batch.")] = "sum",
-    root: Annotated[str, typer.Option(help="Square root in self mode: paper, symmetric or cholesky.")] = "paper",
+    gram: Annotated[str | None, typer.Option(help="sum or mean over the tokens of a batch.  [default: sum]")] = None,
+    root: Annotated[
+        str | None,
+        typer.Option(help="Square root in self mode: paper, symmetric or cholesky.  [default: paper]"),
+    ] = None,
     rtol: Annotated[
         float | None, typer.Option(help="Cut-off of the pseudo-inverse; 0: NumPy's. Cross, shift: 1e-3.")
     ] = None,
-    shift_constant: Annotated[str, typer.Option(help="C of shift mode: a number, or gaussian.")] = "1",
-    center: Annotated[bool, typer.Option(help="eva: subtract the mean token.")] = True,
-    damping: Annotated[float, typer.Option(help="corda: relative damping of the input covariance.")] = 0.01,
-    initial_weight: Annotated[str, typer.Option(help="Start of the average over batches: pretrained or zero.")] = (
-        "pretrained"
-    ),
+    shift_constant: Annotated[
+        str | None, typer.Option(help="C of shift mode: a number, or gaussian.  [default: 1]")
+    ] = None,
+    center: Annotated[
+        bool | None, typer.Option(help="eva: subtract the mean token, or not.  [default: center]")
+    ] = None,
+    damping: Annotated[
+        float | None,
+        typer.Option(help="corda, descent: relative damping of the input covariance.  [default: 0.01]"),
+    ] = None,
+    initial_weight: Annotated[
+        str | None,
+        typer.Option(help="Start of the average over batches: pretrained or zero.  [default: pretrained]"),
+    ] = None,
     num_batches: Annotated[int, typer.Option(help="Batches to read.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Texts a batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens a text; longer ones are cut.")] = 256,
@@ -156,8 +171,10 @@ _CONFIG_OPTIONS = (
 )  # fmt: skip
 
 
-def _number_or_name(value: str) -> float | str:
+def _number_or_name(value: str | None) -> float | str | None:
     """C as the configuration takes it."""
+    if value is None:
+        return None
     try:
         return float(value)
     except ValueError:
@@ -180,13 +197,13 @@ def _initialise(
     from ..files.saving import save_adapter
     from ..lab.recipes.loading import add_lora, batches_of, load_model
     from ..lab.recipes.text.tables import Table, shuffled
-    from ..methods.family import METHODS
+    from ..methods.method import find
 
     given = options["method"] or "descent"
     if options["method"] is not None:
-        InitConfig(**options)  # before the model is loaded, wrong options are found
+        InitConfig.from_dict(options)  # before the model is loaded, wrong options are found
     path, text, label = source
-    reads = METHODS[given].reads
+    reads = find(given).reads
     if path is None and reads != "weights":
         raise ValueError(f"--data: method {given} reads {reads}, so it needs your texts")
     rows = table = Table([], [], [])
@@ -196,7 +213,7 @@ def _initialise(
         table = table.take(range(min(len(table), options["num_batches"] * sizes[0])))
     base_model, tokenizer, resolved, new = load_model(name, task, table, options["seed"])
     without_loss = options["method"] is None and resolved == "encoder"
-    config = InitConfig(**{**options, "method": "self" if without_loss else given})
+    config = InitConfig.from_dict({**options, "method": "self" if without_loss else given})
     model = add_lora(base_model, resolved, lora, config.seed, new)
     plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes) if path else None, config)
     report = apply_plan(model, plan)

@@ -17,11 +17,9 @@ from ..linalg.allocation import allocate
 from ..linalg.factors import Spectrum, offset, paired, product_norm, spectrum
 from ..linalg.moments import Moments
 from ..linalg.parallel import side_by_side
-from ..linalg.pseudo_inverse import default_rtol
 from ..methods.estimator import Estimator, InputReader, absorb_batch
-from ..methods.family import METHODS, Goal
-from ..methods.peers import Target
-from ..methods.solve import GradientSums, InputEstimator
+from ..methods.statistics import GradientSums, InputEstimator
+from ..methods.target import SiteTarget, Target
 from ..model.sites import Site
 from ..plan import SitePlan, weight_sketch
 
@@ -59,7 +57,7 @@ class Work:
 
     def weight(self, index: int) -> float:
         """w_j of a batch."""
-        weights = self.config.batch_weights
+        weights = self.config.method.batch_weights
         if weights is not None and index >= len(weights):
             raise ValueError(
                 f"batch_weights: expected one for each of the batches, which are more than {index}, got {len(weights)}"
@@ -69,24 +67,20 @@ class Work:
     def slope(self, name: str, B: Tensor, A: Tensor, r: int, seen: Seen) -> float:
         """⟨∂L/∂W, B·A⟩ over the first r directions, L being the mean loss over the batches with their w_j."""
         assert isinstance(self.estimator, GradientSums)
-        weights = self.config.batch_weights  # each process has as many
+        weights = self.config.method.batch_weights  # each process has as many
         total = seen.batches * (1.0 if weights is None else sum(weights) / len(weights))
         return self.estimator.slope(name, B[:, :r], A[:r]) / total
 
     def rtol(self, site: Site) -> float | None:
-        """The tolerance of † at a site, where that depends on the batch the largest; None without †."""
-        if "rtol" not in METHODS[self.config.method].options:
-            return None
-        if self.config.effective_rtol is None:
-            return self.estimator.noted.rtols[site.name]
-        if self.config.effective_rtol > 0:
-            return self.config.effective_rtol
-        other = site.out_features if self.config.method == "shift" else self.largest_batch[site.name]
-        return default_rtol(site.in_features, other, DTYPE)
+        """The largest tolerance of † at a site over the batches; None without †."""
+        known = self.estimator.facts.rtols.get(site.name)  # where it follows from the inputs
+        if known is not None:
+            return known
+        return self.config.method.rtol_at(site.out_features, site.in_features, self.largest_batch.get(site.name, 0))
 
     def target(self, site: Site, seen: Seen) -> Target:
         """What the factors of a site are made from."""
-        return self.estimator.target(site.name, seen.site_batches.get(site.name, 0), self.config.initial_weight)
+        return self.estimator.target(site.name, seen.site_batches.get(site.name, 0))
 
 
 Take = Callable[[Work, Groups, float], None]
@@ -163,7 +157,7 @@ def _ranked_for(work: Work, seen: Seen, ranks: Mapping[str, int], site: Site) ->
 def _ranked(site: Site, work: Work, seen: Seen, r: int) -> _Ranked:
     """A site's spectrum, with the triplets that rank `r` needs."""
     start = time.perf_counter()
-    width = METHODS[work.config.method].width
+    width = work.config.method.width
     target = work.target(site, seen)
     known = _spectrum(site, target, width * r, work.config.exact_svd)
     most = min(site.in_features, site.out_features) // width
@@ -189,7 +183,7 @@ class _Ranked:
 
 def _without_matrix(target: Target, config: InitConfig) -> Target | None:
     """The target without M, where the spectrum is all that the factors need; None where it has to be made again."""
-    if config.effective_decomposition != "svd" or target.right is not None:
+    if config.method.needs_matrix or target.right is not None:
         return None
     return Target(is_delta=target.is_delta)
 
@@ -212,14 +206,14 @@ def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
 
 def _plan_site(site: Site, work: Work, seen: Seen, r: int, ranked: _Ranked | None) -> SitePlan:
     start = time.perf_counter()
-    config, method = work.config, METHODS[work.config.method]
+    config, method = work.config, work.config.method
     enough = ranked is not None and ranked.spectrum.Vh.shape[0] >= r * method.width
     target = ranked.target if ranked and enough and ranked.target else work.target(site, seen)
     known = ranked.spectrum if ranked and enough else _spectrum(site, target, r * method.width, config.exact_svd)
     scaling = 1.0 if config.fold_alpha else site.scaling
-    scale = config.strength_at(site.scaling) / scaling
+    scale = method.strength_at(site.scaling) / scaling
     shape = (site.out_features, site.in_features)
-    B, A = method.factors(Goal(site.name, shape, target, known, r, scale), config)
+    B, A = method.factors(SiteTarget(site.name, shape, target, known, r, scale), config)
     B, A = (M.to(device=site.adapter_device, dtype=site.A.dtype) for M in (B, A))
     base = config.effective_base
     W = site.weight(DTYPE)

@@ -18,7 +18,6 @@ from ..data.memory import MaxMemory
 from ..data.padding import TokenMask
 from ..messages import warn_caller
 from ..methods.estimator import GradientReader
-from ..methods.family import METHODS
 from ..model.checks import check_any_left, leave_silent, report_missing
 from ..model.lora_layers import lora_layers
 from ..model.sharded import is_split
@@ -118,7 +117,7 @@ def plan_from(reading: Reading, share: Share | None = None, again: Again | None 
         starved |= leave_silent(silent, heard, reading.seen.batches, missing)
         fed = [site for site in reading.sites if site.name not in starved]
         check_any_left(fed, starved)
-        if METHODS[reading.work.config.method].reads != "weights":
+        if reading.work.config.method.reads != "weights":
             share = Passes(share, reading.budget, again or reading.again)
         sites = plan_sites(fed, reading.work, reading.seen, share)
     finally:
@@ -138,7 +137,7 @@ def plan_from(reading: Reading, share: Share | None = None, again: Again | None 
 
 def _starved(sites: list[Site], seen: Seen, work: Work) -> dict[str, str]:
     """Sites that the data did not reach, with the reason."""
-    if METHODS[work.config.method].reads == "weights":
+    if work.config.method.reads == "weights":
         return {}
     return {s.name: _starved_reason(s.name, seen) for s in sites if not seen.site_batches.get(s.name)}
 

@@ -213,11 +213,11 @@ def _send(sums: SharedSums, group: _Group, owner: int, device: torch.device) -> 
 def _add_up_facts(reading: Reading) -> None:
     work, seen = reading.work, reading.seen
     facts = gathered(
-        (work.estimator.noted.plain(), work.largest_batch, seen.tokens, seen.site_batches, seen, seen.batches)
+        (work.estimator.facts.plain(), work.largest_batch, seen.tokens, seen.site_batches, seen, seen.batches)
     )
     noted, largest, tokens, batches, others, counts = zip(*facts, strict=True)
     for facts_of_one in noted:
-        work.estimator.noted.update(facts_of_one)
+        work.estimator.facts.update(facts_of_one)
     work.largest_batch.update(_merged(largest, max))
     seen.tokens.update(_merged(tokens, sum))
     seen.site_batches.update(_merged(batches, sum))

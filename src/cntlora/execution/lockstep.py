@@ -13,8 +13,8 @@ from torch import Tensor
 from ..data.collect import Groups
 from ..linalg.moments import Moments
 from ..linalg.parallel import read_back
-from ..methods.estimator import Digest, absorb_batch
-from ..methods.solve import ShiftEstimator
+from ..methods.estimator import Contribution, absorb_batch
+from ..methods.shift import ShiftEstimator
 from ..model.layouts import as_matrix
 from ..model.sharded import full
 from .agreement import agreed, alone, answered, attempt, gathered
@@ -37,7 +37,7 @@ def absorb_together(work: Work, groups: Groups, weight: float) -> None:
     inputs = agreed(attempt(lambda: _prepared(estimator, groups)))
     _find_own(work, estimator, inputs)
     for one in inputs:
-        estimator.add(one.names, one.digest(estimator), weight)
+        estimator.add(one.names, one.contribution(estimator), weight)
 
 
 @dataclass
@@ -55,18 +55,18 @@ class _Input:
     numbers: Sequence[float]
     apart: Sequence[str]
     own: dict[str, Tensor] = field(default_factory=dict)
-    last: Digest | None = None
+    last: Contribution | None = None
 
     def take(self, estimator: ShiftEstimator, name: str) -> None:
         """Adds the term of one site, whose weight the estimator can find now."""
         self.last = estimator.finish([name], self.X, self.prepared, self.numbers)
         self.own.update(self.last.own)
 
-    def digest(self, estimator: ShiftEstimator) -> Digest:
+    def contribution(self, estimator: ShiftEstimator) -> Contribution:
         rest = [name for name in self.names if name not in self.apart]
-        digest = estimator.finish(rest, self.X, self.prepared, self.numbers) if rest else self.last
-        assert digest is not None, "each name is in one part"
-        return replace(digest, own=self.own)
+        contribution = estimator.finish(rest, self.X, self.prepared, self.numbers) if rest else self.last
+        assert contribution is not None, "each name is in one part"
+        return replace(contribution, own=self.own)
 
 
 def _note_weights(work: Work, estimator: ShiftEstimator) -> None:

@@ -22,7 +22,6 @@ from ..data.padding import TokenMask
 from ..data.reach import has_loss, is_watched, unreached
 from ..messages import quoted
 from ..methods.estimator import GradientReader, InputReader
-from ..methods.family import METHODS
 from ..model.checks import check_adapter, usable_sites
 from ..model.sharded import is_sharded, reshard
 from ..model.sites import Site
@@ -98,16 +97,16 @@ class Reading:
         self.budget.next_pass(sites)
         if self.request.in_order or self.budget.of_gradients:
             self.budget.admit_in_order(sites)
-        noted = self.work.estimator.noted
+        facts = self.work.estimator.facts
         named = self.work.sites  # and not self: a cycle would keep the loader alive
-        self.work.estimator = METHODS[self.work.config.method].estimator(
+        self.work.estimator = self.work.config.method.estimator(
             lambda name: working_weight(named[name]), self.work.config
         )
-        self.work.estimator.noted.update(noted)
+        self.work.estimator.facts.update(facts)
         for sums in self.work.estimator.accumulated:
             sums.place = self.budget.place
         seen = _read(self, sites)
-        self.work.estimator.noted.plain()
+        self.work.estimator.facts.plain()
         reshard(self.request.model)
         self.seconds += time.perf_counter() - start
         return seen
@@ -132,14 +131,14 @@ def read(request: Request) -> Reading:
     for site in (*sites, *(t.site for t in tied)):
         check_adapter(site, config)
     by_name = {site.name: site for site in sites}
-    method = METHODS[config.method]
+    method = config.method
     work = Work(method.estimator(lambda name: working_weight(by_name[name]), config), config, by_name)
     work.take = request.take or work.take
     budget = Budget(
         limits,
         of_gradients=method.reads == "gradients",
         of_inputs=isinstance(work.estimator, InputReader),
-        own_sums=config.method == "shift",
+        own_sums=method.site_sums,
     )
     reading = Reading(request, sites, skipped, work, budget, started, tied=tied)
     try:
@@ -153,31 +152,31 @@ def read(request: Request) -> Reading:
 def _read(reading: Reading, sites: list[Site]) -> Seen:
     """One data pass, if the method needs one."""
     request, work = reading.request, reading.work
-    config, reads = work.config, METHODS[work.config.method].reads
+    config, reads = work.config, work.config.method.reads
     if reads == "weights":
         return Seen()
     inputs = isinstance(work.estimator, InputReader)
-    _check_request(request, config.method, reads, inputs)
+    _check_request(request, config.method.name, reads, inputs)
     with ExitStack() as stack:
         backward, forward = None, request.forward
         if reads == "gradients":
             backward = stack.enter_context(weight_gradients(request.model, sites, _gradient_sink(work)))
             forward = request.loss or forward
-            if METHODS[config.method].sized:
+            if config.method.sized:
                 reading.losses = Losses()
                 forward = reading.losses.noted(forward or default_forward)
         totals = isinstance(work.estimator, InputReader) and work.estimator.totals
         step = stack.enter_context(_progress(config.num_batches, request.progress))
         seen = collect(
             request.model, sites, _batches(request, config, reading.budget), work.absorb,
-            num_batches=config.num_batches, gram=config.gram, forward=forward, token_mask=request.token_mask,
+            num_batches=config.num_batches, gram=config.method.gram, forward=forward, token_mask=request.token_mask,
             on_output=backward, on_first=_looking(reading, sites), step=step, inputs=inputs, totals=totals,
             admits=reading.budget.admits,
             by_loss=backward is not None and (request.loss is None or getattr(request.loss, "by_labels", False)),
         )  # fmt: skip
-    if config.batch_weights is not None and len(config.batch_weights) != seen.batches:
+    if config.method.batch_weights is not None and len(config.method.batch_weights) != seen.batches:
         raise ValueError(
-            f"batch_weights: expected one for each of {seen.batches} batches, got {len(config.batch_weights)}"
+            f"batch_weights: expected one for each of {seen.batches} batches, got {len(config.method.batch_weights)}"
         )
     return seen
 
@@ -190,7 +189,7 @@ def _looking(reading: Reading, sites: list[Site]) -> Callable[[Any, Any], None] 
     """
     request = reading.request
     call = request.forward or default_forward
-    if METHODS[reading.work.config.method].reads != "inputs" or call not in REPEATABLE or reading.looked:
+    if reading.work.config.method.reads != "inputs" or call not in REPEATABLE or reading.looked:
         return None
     if any(map(is_sharded, request.model.parameters())) or is_watched(request.model):
         return None
@@ -208,7 +207,7 @@ def _looking(reading: Reading, sites: list[Site]) -> Callable[[Any, Any], None] 
 def _batches(request: Request, config: InitConfig, budget: Budget) -> Iterable[Any]:
     """The batches; kept where they are needed again, since a loader that shuffles would give others then."""
     assert request.batches is not None
-    if (budget.limited or config.searches) and not isinstance(request.batches, _Kept):
+    if (budget.limited or config.method.finds_size) and not isinstance(request.batches, _Kept):
         request.batches = _Kept(request.batches, config.num_batches)
     return request.batches
 

@@ -24,7 +24,6 @@ from ..data.batches import default_forward, device_of, to_device, unwrapped
 from ..data.collect import reading_mode
 from ..data.gradients import loss_in
 from ..linalg.factors import halves_cancel
-from ..methods.family import METHODS
 from ..model.layouts import shaped_like
 from ..model.sites import Site
 from ..plan import InitPlan, SitePlan
@@ -53,14 +52,15 @@ def sized(plan: InitPlan, reading: Reading) -> InitPlan:
         A plan whose largest ‖scaling·B·A‖/‖W‖ is `strength`, or, where that is None, lowers the loss most.
     """
     config = plan.config
-    if not METHODS[config.method].sized:
+    if not config.method.sized:
         return plan
     start = time.perf_counter()
     largest = max((s.start_norm / s.weight_norm for s in plan.sites.values() if s.weight_norm), default=0.0)
     if largest == 0:
         return plan
-    if config.strength is not None:
-        return _scaled(plan, config.strength / largest, {"size": config.strength})
+    strength: float | None = getattr(config.method, "strength", None)
+    if strength is not None:
+        return _scaled(plan, strength / largest, {"size": strength})
     with _trials(reading, plan) as loss_at:
         slope = sum(site.slope or 0.0 for site in plan.sites.values()) / largest
         found = best_size(lambda size: loss_at(size / largest), loss_at.before, slope)

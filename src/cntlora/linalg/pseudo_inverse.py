@@ -18,6 +18,11 @@ def coarser(one: torch.dtype | None, other: torch.dtype) -> torch.dtype:
     return one if one is not None and torch.finfo(one).eps > torch.finfo(other).eps else other
 
 
+def damped(C: Tensor, damping: float) -> Tensor:
+    """C̃ = C + damping·mean(diag C)·I."""
+    return C + damping * C.diagonal().mean() * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
+
+
 ENTRIES, SUMS = 8.0, 32.0
 """Rounding of activations, in unit roundoffs: of the entries by themselves, and of the sums that they come from.
 

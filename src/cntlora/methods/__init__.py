@@ -1,1 +1,33 @@
-"""The methods: what each reads, its equation, and how its factors are made. `family` is the table."""
+"""The methods, one file each: options, what is read of the data, the equation, and how the factors are made.
+
+A method is one row here: its import, and its class in `__all__`, in the order of tables.
+"""
+
+from .corda import Corda
+from .cross import Cross
+from .descent import Descent
+from .eva import Eva
+from .lora import Lora
+from .lora_ga import LoraGa
+from .lora_one import LoraOne
+from .method import METHODS
+from .olora import Olora
+from .pissa import Pissa
+from .self_mode import Self
+from .shift import Shift
+
+__all__ = [  # noqa: RUF022
+    "Cross",
+    "Self",
+    "Shift",
+    "Descent",
+    "Lora",
+    "Pissa",
+    "Olora",
+    "Eva",
+    "Corda",
+    "LoraGa",
+    "LoraOne",
+]
+
+METHODS.update((cls.name, cls) for cls in map(globals().__getitem__, __all__))

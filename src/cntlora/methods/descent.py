@@ -6,7 +6,7 @@ Its least-squares solution of least change is ΔW = −η (∂L/∂Y) X† = −
 
 η is one number times the mean square of a site's outputs: so the step lowers the loss most, to first order, for what
 the relative changes of all sites' outputs add up to (in squares), and does not depend on the units of any output. The
-number is found by the loss on the first batches (`cntlora.sizing`).
+number is found by the loss on the first batches (`execution.sizing`).
 
 Layout: G = ∂L/∂W (k, d), the mean over batches; C = X Xᵀ / n (d, d) over all tokens of all batches.
 """
@@ -14,15 +14,51 @@ Layout: G = ∂L/∂W (k, d), the mean over batches; C = X Xᵀ / n (d, d) over 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .peers import Target, damped
-from .solve import GradientSums, InputEstimator, WeightOf
+from ..linalg.pseudo_inverse import damped
+from .estimator import Estimator
+from .method import Method, Settings, WeightOf
+from .statistics import GradientSums, InputEstimator
+from .target import SiteTarget, Target, product_factors
 
 ROW_NORM = 1 / math.sqrt(3)
 """Norm of a row of A: that of plain LoRA's, uniform in ±1/√d, so that learning rates are of the same size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent(Method):
+    """B·A = [ΔW]_r with ΔW = −η G C⁻¹, of the size that lowers the loss most.
+
+    Attributes:
+        strength: the largest ‖scaling·B·A‖/‖W‖ of all sites; None for the one that lowers the loss on the first
+            batches most.
+        damping: C gets damping·mean(diag C)·I before it is inverted.
+        batch_weights: one a batch, in both means; None for 1 each.
+    """
+
+    name = "descent"
+    summary = "outputs one step down the loss, of a size that the loss finds"
+    source = "cntlora, eq. 4 with targets W X − η ∂L/∂Y"
+    reads = "gradients"
+    base = "keep"
+    sized = True
+
+    strength: float | None = None
+    damping: float = 0.01
+    batch_weights: tuple[float, ...] | None = None
+
+    def estimator(self, weight_of: WeightOf, settings: Settings) -> Estimator:
+        return DescentEstimator(weight_of, self.damping)
+
+    def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
+        return descent_factors(*product_factors(site))
+
+    def strength_at(self, scaling: float) -> float:
+        return 1.0  # the size is found when the factors are there
 
 
 def whitening(C: Tensor, damping: float) -> Tensor:

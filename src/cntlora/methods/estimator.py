@@ -1,4 +1,4 @@
-"""What an estimator is: it is fed one input of one batch at a time, and gives every site its target."""
+"""Estimators: each is fed one input of one batch at a time, and gives every site its target."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..linalg.moments import Moments
 from ..linalg.parallel import full_precision, read_back, side_by_side
 from ..linalg.pseudo_inverse import coarser
 from ..linalg.sums import SharedSums
-from .peers import Target
+from .target import Target
 
 QUEUED = 2**30
 """Bytes of d×d results that are queued on a GPU before anything is read back: every layer at once would double what the
@@ -22,13 +22,13 @@ sums take."""
 
 
 @dataclass(frozen=True)
-class Digest:
-    """What one batch adds to the sums of the sites that saw it.
+class Contribution:
+    """The terms that one batch adds to the sums of the sites that saw it.
 
     Attributes:
         shared: to those of all sites, or of those in `sharing` where that is not None.
         own: to those of single sites.
-        rank: numerical rank of G, where it is noted batch by batch.
+        rank: numerical rank of G of the batch, where it is known.
         rtol: the tolerance of † () there, where it follows from the inputs.
         precision: that of the inputs, where it is needed for the sum over batches.
     """
@@ -42,8 +42,8 @@ class Digest:
 
 
 @dataclass
-class Noted:
-    """What is noted of sites batch by batch, besides the sums; of several processes and passes it is put together.
+class InputFacts:
+    """Facts of the inputs of sites, besides the sums; those of several batches, passes and processes are put together.
 
     Attributes:
         ranks: site → smallest numerical rank of G over batches.
@@ -56,17 +56,17 @@ class Noted:
     precisions: dict[str, torch.dtype] = field(default_factory=dict)
     _rtols: dict[str, Tensor] = field(default_factory=dict)  # where they were made, so that nothing waits for them
 
-    def add(self, names: Sequence[str], digest: Digest) -> None:
-        """Notes one batch of the sites that saw it."""
+    def add(self, names: Sequence[str], contribution: Contribution) -> None:
+        """Takes in one batch of the sites that saw it."""
         for name in names:
-            if digest.rank is not None:
-                self.ranks[name] = min(digest.rank, self.ranks.get(name, digest.rank))
-            if digest.rtol is not None:
-                self._rtols[name] = torch.maximum(digest.rtol, self._rtols.get(name, digest.rtol))
-            if digest.precision is not None:
-                self.precisions[name] = coarser(self.precisions.get(name), digest.precision)
+            if contribution.rank is not None:
+                self.ranks[name] = min(contribution.rank, self.ranks.get(name, contribution.rank))
+            if contribution.rtol is not None:
+                self._rtols[name] = torch.maximum(contribution.rtol, self._rtols.get(name, contribution.rtol))
+            if contribution.precision is not None:
+                self.precisions[name] = coarser(self.precisions.get(name), contribution.precision)
 
-    def plain(self) -> Noted:
+    def plain(self) -> InputFacts:
         """The same, with numbers in place of tensors; on a GPU the first thing that waits for them."""
         found = read_back([rtol[None] for rtol in self._rtols.values()])
         for name, (value,) in zip(self._rtols, found, strict=True):
@@ -74,8 +74,8 @@ class Noted:
         self._rtols.clear()
         return self
 
-    def update(self, other: Noted) -> None:
-        """Takes in what another process or pass has noted."""
+    def update(self, other: InputFacts) -> None:
+        """Takes in the facts of another process or pass."""
         self.plain()
         for name, rank in other.ranks.items():
             self.ranks[name] = min(rank, self.ranks.get(name, rank))
@@ -90,13 +90,13 @@ class Estimator(Protocol):
 
     Attributes:
         accumulated: all that has been summed; several processes add theirs up.
-        noted: what is noted of the inputs besides.
+        facts: what is known of the inputs besides.
     """
 
     accumulated: tuple[SharedSums, ...]
-    noted: Noted
+    facts: InputFacts
 
-    def target(self, name: str, batches: int, initial: str) -> Target:
+    def target(self, name: str, batches: int) -> Target:
         """What one site's factors are made from, `batches` being those in which it saw a token."""
 
     def effective_rank(self, name: str) -> int | None:
@@ -108,7 +108,7 @@ class InputReader(Estimator, Protocol):
     """An estimator that reads the inputs of the layers.
 
     One input of one batch goes through `prepare` and `finish`, which depend on nothing that other inputs change, so
-    that inputs may be digested side by side, and then through `add`. On a GPU `prepare` only queues work; the numbers
+    that inputs may be worked on side by side, and then through `add`. On a GPU `prepare` only queues work; the numbers
     of all inputs of a batch are read back together.
 
     Attributes:
@@ -120,11 +120,11 @@ class InputReader(Estimator, Protocol):
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
         """The quick way, and the numbers (m,) float64 that tell whether it holds; None where it always does."""
 
-    def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Digest:
-        """The digest, by the quick way if `numbers` allow it."""
+    def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Contribution:
+        """The contribution, by the quick way if `numbers` allow it."""
 
-    def add(self, names: Sequence[str], digest: Digest, weight: float) -> None:
-        """Adds a digest times w_j."""
+    def add(self, names: Sequence[str], contribution: Contribution, weight: float) -> None:
+        """Adds a contribution times w_j."""
 
 
 @runtime_checkable
@@ -141,7 +141,7 @@ class GradientReader(Estimator, Protocol):
 def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], Any]], weight: float) -> None:
     """Adds one batch, times w_j: for every distinct input the sites that saw it, and its `Moments`.
 
-    On the processor small inputs are digested side by side, each from end to end, so that what it needed is free again.
+    On the CPU small inputs are worked on side by side, each from end to end, so that what it needed is free again.
     On a GPU the work of some is queued first, QUEUED bytes of it, and what decides how to go on is read back together.
     """
     if not groups:
@@ -152,9 +152,9 @@ def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], A
 
         def absorb(group: tuple[Sequence[str], Any]) -> None:
             prepared, numbers = estimator.prepare(*group)
-            digest = estimator.finish(*group, prepared, [] if numbers is None else numbers.tolist())
+            contribution = estimator.finish(*group, prepared, [] if numbers is None else numbers.tolist())
             with lock:
-                estimator.add(group[0], digest, weight)
+                estimator.add(group[0], contribution, weight)
 
         side_by_side(absorb, groups, [X.dim for _, X in groups], device)
         return
@@ -163,9 +163,9 @@ def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], A
             prepared = [estimator.prepare(*group) for group in part]
             known = read_back([numbers for _, numbers in prepared])
             work = [(*group, ready, numbers) for group, (ready, _), numbers in zip(part, prepared, known, strict=True)]
-            digests = side_by_side(lambda item: estimator.finish(*item), work, [X.dim for _, X in part], device)
-            for (names, _), digest in zip(part, digests, strict=True):
-                estimator.add(names, digest, weight)
+            contributions = side_by_side(lambda item: estimator.finish(*item), work, [X.dim for _, X in part], device)
+            for (names, _), contribution in zip(part, contributions, strict=True):
+                estimator.add(names, contribution, weight)
 
 
 def _queues(groups: Sequence[tuple[Sequence[str], Any]]) -> Iterator[list[tuple[Sequence[str], Any]]]:

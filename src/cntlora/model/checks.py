@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..messages import quoted, warn_caller
-from ..methods.family import METHODS
 from .layouts import INSIDE_ATTENTION
 from .lora_layers import config_holder, factor_of, factor_slots
 from .offloaded import fetched
@@ -34,7 +33,7 @@ def usable_sites(
             f"adapter {adapter!r} was made with init_lora_weights={quoted(started_by)}; expected True, so that the "
             "base is untouched and nothing else below. Make the adapter again with init_lora_weights=True"
         )
-    method = METHODS[config.method]
+    method = config.method
     factors_weight = method.reads != "gradients" and not method.zero_start
     tied = {t.site.name: t for group in found for t in group.led_by(leader_of(group, method.reads))}
     refused |= _unfit(found, config)
@@ -63,11 +62,11 @@ def _unfit(found: Iterable[Group], config: InitConfig) -> dict[str, str]:
     refused = {}
     for group in found:
         reason = group.unfit
-        if reason is None and METHODS[config.method].reads == "gradients":
+        if reason is None and config.method.reads == "gradients":
             reason = (
                 f"{' and '.join(site.name for site in group.sites)} share one set of factors, whose gradient is that "
-                f"of all of them together, which method {config.method!r} does not read; take a method that reads the "
-                "inputs or the weights, or give each layer its own"
+                f"of all of them together, which method {config.method.name!r} does not read; take a method that reads "
+                "the inputs or the weights, or give each layer its own"
             )
         if reason is not None:
             refused.update({site.name: reason for site in group.sites})
@@ -81,21 +80,21 @@ def _out_of_reach(model: nn.Module, site: Site, config: InitConfig) -> str | Non
             "PEFT's files have one rank for both projections of an nn.MultiheadAttention, and adaptive_ranks gives "
             "each its own; leave it out of target_modules, or take the same rank everywhere"
         )
-    reads = METHODS[config.method].reads
+    reads = config.method.reads
     if reads == "weights":
         return None
     if site.unseen is not None:
-        return f"method {config.method!r} reads {reads}, and {site.unseen}"
+        return f"method {config.method.name!r} reads {reads}, and {site.unseen}"
     if reads == "inputs":
         return None
     if site.fixed is not None:
-        return f"method {config.method!r} reads the gradient by its weight, and {site.fixed}; take another method"
+        return f"method {config.method.name!r} reads the gradient by its weight, and {site.fixed}; take another method"
     named, stored = list(model.named_modules()), site.stored
     owners = [path for path, module in named for p in module._parameters.values() if p is stored]
     if len(owners) > 1:
         return (
-            f"method {config.method!r} reads the gradient by its weight, which is tied ({', '.join(owners)}), so that "
-            "the gradient is that of all of them; untie it, take another method or leave it out of target_modules"
+            f"method {config.method.name!r} reads the gradient by its weight, which is tied ({', '.join(owners)}), so "
+            "that the gradient is that of all of them; untie it, take another method or leave it out of target_modules"
         )
     return None
 
@@ -118,7 +117,7 @@ def check_writable(site: Site, config: InitConfig) -> None:
 def check_base(site: Site, config: InitConfig) -> None:
     """Raises ValueError where a site cannot have the base policy: what it would write, or what PEFT makes of it."""
     base = config.effective_base
-    if site.unseen == INSIDE_ATTENTION and base in ("subtract", "keep") and not METHODS[config.method].zero_start:
+    if site.unseen == INSIDE_ATTENTION and base in ("subtract", "keep") and not config.method.zero_start:
         raise ValueError(
             f"site {site.name}: PEFT adds the LoRA of the output projection of an nn.MultiheadAttention twice, so that "
             f"base {base!r} would not start where it should; use base='offset' or 'paired'"
@@ -154,12 +153,12 @@ def check_adapter(site: Site, config: InitConfig) -> None:
     check_base(site, config)
     if config.effective_base == "offset" and not config.adaptive_ranks:
         check_rank(site.name, site.A, 2 * site.rank)
-    width = METHODS[config.method].width
+    width = config.method.width
     most = min(site.in_features, site.out_features) // width
     if site.rank > most and not config.adaptive_ranks:
-        limit = "min(in, out)" if width == 1 else f"min(in, out)/{width}, which {config.method} needs"
+        limit = "min(in, out)" if width == 1 else f"min(in, out)/{width}, which {config.method.name} needs"
         raise ValueError(f"site {site.name}: rank {site.rank} is above {limit} = {most}; lower r")
-    if (site.scaling <= 0 and not config.fold_alpha) or config.strength_at(site.scaling) <= 0:
+    if (site.scaling <= 0 and not config.fold_alpha) or config.method.strength_at(site.scaling) <= 0:
         raise ValueError(
             f"site {site.name}: scaling {site.scaling:g} cannot carry strength·[ΔW]_r; expected lora_alpha above 0 "
             "(or fold_alpha=True, which sets the scaling to 1, with a strength)"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ...config import InitConfig
 from ...messages import unknown_name
-from ...methods.family import METHODS, methods
+from ...methods.method import METHODS, methods
 
 LABELS = {
     "full": "Full fine-tuning",
@@ -67,8 +67,11 @@ class Arm:
     @property
     def meaning(self) -> tuple[Any, ...]:
         """Equal for two names of the same arm, such as "dora" and "lora+dora"."""
-        init = None if self.init is None else sorted(InitConfig(**self.init).to_dict().items())
-        return str(init), str(sorted(self.lora.items())), str(sorted(self.data.items())), self.peft, self.full
+        init = None if self.init is None else InitConfig.from_dict(self.init).to_dict()
+        if init is not None and self.init is not None:  # [init] may give what the arm does not name
+            init |= {name: self.init.get(name) for name in ("strength", "rtol")}
+        settings = (init and sorted(init.items()), sorted(self.lora.items()), sorted(self.data.items()))
+        return *map(str, settings), self.peft, self.full
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def parse_arm(name: str) -> Arm:
         return Arm(name, label, lora=lora, peft=root.removeprefix("peft:"))
     arm = Arm(name, label, {"method": root, **options}, lora, data)
     try:
-        InitConfig(**{"method": root, **options})
+        InitConfig.from_dict({"method": root, **options})
     except (ValueError, TypeError) as error:
         raise ValueError(f"method {name!r}: {error}") from error
     return arm

@@ -154,7 +154,7 @@ _MISSING = object()
 
 def _defaults(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Dotted key → default of every option."""
-    init = InitConfig(method=config["init"]["method"]).stated() if config["init"] else {}
+    init = InitConfig.from_dict({"method": config["init"]["method"]}).stated() if config["init"] else {}
     task = {f.name: f.default for f in fields(run.experiment.task) if f.default is not MISSING}
     digests = dict.fromkeys(data_digests(run.experiment.task))
     sections = {"task": {**task, **digests}, "lora": asdict(LoraSettings()), "train": asdict(TrainSettings())}

@@ -11,7 +11,8 @@ from typing import Any
 
 from ...config import InitConfig
 from ...messages import unknown_name
-from ...methods.family import METHOD_OPTIONS, METHODS
+from ...methods.method import METHODS, all_options
+from ...methods.options import option_names
 from .arms import Arm, parse_arm
 from .sections import LoraSettings, Override, SweepSettings, TrainSettings
 from .tasks import task_kind
@@ -74,11 +75,11 @@ class Experiment:
         """
         if arm.init is None:
             return None
-        reads = METHODS[arm.init["method"]].options if arm.init["method"] in METHODS else METHOD_OPTIONS
         # what is common to all arms goes to those on which it has an effect
-        common = {key: value for key, value in self.init.items() if key not in METHOD_OPTIONS - reads}
+        others = set(all_options()).difference(option_names(METHODS[arm.init["method"]]))
+        common = {key: value for key, value in self.init.items() if key not in others}
         try:
-            return InitConfig(**{"seed": seed, **common, **arm.init})
+            return InitConfig.from_dict({"seed": seed, **common, **arm.init})
         except (ValueError, TypeError) as error:
             raise ValueError(f"init, for method {arm.name!r}: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ...methods.family import METHODS
+from ...methods.method import METHODS
 from .records import Estimate, Group, Record
 
 _PEFT_READS = ("peft:eva", "peft:corda", "peft:lora_ga")

@@ -1,0 +1,137 @@
+"""Self mode (Das et al. 2025, eq. 12): equal output covariances, from a whitened source.
+
+Layout: W (k, d), X (d, b), G = X Xᵀ (d, d). W_tar = W·T with a T (d, d) that does not know W, so that sites with the
+same input share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..linalg.moments import Moments
+from ..linalg.pseudo_inverse import (
+    cholesky_inverse,
+    default_rtol,
+    fix_diagonal,
+    frobenius_condition,
+    triangular_inverse,
+)
+from .estimator import Estimator
+from .method import Method, Settings, WeightOf
+from .statistics import MapEstimator
+from .target import SiteTarget, product_factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Self(Method):
+    """ΔW = W_est − W with W_tar = W (P D^½)† (eq. 12), G = P D Pᵀ, averaged over batches by eq. 18.
+
+    Attributes:
+        decomposition: "svd", "qr" as printed in the paper, or "qr_pivoted" (column pivoting, reveals the rank).
+        p: share of the singular values that goes to A (B gets 1 − p), in [0, 1]. SVD only.
+        strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say; 2 is the α = 2r of the paper's runs.
+        rtol: singular values at or under rtol·σ_max are dropped by †. None for whatever may be rounding of the inputs,
+            by the dtype that they come in (docs/math.md). 0 for max(d, b)·eps of the statistics' dtype, as NumPy has
+            it: the paper's letter.
+        gram: G as the "sum" over tokens (the paper) or the "mean".
+        root: square root of G, "paper" (D^(−½) Pᵀ), "symmetric" (P D^(−½) Pᵀ) or "cholesky" (L⁻¹ of G = L Lᵀ, the
+            fastest).
+        batch_weights: w_j of eq. 18, one a batch; None for 1 each.
+        initial_weight: W_0 of eq. 18, "pretrained" or "zero".
+    """
+
+    name = "self"
+    summary = "equal output covariances, whitened source"
+    source = "Das et al. 2025, eq. 12"
+    reads = "inputs"
+
+    decomposition: Literal["svd", "qr", "qr_pivoted"] = "svd"
+    p: float = 0.5
+    strength: float = 2.0
+    rtol: float | None = None
+    gram: Literal["sum", "mean"] = "sum"
+    root: Literal["paper", "symmetric", "cholesky"] = "paper"
+    batch_weights: tuple[float, ...] | None = None
+    initial_weight: Literal["pretrained", "zero"] = "pretrained"
+
+    def estimator(self, weight_of: WeightOf, settings: Settings) -> Estimator:
+        map = partial(self_map, root=self.root, rtol=self.rtol)
+        quick = partial(self_quick, rtol=self.rtol) if self.root == "cholesky" else None
+        noise = Moments.noise_rtol if self.rtol is None else None
+        return MapEstimator(weight_of, map, quick, noise, self.initial_weight)
+
+    def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
+        return product_factors(site, self.decomposition, self.p)
+
+    def rtol_at(self, k: int, d: int, tokens: int) -> float | None:
+        return None if self.rtol is None else self.rtol or default_rtol(d, tokens, torch.float64)
+
+
+def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tuple[Tensor, int]:
+    """T = (P D^½)† of eq. 12, W_tar = W (P D^½)†, from equal output covariances and X_src X_srcᵀ = I.
+
+    Args:
+        root: "paper" for D^(−½) Pᵀ as printed, its rows ordered by falling eigenvalue and signed by
+            `linalg.fix_signs`. Two members of the same solution family depend on neither order nor signs: "symmetric"
+            for P D^(−½) Pᵀ, and "cholesky" for L⁻¹ with G = L Lᵀ, which needs no eigenvalues (`self_quick`).
+        rtol: singular values D^½ of P D^½ at or under rtol·max are dropped. They are those of X; None drops what may
+            be the rounding of its entries, D^½ at or under `X.noise`·‖X‖_F. 0 drops eigenvalues D under max(d, b)·eps,
+            i.e. its square root on D^½, because the sums in D carry rounding noise of that size; for the same reason
+            a smaller rtol acts as 0, and None drops those too.
+
+    Returns:
+        T (d, d) and the numerical rank of G.
+    """
+    pairs = X.eigenpairs(_root_rtol(X, rtol), _root_noise(X, rtol))
+    half = (pairs.P / pairs.D.sqrt()).mT  # (n, d) = D^(−½) Pᵀ
+    if root == "symmetric":
+        return pairs.P @ half, pairs.D.numel()
+    if root == "cholesky":
+        Q, R = torch.linalg.qr((pairs.P * pairs.D.sqrt()).mT)  # G = Rᵀ R, so that Rᵀ is L where G has full rank
+        half = fix_diagonal(R)[:, None] * (Q.mT @ half)
+    return _padded(half, X.dim), pairs.D.numel()
+
+
+def self_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, int]:
+    """T = L⁻¹ of G = L Lᵀ (`self_map` with root "cholesky"), which holds only where † drops nothing.
+
+    It solves eq. 8 as P D^½ does: W L⁻¹ G L⁻ᵀ Wᵀ = W Wᵀ. Where b ≤ d by the dual, T = (Rᵀ)† = Qᵀ (Xᵀ X)⁻¹ Xᵀ from
+    Xᵀ = Q R. Nothing is read back from the device.
+
+    Returns:
+        T (d, d), its rows past min(d, b) zero, whether it holds (), and then the rank of G.
+    """
+    tolerance, noise = _root_rtol(X, rtol), _root_noise(X, rtol)
+    rows = X.rows()
+    if rows is None:
+        L, info = torch.linalg.cholesky_ex(X.gram())
+        L.diagonal().masked_fill_(info != 0, 1.0)  # a factor that was given up has zeros there
+        T = triangular_inverse(L, upper=False)
+        # tr(G)·tr(G⁻¹), so that no eigenvalue is under either tolerance, of λ_max or of tr(G)
+        return T, (info == 0) & (frobenius_condition(L, T).square() * max(tolerance, noise**2) < 1.0), X.dim
+    S = rows @ rows.mT
+    inverse, holds = cholesky_inverse(S, tolerance)
+    holds = holds & (S.diagonal().sum() * torch.linalg.matrix_norm(inverse) * noise**2 < 1.0)
+    Q, R = torch.linalg.qr(rows)
+    half = fix_diagonal(R)[:, None] * (Q.mT @ (inverse @ rows))
+    return _padded(half, X.dim), holds, rows.shape[0]
+
+
+def _root_rtol(X: Moments, rtol: float | None) -> float:
+    """The tolerance on D that stands for `rtol` on D^½, no smaller than the rounding noise that the sums in D carry."""
+    return X.rtol if rtol is None else max(rtol**2, X.rtol)
+
+
+def _root_noise(X: Moments, rtol: float | None) -> float:
+    """What of ‖X‖_F is taken for rounding of the inputs: none of it where a tolerance is given."""
+    return X.noise if rtol is None else 0.0
+
+
+def _padded(half: Tensor, d: int) -> Tensor:
+    """(n, d) with zero rows below, (d, d)."""
+    return half if half.shape[0] == d else torch.cat([half, half.new_zeros(d - half.shape[0], d)])

@@ -1,0 +1,227 @@
+"""Estimators that several methods share: sums over batches for every site, fed one input at a time.
+
+Work that depends only on the inputs is done once for all sites that share them (q, k, v); their sums are one tensor
+as long as their histories agree, so the memory is one (d, d) matrix an input and not one a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..linalg.moments import Moments
+from ..linalg.pseudo_inverse import default_rtol, full_rank, numerical_rank, rounding_noise
+from ..linalg.sums import SharedSums
+from .estimator import Contribution, InputFacts
+from .method import WeightOf
+from .target import Target
+
+Map = Callable[[Moments], tuple[Tensor, int]]
+QuickMap = Callable[[Moments], tuple[Tensor, Tensor, int]]
+
+
+def combine(W: Tensor, W_tar_sum: Tensor, batches: int, initial: str = "pretrained") -> Tensor:
+    """ΔW = W_est − W with eq. 18, W_est = (W_0 + Σ_j w_j W_tar,j) / (B + 1).
+
+    Args:
+        W: pretrained weight (k, d).
+        W_tar_sum: Σ_j w_j W_tar,j (k, d).
+        batches: B, the number of batches that contributed.
+        initial: W_0, "pretrained" for W (the paper's default) or "zero".
+
+    The paper says that W_est is "subtracted from W_src"; its own definition W_tar = W + ΔW gives W_est − W, which
+    is what this returns.
+    """
+    W_0 = W if initial == "pretrained" else torch.zeros_like(W)
+    return (W_0 + W_tar_sum) / (batches + 1) - W
+
+
+class MapEstimator:
+    """Modes of the form W_tar = W·T (cross, self): sums T_j (d, d), whatever W is, in the precision of the inputs.
+
+    Args:
+        map: T (d, d) and the rank of G.
+        quick: T, whether it holds, and the rank: tried first, where there is one.
+        rtol: the tolerance of † (), where it follows from the inputs; None where it is given.
+        initial_weight: W_0 of eq. 18.
+    """
+
+    totals = False
+
+    def __init__(
+        self,
+        weight_of: WeightOf,
+        map: Map,
+        quick: QuickMap | None = None,
+        rtol: Callable[[Moments], Tensor] | None = None,
+        initial_weight: str = "pretrained",
+    ) -> None:
+        self.initial_weight = initial_weight
+        self.weight_of, self.map, self.quick, self.rtol = weight_of, map, quick, rtol
+        self.sums = SharedSums()
+        self.accumulated: tuple[SharedSums, ...] = (self.sums,)
+        self.facts = InputFacts()
+        self._failed: set[str] = set()  # sites where `quick` did not hold: it would not in the next batch either
+
+    def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
+        if self.quick is None or names[0] in self._failed:
+            return None, None
+        T, holds, rank = self.quick(X)
+        return (T, rank), holds.double()[None]
+
+    def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Contribution:
+        if prepared is not None and numbers[0]:
+            T, rank = prepared
+        else:
+            self._failed.update(names)
+            del prepared  # as large as what is made now
+            T, rank = self.map(X)
+        return Contribution(shared=T.to(X.seen_dtype), rank=rank, rtol=None if self.rtol is None else self.rtol(X))
+
+    def add(self, names: Sequence[str], contribution: Contribution, weight: float) -> None:
+        assert contribution.shared is not None and contribution.rank is not None
+        self.sums.add(names, contribution.shared, weight)
+        self.facts.add(names, contribution)
+
+    def target(self, name: str, batches: int) -> Target:
+        T = self.sums.get(name)
+        assert T is not None, f"{name} saw no batch"
+        W = self.weight_of(name)
+        return Target(M=combine(W, W @ T.to(W), batches, self.initial_weight), is_delta=True)
+
+    def effective_rank(self, name: str) -> int | None:
+        return self.facts.ranks.get(name)
+
+
+class WeightEstimator:
+    """Methods that read no data: a target of W alone, or of nothing (LoRA)."""
+
+    def __init__(self, weight_of: WeightOf, make: Callable[[Tensor], Target] | None = None) -> None:
+        self.weight_of, self.make = weight_of, make
+        self.accumulated: tuple[SharedSums, ...] = ()
+        self.facts = InputFacts()
+
+    def target(self, name: str, batches: int) -> Target:
+        return Target() if self.make is None else self.make(self.weight_of(name))
+
+    def effective_rank(self, name: str) -> int | None:
+        return None
+
+
+Shared = TypeVar("Shared")
+COUNTED = 4096
+"""Most features of an input of deficient rank whose rank is counted: eigenvalues for the report alone would cost more
+than all else that EVA and CorDA do."""
+
+
+class InputEstimator(Generic[Shared]):
+    """Methods of the second moment of all inputs together (CorDA, EVA).
+
+    Per input one tensor (d + 2, d) is summed, each batch times its w_j: X Xᵀ, Σ x, and a row that starts with n.
+
+    Args:
+        share: X Xᵀ (d, d), Σ x (d,), n → what does not depend on W, once for neighbours that share their input.
+        make: site name, batches in which it saw a token, and that → its target.
+        totals: whether Σ x is wanted; else it is zero.
+    """
+
+    def __init__(
+        self,
+        share: Callable[[Tensor, Tensor, float], Shared],
+        make: Callable[[str, int, Shared], Target],
+        totals: bool = False,
+    ) -> None:
+        self.share, self.make, self.totals = share, make, totals
+        self.sums = SharedSums()
+        self.accumulated: tuple[SharedSums, ...] = (self.sums,)
+        self.facts = InputFacts()
+        self._last: tuple[str, Shared, int | None] | None = None  # one only: sites with the same input are neighbours
+        self._lock = Lock()
+
+    def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
+        gram = X.gram_sum()
+        assert gram is not None, "a batch without tokens is not absorbed"
+        count = gram.new_zeros(X.dim)
+        count[:1].fill_(X.tokens)  # and not count[0] = …, for which a GPU waits
+        total = X.total() if self.totals else gram.new_zeros(X.dim)
+        return torch.cat([gram, total[None], count[None]]), None
+
+    def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Contribution:
+        return Contribution(shared=prepared, precision=X.precision)
+
+    def add(self, names: Sequence[str], contribution: Contribution, weight: float) -> None:
+        assert contribution.shared is not None
+        self.sums.add(names, contribution.shared, weight)
+        self.facts.add(names, contribution)
+
+    def target(self, name: str, batches: int) -> Target:
+        packed = self.sums.get(name)
+        assert packed is not None, f"{name} saw no batch"
+        with self._lock:  # neighbours may be made side by side
+            if self._last is None or not self.sums.same(self._last[0], name):
+                self._last = name, *self._shared(packed, self.facts.precisions[name])
+            _, shared, rank = self._last
+            if rank is not None:
+                self.facts.ranks[name] = rank
+        return self.make(name, batches, shared)
+
+    def _shared(self, packed: Tensor, precision: torch.dtype) -> tuple[Shared, int | None]:
+        gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
+        if tokens <= 0:
+            raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
+        rtol = default_rtol(gram.shape[0], int(tokens), gram.dtype)
+        noise = rounding_noise(precision, gram.shape[0], int(tokens))
+        counted = gram.shape[0] <= COUNTED or bool(full_rank(gram, max(rtol, noise**2)))
+        rank = numerical_rank(gram, rtol, noise) if counted else None
+        return self.share(gram.double(), total.double(), tokens), rank
+
+    def effective_rank(self, name: str) -> int | None:
+        return self.facts.ranks.get(name)
+
+
+class GradientSums:
+    """∂L/∂W of every site, summed over batches (a `GradientReader`)."""
+
+    def __init__(self) -> None:
+        self.gradients = SharedSums()
+
+    def add_gradient(self, name: str, G: Tensor, weight: float) -> None:
+        """Adds ∂L/∂W (k, d) of one batch, times w_j."""
+        self.gradients.add([name], G.to(torch.promote_types(G.dtype, torch.float32), copy=True), weight)
+
+    def has_gradient(self, name: str) -> bool:
+        """Whether a gradient other than zero has come."""
+        total = self.gradients.get(name)
+        return total is not None and bool(total.any())
+
+    def slope(self, name: str, B: Tensor, A: Tensor) -> float:
+        """Σ_j w_j ⟨∂L_j/∂W, B·A⟩ without the product: how the losses change along B (k, r) A (r, d), to first order."""
+        total = self.gradients.get(name)
+        assert total is not None, f"{name} has no gradient"
+        return float((B.to(total) * (total @ A.to(total).mT)).sum(dtype=torch.float64))
+
+    def mean_gradient(self, name: str, batches: int) -> Tensor:
+        """The mean of ∂L/∂W (k, d) over so many batches."""
+        total = self.gradients.get(name)
+        assert total is not None, f"{name} has no gradient"
+        return total / batches
+
+
+class GradientEstimator(GradientSums):
+    """Methods of the gradient of the loss by W, its mean over batches (LoRA-GA, LoRA-One)."""
+
+    def __init__(self, make: Callable[[Tensor], Target]) -> None:
+        super().__init__()
+        self.make = make
+        self.accumulated: tuple[SharedSums, ...] = (self.gradients,)
+        self.facts = InputFacts()
+
+    def target(self, name: str, batches: int) -> Target:
+        return self.make(self.mean_gradient(name, batches))
+
+    def effective_rank(self, name: str) -> int | None:
+        return None
