@@ -2,7 +2,8 @@
 
 Of a (k, d) matrix only products with thin blocks are needed, in its own precision. The start is drawn from a generator
 of a fixed seed, so that nothing in it is drawn anew. Source: Musco and Musco 2015, with full
-reorthogonalisation and Rayleigh–Ritz on the whole Krylov space (Golub and Kahan's bidiagonalisation, in blocks).
+reorthogonalisation and Rayleigh–Ritz on the whole Krylov space. The matrix of the Rayleigh–Ritz step grows with the
+space, and residuals come out of the recurrence (Golub and Underwood 1977), so that a look at them costs no product.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from .pseudo_inverse import eigh_descending
 TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-7}
 """Residual of a triplet, relative to its singular value, at which it counts as found, by the dtype of the matrix."""
 
-POWERS = {"cuda": 8}
-"""Steps of subspace iteration before the first look at the triplets, by device: products and thin QRs cost a GPU
-little, and the small eigendecomposition of each look a lot; on a CPU it is the other way round."""
+FIRST_LOOK = {"cuda": 6}
+"""Steps before the first look at the triplets, by device; 2 elsewhere: a GPU must be waited for at each look."""
 
 
 def leading_triplets(M: Tensor, q: int, tolerance: float | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -29,28 +29,66 @@ def leading_triplets(M: Tensor, q: int, tolerance: float | None = None) -> tuple
     tolerance = TOLERANCE[M.dtype] if tolerance is None else tolerance
     wide = M.shape[0] < M.shape[1]
     tall = M.mT if wide else M  # (m, n) with m ≥ n
-    powers = POWERS.get(M.device.type, 0)
-    block = min(2 * q + 16 if powers else q + 4, tall.shape[1])
-    basis = torch.linalg.qr(_start(tall, block)).Q  # (n, j)
-    for _ in range(powers):
-        basis = torch.linalg.qr(tall.mT @ torch.linalg.qr(tall @ basis).Q).Q
-    images = tall @ basis
+    space = _Krylov(tall, _width(tall.shape[1], q))
+    look = FIRST_LOOK.get(M.device.type, 2)
     while True:
-        S, W = _ritz(images, block)
-        if float(S[q - 1]) <= 1e-5 * float(S[0]):
-            return None  # nothing, or what rounding leaves of it, lies behind the first triplets
-        U, V = (images @ W) / S.clamp_min(torch.finfo(M.dtype).tiny), basis @ W
-        residuals = tall.mT @ U - V * S  # (n, block)
-        norms = torch.linalg.vector_norm(residuals, dim=0)
-        open_ = (norms > tolerance * S).tolist()
-        if not any(open_[:q]):
-            return (V[:, :q], S[:q], U[:, :q].mT) if wide else (U[:, :q], S[:q], V[:, :q].mT)
-        # what has been found to rounding gives no new direction, only noise
-        fresh = residuals[:, (norms > 4 * torch.finfo(M.dtype).eps * S[0]) & (norms > 0.1 * tolerance * S)]
-        if fresh.shape[1] == 0 or basis.shape[1] + fresh.shape[1] > tall.shape[1] // 2:
+        residual = space.residual()
+        if space.steps >= look:
+            D, W = eigh_descending(space.gram)
+            S, W = D[:q].sqrt(), W[:, :q]
+            norms = torch.linalg.vector_norm(residual @ W[-residual.shape[1] :], dim=0) / S
+            last, first, near = torch.stack([S[-1], S[0], (norms / S).amax()]).tolist()
+            if last <= 1e-5 * first:
+                return None  # nothing, or what rounding leaves of it, lies behind the first triplets
+            if near <= tolerance:
+                V, U = space.basis @ W.to(M.dtype), ((space.images @ W) / S).to(M.dtype)
+                return (V, S.to(M.dtype), U.mT) if wide else (U, S.to(M.dtype), V.mT)
+            look = space.steps + 1 + space.steps // 4
+        if not space.grow():
             return None
-        new = _orthogonal_to(basis, fresh)
-        basis, images = torch.cat([basis, new], dim=1), torch.cat([images, tall @ new], dim=1)
+
+
+def _width(n: int, q: int) -> int:
+    """Columns of a block: products like wide ones, and a space of half of n dimensions should hold many."""
+    return min(max(q + 4, min(2 * q, q + 16, n // 32)), n)
+
+
+class _Krylov:
+    """The space of Ω, MᵀM Ω, (MᵀM)² Ω, … for a random block Ω, orthonormal, and its images.
+
+    Attributes:
+        basis: (n, j), orthonormal. images: M·basis (m, j), float64, so that squaring them costs nothing.
+        gram: imagesᵀ·images (j, j), float64. steps: blocks so far.
+    """
+
+    def __init__(self, tall: Tensor, block: int) -> None:
+        self.tall, self.steps = tall, 1
+        self.basis = torch.linalg.qr(_start(tall, block)).Q
+        self._next, self._last = self.basis, tall @ self.basis
+        self.images = self._last.double()
+        self.gram = self.images.mT @ self.images
+
+    def residual(self) -> Tensor:
+        """R (block, block) float64 of MᵀM·basis = basis·gram + next·[0 … 0 R], next being orthonormal to `basis`."""
+        block, R = self.tall.mT @ self._last, None
+        for _ in range(3):  # a third time for blocks that are nothing but rounding, once all directions are found
+            block, factor = torch.linalg.qr(block - self.basis @ (self.basis.mT @ block))
+            R = factor.double() if R is None else factor.double() @ R
+        self._next = block
+        assert R is not None
+        return R
+
+    def grow(self) -> bool:
+        """Takes the next block into the space; False where it would take more than two thirds of all dimensions."""
+        if self.basis.shape[1] + self._next.shape[1] > 2 * self.tall.shape[1] // 3:
+            return False
+        self._last = self.tall @ self._next
+        wide = self._last.double()
+        self.basis, self.images = torch.cat([self.basis, self._next], 1), torch.cat([self.images, wide], 1)
+        column, j = self.images.mT @ wide, self.gram.shape[0]
+        self.gram = torch.cat([torch.cat([self.gram, column[:j]], 1), torch.cat([column[:j].mT, column[j:]], 1)])
+        self.steps += 1
+        return True
 
 
 def gram_triplets(M: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -68,25 +106,7 @@ def gram_triplets(M: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor] | None:
     return (V, S, U.mT) if wide else (U, S, V.mT)
 
 
-def _ritz(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first singular values (count,) and right singular vectors (j, count) of the images (m, j) of the basis.
-
-    By their Gram matrix, in float64 so that squaring costs nothing.
-    """
-    wide = images.double()
-    D, W = eigh_descending(wide.mT @ wide)
-    return D[:count].sqrt().to(images), W[:, :count].to(images)
-
-
 def _start(tall: Tensor, block: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(tall.shape[0], block, generator=generator, dtype=torch.float64)
     return tall.mT @ drawn.to(tall)
-
-
-def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
-    """An orthonormal basis of what `block` adds to `basis`; twice is enough."""
-    block = block / torch.linalg.vector_norm(block, dim=0)
-    for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
-    return block
