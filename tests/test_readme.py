@@ -55,3 +55,12 @@ def test_its_table_and_figure_are_those_of_the_records() -> None:
     pinned = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     if version("matplotlib") == pinned["matplotlib"]:
         assert headline.figure(ROOT / "results") == headline.FIGURE.read_bytes()
+
+
+def test_the_files_that_contributing_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:src|tests|benchmarks|docs)/[\w/.]+)`", text) + re.findall(r"\]\(([\w/.]+)\)", text)
+    assert len(paths) > 15
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    rooms = {path.name for path in (ROOT / "src" / "cntlora").iterdir() if (path / "__init__.py").is_file()}
+    assert rooms == set(re.findall(r"`(\w+)/`", text.partition("## The rooms")[2].partition("Outside")[0]))
