@@ -49,18 +49,9 @@ bench: setup  ## cost, scaling, accuracy and memory of the initialisation; an ho
 	$(BIN)/python -W ignore benchmarks/accuracy.py
 	$(BIN)/python -W ignore benchmarks/memory.py
 
-results: setup  ## docs/results.md and the page of the comparison again, from the records in results/
-	$(BIN)/cntlora report results/tweets_100 --into docs/results.md
-	$(BIN)/cntlora report results/tweets_tolerance --into docs/results.md
-	for study in tweets_descent tweets_modes tweets_batches tweets_ranks tweets_variations vision_emoji vision_emoji_steps \
-		vision_fashion_mnist vision_textiles pairs language language_forgetting \
-		half_tweets half_vision_emoji half_language half_pairs half_dreambooth; do \
-		$(BIN)/cntlora report results/$$study --into docs/results.md || exit 1; done
-	$(BIN)/cntlora report results/dreambooth --into docs/results.md --out results/dreambooth --title "DreamBooth on a small model: a rainbow lorikeet"
-	$(BIN)/cntlora report results/dreambooth_dog --into docs/results.md --out results/dreambooth_dog --title "DreamBooth on a small model: a husky"
-	$(BIN)/cntlora report results/captioning_concepts --into docs/results.md --out results/captioning_concepts --title "Captions with personal concepts"
-	$(BIN)/cntlora report results/captioning_stamps --into docs/results.md --out results/captioning_stamps --title "Captions of stamps"
-	$(BIN)/cntlora report results/tweets --into docs/results.md --out results/tweets --title "Tweets, MiniLM-L6: every initialisation, 40 steps"
+results: setup  ## tables, figures and an interactive page of every study, from its table of runs, into build/results
+	for table in studies/runs/*.parquet; do \
+		$(BIN)/cntlora report $$table --into docs/results.md --out build/results/$$(basename $$table .parquet) || exit 1; done
 	$(BIN)/python benchmarks/overview.py
 
 docs: setup  ## the docs as a site, in build/site

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.overview import final, peers, study_of
+from benchmarks.overview import RUNS, final, peers, study_of
 
-from cntlora.lab.report.records import Group
+from cntlora.lab.report.study import Group
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "assets" / "heldout_tweets.svg"
@@ -84,8 +84,8 @@ def figure(results: Path) -> bytes:
 
 def main() -> None:
     """Command line."""
-    FIGURE.write_bytes(figure(ROOT / "results"))
-    for row in rows(ROOT / "results"):
+    FIGURE.write_bytes(figure(RUNS))
+    for row in rows(RUNS):
         print(f"| {' | '.join(row)} |")
 
 

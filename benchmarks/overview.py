@@ -1,6 +1,6 @@
 """Tables over several studies, put between their marks: the comparisons of docs/choosing.md, the starts of results.md.
 
-python benchmarks/overview.py    # from results/ and benchmarks/records/starts.json
+python benchmarks/overview.py    # from studies/runs/ and benchmarks/records/starts.json
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from benchmarks.tables import inputs_table, starts_table, table
 
 from cntlora.atomic import write_atomically
 from cntlora.lab.report import between, load_records, studies
-from cntlora.lab.report.records import Estimate, Group, Study
 from cntlora.lab.report.seen import later_against
+from cntlora.lab.report.study import Estimate, Group, Study
 
 ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "studies" / "runs"
+"""The tables of runs, one a study."""
 CHOOSING, MEASURED = ROOT / "docs" / "choosing.md", ROOT / "docs" / "results.md"
 TASKS = (
     ("tweets", "tweets, MiniLM (40 steps)", "macro_f1", "macro F1 ↑"),
@@ -29,7 +31,7 @@ TASKS = (
     ("pairs", "newsgroup pairs, MiniLM (50)", "macro_f1", "macro F1 ↑"),
     ("dreambooth", "DreamBooth lorikeet (200)", "loss", "held-out loss ↓"),
 )
-"""Folder, what it is called, its metric and how that is called."""
+"""Study, what it is called, its metric and how that is called."""
 NO_PART = (
     ("vision_fashion_mnist", "Fashion-MNIST, DINOv2-S (40) †", "accuracy", "accuracy ↑"),
     ("vision_textiles", "textiles, DINOv2-S (40) †", "accuracy", "accuracy ↑"),
@@ -43,8 +45,8 @@ PEERS = ("pissa", "olora", "eva", "corda", "lora_ga", "lora_one", "dora", "rslor
 
 
 def study_of(results: Path, name: str, criterion: str = "mean_loss") -> Study:
-    """The one study of a folder, each method at the learning rate that is best by the criterion."""
-    (found,) = studies(load_records(results / name), criterion)
+    """The one study of a table of runs, each method at the learning rate that is best by the criterion."""
+    (found,) = studies(load_records(results / f"{name}.parquet"), criterion)
     return found
 
 
@@ -158,7 +160,7 @@ def filled(document: Path, results: Path, records: Path = RECORDS) -> str:
 def main() -> None:
     """Command line."""
     for document in (CHOOSING, MEASURED):
-        write_atomically(document, filled(document, ROOT / "results").encode())
+        write_atomically(document, filled(document, RUNS).encode())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from cntlora.lab.experiments.adapting import lora_options
-from cntlora.lab.experiments.records import Run
+from cntlora.lab.experiments.runs import Run
 from cntlora.lab.experiments.settings import Experiment, load_experiment
 from cntlora.lab.experiments.tasks import make_task
 from cntlora.lab.recipes.scoring import modes

@@ -33,7 +33,7 @@ from cntlora import start_curvature
 from cntlora.atomic import write_atomically
 from cntlora.lab.experiments.adapting import adapt, lora_options
 from cntlora.lab.experiments.arms import parse_arm
-from cntlora.lab.experiments.records import Run
+from cntlora.lab.experiments.runs import Run
 from cntlora.lab.experiments.settings import Experiment, load_experiment
 from cntlora.lab.experiments.tasks import make_task
 from cntlora.lab.recipes.scoring import modes

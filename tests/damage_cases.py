@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from tests.tiny import adapted, text_batches
 
 from cntlora import InitPlan, compute_plan
-from cntlora.lab.experiments.records import SCHEMA, read_record, write_record
+from cntlora.lab.record import SCHEMA, read_record, write_record
 from cntlora.plan import FORMAT
 
 Reader = Callable[[bytes], object]

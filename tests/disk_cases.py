@@ -15,7 +15,7 @@ from tests.tiny import adapted, text_batches
 
 from cntlora import compute_plan, initialize, save_adapter
 from cntlora.files.export import export_adapter
-from cntlora.lab.experiments.records import write_record
+from cntlora.lab.record import write_record
 from cntlora.lab.report import write_report
 
 Writer = Callable[[Path], object]

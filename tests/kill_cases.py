@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from cntlora import InitPlan
 from cntlora.lab.experiments import processes
-from cntlora.lab.experiments.records import read_record
+from cntlora.lab.record import read_record
 
 LONGEST = 300
 """Seconds that a process may take."""

@@ -105,6 +105,8 @@ COMMANDS = {
     "cntlora init": ("text", ["init", "model", "--out", "out", "--data", "x.csv"]),
     "cntlora demo": ("demo", ["demo", "--out", "out"]),
     "cntlora report": ("lab", ["report", "results", "--out", "page"]),
+    "cntlora results pack": ("lab", ["results", "pack", "results", "runs.parquet"]),
+    "cntlora results unpack": ("lab", ["results", "unpack", "runs.parquet", "results"]),
     "a comparison of methods": ("lab", ["run", "file.toml"]),
 }
 

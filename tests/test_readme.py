@@ -49,12 +49,12 @@ def test_its_table_and_figure_are_those_of_the_records() -> None:
     pytest.importorskip("matplotlib")
     from benchmarks import headline
 
-    found = headline.rows(ROOT / "results")
+    found = headline.rows(headline.RUNS)
     assert [row for row in found if f"| {' | '.join(row)} |" not in README.replace("**", "")] == []
     assert f"| {' | '.join([*found[0][:-1], found[1][-1]])} |" not in README  # control
     pinned = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     if version("matplotlib") == pinned["matplotlib"]:
-        assert headline.figure(ROOT / "results") == headline.FIGURE.read_bytes()
+        assert headline.figure(headline.RUNS) == headline.FIGURE.read_bytes()
 
 
 def test_the_files_that_contributing_names_are_there() -> None:

@@ -18,7 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "diffusion": (*_VISION, "diffusers"),
     "vlm": _VISION,
     "samples": ("gguf", "onnx", "PIL"),
-    "lab": (*_CLI, *_TEXT, "attrs", "jinja2", "matplotlib", "plotly", *_TOML),
+    "lab": (*_CLI, *_TEXT, "attrs", "jinja2", "matplotlib", "plotly", "pyarrow", *_TOML),
     "demo": (*_CLI, *_TEXT, "matplotlib"),
 }
 """Extra → the modules that it brings, those of the extras that it includes among them (pyproject.toml)."""

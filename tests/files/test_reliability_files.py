@@ -27,7 +27,8 @@ from tests.damage_cases import (
 from tests.disk_cases import contents, fill, no_longer_files_than, refused, small_disk, writers
 
 from cntlora import InitPlan
-from cntlora.lab.experiments.records import failed, read_record, without_places, write_record
+from cntlora.lab.experiments.runs import failed, without_places
+from cntlora.lab.record import read_record, write_record
 from cntlora.lab.report import load_records
 
 SOURCE = Path(__file__).parents[2] / "src" / "cntlora"
@@ -193,7 +194,7 @@ def test_every_mistake_is_one_clear_error() -> None:
 def test_failed_records_name_no_folder_of_this_machine(tmp_path: Path) -> None:
     from tests.lab.test_experiments_sweep import experiment_of
 
-    from cntlora.lab.experiments.records import Run
+    from cntlora.lab.experiments.runs import Run
 
     run = Run(experiment_of(tmp_path, methods=["self"]), "self", 1e-3, 0)
     record = failed(run, {}, f"OSError: {tmp_path}/x.csv", f'File "{__file__}", line 3')

@@ -20,7 +20,7 @@ from tests.tiny import adapted, text_batches
 from cntlora import InitPlan, compute_plan, initialize, save_adapter
 from cntlora.atomic import remove_leftovers, temporary, write_atomically
 from cntlora.files.inspection import inspect_adapter
-from cntlora.lab.experiments.records import read_record, write_record
+from cntlora.lab.record import read_record, write_record
 
 Write = Callable[[Path], object]
 

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from cntlora.cli import experiments as cli_experiments
 from cntlora.lab.experiments import sweep as sweep_module
 from cntlora.lab.experiments.environment import machine
-from cntlora.lab.experiments.records import Run, failed, frame, path_of, write_record
+from cntlora.lab.experiments.runs import Run, failed, frame, path_of
 from cntlora.lab.experiments.settings import load_experiment
 from cntlora.lab.experiments.sweep import Sweep, plan_sweep
+from cntlora.lab.record import write_record
 
 app = typer.Typer()
 cli_experiments.register(app)

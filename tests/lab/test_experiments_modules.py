@@ -19,8 +19,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from cntlora.lab.experiments.records import Run, check_record
 from cntlora.lab.experiments.run import run_one
+from cntlora.lab.experiments.runs import Run, check_record
 from cntlora.lab.experiments.settings import from_dict
 from cntlora.lab.experiments.tasks import TASKS
 from cntlora.lab.recipes.scoring import classifier_metrics

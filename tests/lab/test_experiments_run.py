@@ -20,11 +20,12 @@ from cntlora.extras import MissingExtraError
 from cntlora.lab.experiments import peers
 from cntlora.lab.experiments.adapting import adapt
 from cntlora.lab.experiments.arms import PEFT_LABELS
-from cntlora.lab.experiments.records import Run, write_record
 from cntlora.lab.experiments.run import run_one
+from cntlora.lab.experiments.runs import Run
 from cntlora.lab.experiments.settings import from_dict
 from cntlora.lab.experiments.sweep import run_sweep
 from cntlora.lab.experiments.tasks import TASKS, make_task, task_kind
+from cntlora.lab.record import write_record
 
 WORDS = ["<pad>", "<unk>", "good", "fine", "bad", "poor", "film", "book", "is", "very", "the", "not"]
 FIELDS = [

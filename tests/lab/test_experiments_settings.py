@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cntlora.lab.experiments.records import Run, runs_of
 from cntlora.lab.experiments.run import resolve
+from cntlora.lab.experiments.runs import Run, runs_of
 from cntlora.lab.experiments.sections import LoraSettings, Override, SweepSettings, TrainSettings
 from cntlora.lab.experiments.settings import Experiment, from_dict, load_experiment, replaced, smoke
 from cntlora.lab.recipes.text.sentiment import TweetsSettings

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from cntlora.lab.experiments.own import check_data
-from cntlora.lab.experiments.records import runs_of
 from cntlora.lab.experiments.run import run_one
+from cntlora.lab.experiments.runs import runs_of
 from cntlora.lab.experiments.settings import Experiment, load_experiment, replaced, smoke, tomllib
 from cntlora.lab.experiments.tasks import TASKS, task_kind
 

@@ -15,7 +15,7 @@ from tests import report_cases as cases
 from cntlora.lab.report import write_into, write_report
 from cntlora.lab.report.by import tables_by
 from cntlora.lab.report.formats import BEST, Table
-from cntlora.lab.report.records import studies
+from cntlora.lab.report.study import studies
 
 
 def record(experiment: str, rank: Any, method: str, score: float, **changes: Any) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from cntlora.lab.report.gallery import caption_tables, gallery_part
 from cntlora.lab.report.grids import save_grids
 from cntlora.lab.report.page import build_page
 from cntlora.lab.report.pictures import SIDE, data_uri, read_picture
-from cntlora.lab.report.records import Study, studies
 from cntlora.lab.report.samples import Sample, gallery_of, spread_over
+from cntlora.lab.report.study import Study, studies
 
 COLOURS = dict.fromkeys(cases.METHODS, "#000000")
 

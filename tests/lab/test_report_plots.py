@@ -16,7 +16,7 @@ from cntlora.lab.report.figures import save_figures
 from cntlora.lab.report.methods import styles
 from cntlora.lab.report.plots import Plot, all_plots
 from cntlora.lab.report.ranks import adaptive, places_of, rank_maps
-from cntlora.lab.report.records import Study, studies
+from cntlora.lab.report.study import Study, studies
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,13 @@ from tests import report_cases as cases
 from typer.testing import CliRunner
 
 from cntlora.cli.app import app
+from cntlora.lab.record import write_record
 from cntlora.lab.report import load_records, studies
 from cntlora.lab.report.curves import loss_curve, metric_curve, smooth, steps_to_reach
 from cntlora.lab.report.formats import BEST, SECOND, Cell, Column, Row, Table
 from cntlora.lab.report.methods import GROUNDS, LEGIBLE, PEERS, contrast, ordered, styles
-from cntlora.lab.report.records import Estimate, Study
 from cntlora.lab.report.seen import seen_steps
+from cntlora.lab.report.study import Estimate, Study
 from cntlora.lab.report.tables import (
     all_tables,
     brief_tables,
@@ -458,11 +459,8 @@ def test_later_leaves_out_the_batches_that_the_initialisation_had_seen() -> None
 
 def test_a_record_that_was_edited_is_no_record(tmp_path: Path) -> None:
     """By its digest; those of before there was one are read."""
-    source = next(
-        path for path in Path(__file__).parents[2].glob("results/**/*.json") if '"digest"' in path.read_text()
-    )
-    record = json.loads(source.read_text())
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    write_record(tmp_path / "run.json", cases.few()[0])
+    record = json.loads((tmp_path / "run.json").read_text())
     assert len(load_records(tmp_path)) == 1
     record["mean_loss"] += 1.0
     (tmp_path / "run.json").write_text(json.dumps(record))

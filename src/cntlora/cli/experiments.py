@@ -17,6 +17,7 @@ from ..console import one_line_errors
 if TYPE_CHECKING:
     from ..lab.experiments.settings import Experiment
     from ..lab.experiments.sweep import Listener, Sweep
+    from ..lab.record import RunRecord
 
 File = Annotated[Path, typer.Argument(help="Experiment file: TOML with differences from the defaults.")]
 _OUT = """Folder of the records, one JSON file a run.
@@ -67,6 +68,10 @@ def register(app: typer.Typer) -> None:
     app.command()(run)
     app.command()(compare)
     app.command()(report)
+    tables = typer.Typer(help="Keep the records of a study as one table: pack a folder, unpack it again.")
+    tables.command()(pack)
+    tables.command()(unpack)
+    app.add_typer(tables, name="results", no_args_is_help=True)
 
 
 def run(
@@ -118,7 +123,9 @@ def compare(
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="Folder of records; its subfolders are read too.")],
+    results: Annotated[
+        Path, typer.Argument(help="Folder of records, subfolders included, or a table of them (.parquet).")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for page, tables and figures, or the page itself (.html); this or --into."),
@@ -146,8 +153,8 @@ def report(
     with one_line_errors("cntlora report", "lab"):
         from ..lab.report import write_into, write_report
 
-        if not results.is_dir():
-            raise ValueError(f"{results} is no folder; give the folder that the records of the runs are in")
+        if not results.is_dir() and not (results.is_file() and results.suffix == ".parquet"):
+            raise ValueError(f"{results} is no folder; give the folder that the records of the runs are in, or a table")
         if out is None and into is None:
             raise ValueError("nothing to write: give --out for a page, or --into for the tables in a document")
         for path in write_report(results, out, title, criterion, loss=loss, by=by) if out else ():
@@ -155,6 +162,35 @@ def report(
         if into is not None:
             write_into(into, results, criterion, loss=loss, by=by)
             typer.echo(into)
+
+
+def pack(
+    folder: Annotated[Path, typer.Argument(help="Folder of records; its subfolders are read too.")],
+    table: Annotated[Path, typer.Argument(help="The table to write; its name ends in .parquet.")],
+) -> None:
+    """Write every record of a folder into one compressed table, a row a run, without a loss.
+
+    pandas reads it: settings are columns such as config.lora.rank, curves are columns of lists. Files of samples stay
+    where they are.
+    """
+    with one_line_errors("cntlora results pack", "lab"):
+        from ..lab.report import load_records
+        from ..lab.run_table import write_table
+
+        records = load_records(folder)
+        write_table(table, records)
+        typer.echo(f"{table}: {len(records)} runs")
+
+
+def unpack(
+    table: Annotated[Path, typer.Argument(help="A table that `cntlora results pack` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the records, one JSON file a run; no file is replaced.")],
+) -> None:
+    """Write the records of a table as JSON files again, so that `cntlora run --out` goes on from there."""
+    with one_line_errors("cntlora results unpack", "lab"):
+        from ..lab.run_table import unpack as unpacked
+
+        typer.echo(f"{folder}: {unpacked(table, folder)} runs")
 
 
 def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options, *, table: bool) -> None:
@@ -228,7 +264,7 @@ def _folder(experiment: Experiment, options: Options) -> Iterator[Path]:
 
 
 def _list(experiment: Experiment, out: Path, options: Options) -> None:
-    from ..lab.experiments.records import runs_of
+    from ..lab.experiments.runs import runs_of
     from ..lab.experiments.sweep import plan_sweep
 
     todo = plan_sweep(experiment, out, retry_failed=options.retry_failed, replace=options.replace)
@@ -260,7 +296,7 @@ def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         line = bar.add_task("runs", total=None, left="")
 
-        def listener(sweep: Sweep, record: dict[str, Any]) -> None:
+        def listener(sweep: Sweep, record: RunRecord) -> None:
             if options.changes and not (options.out or options.smoke) and len(sweep.records) == 1:
                 console.print(f"records go to {out}; --out names another folder", markup=False)
             console.print(_line(sweep, record), markup=False)
@@ -305,7 +341,7 @@ def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
         typer.echo(json.dumps({**sweep.to_dict(), "out": None if options.smoke else str(out)}, indent=2))
         return
     if table:
-        from ..lab.report.records import studies
+        from ..lab.report.study import studies
         from ..lab.report.tables import main_table, strangers_table
 
         for study in studies([*sweep.present, *sweep.records]):

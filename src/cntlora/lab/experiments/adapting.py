@@ -18,7 +18,7 @@ from ...plan import InitPlan
 from ..recipes.task import Task
 from .controls import read
 from .peers import AdaLoraTraining, peft_model
-from .records import Run
+from .runs import Run
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from .records import Run
+from .runs import Run
 
 RecordOf = Callable[[Run], Mapping[str, Any] | None]
 

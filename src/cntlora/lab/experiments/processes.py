@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from ...atomic import remove_leftovers
+from ..record import RunRecord, read_record, write_record
 from .environment import machine
-from .records import Run, failed, path_of, read_record, remove_checkpoints, write_record
+from .runs import Run, failed, path_of, remove_checkpoints
 
 UNWRITTEN = 74
 """Exit code of a process that could not write its record (EX_IOERR of sysexits.h)."""
 
-RunFunction = Callable[[Run, Path], dict[str, Any]]
+RunFunction = Callable[[Run, Path], RunRecord]
 """Makes the record of a run; the folder is that of the records."""
 
 
@@ -50,7 +51,7 @@ class Pool:
     out: Path
     jobs: int
     function: RunFunction | None
-    ended: Callable[[dict[str, Any]], None]
+    ended: Callable[[RunRecord], None]
 
     def work(self, pending: list[Run]) -> None:
         """Runs all; on any exception (Ctrl-C above all) its processes are ended."""
@@ -76,7 +77,7 @@ class Pool:
         process.start()
         return _Running(run, process, before)
 
-    def _record(self, one: _Running) -> dict[str, Any]:
+    def _record(self, one: _Running) -> RunRecord:
         """Of a process that is gone: what it wrote, or the reason why it wrote nothing."""
         one.process.join()
         path = path_of(self.out, one.run)

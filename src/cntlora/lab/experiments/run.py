@@ -23,22 +23,23 @@ from ...files.class_names import class_names, write_names
 from ..recipes.scoring import modes
 from ..recipes.task import Task
 from ..recipes.training import Curve, train
+from ..record import Outcome, RunRecord, Sample, StartLosses
 from .adapting import Adapted, adapt
 from .environment import machine
-from .records import Run, checkpoints_of, frame, remove_checkpoints
+from .runs import Run, checkpoints_of, frame, remove_checkpoints
 from .sections import TrainSettings
 from .sites import SiteWatch, trainable_parameters
 from .tasks import make_task
 
 
-def run_one(run: Run, out: Path) -> dict[str, Any]:
+def run_one(run: Run, out: Path) -> RunRecord:
     """As `run_kept`, and removes the checkpoints, which are of no use to who does not keep the record either."""
     record = run_kept(run, out)
     remove_checkpoints(out, run, record)
     return record
 
 
-def run_kept(run: Run, out: Path) -> dict[str, Any]:
+def run_kept(run: Run, out: Path) -> RunRecord:
     """Trains one arm and gives its record; its checkpoints stay until the caller has written that.
 
     Every arm of a seed has the same head, the same draw of A, the same batches in the same order and the same dropout.
@@ -58,13 +59,13 @@ def run_kept(run: Run, out: Path) -> dict[str, Any]:
     moments = resolve(run.experiment.train, batches)
     before = _loss(model, first)
     adapted = adapt(run, task, model, task.init_batches(run.seed), moments["steps"])
-    start = {"loss_before": before, "loss_after": _loss(adapted.scored, first)}
+    start: StartLosses = {"loss_before": before, "loss_after": _loss(adapted.scored, first)}
     watch = SiteWatch.at_start(adapted.model, adapted.plan, first, run.arm)
     trained = trainable_parameters(adapted.model, adapted.plan)
     place = RunFolder(out, run)
     place.prepare()
     curve = _train(run, task, adapted, batches, moments, place)
-    record = {
+    record: RunRecord = {
         **frame(run, machine()),
         "init_seconds": adapted.seconds,
         "peak_memory_mib": peak_memory_mib(),
@@ -108,7 +109,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(marker, config.encode())
 
-    def sample(self, task: Task, model: nn.Module, step: int) -> list[dict[str, Any]]:
+    def sample(self, task: Task, model: nn.Module, step: int) -> list[Sample]:
         """The task's samples; their files are named relative to the records' folder."""
         folder = self.path / f"step-{step:04d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,7 @@ def _train(
         )
 
 
-def outcome(curve: Curve, adapted: Adapted, accumulation: int) -> dict[str, Any]:
+def outcome(curve: Curve, adapted: Adapted, accumulation: int) -> Outcome:
     """The measured part of the record."""
     losses = curve.losses
     if adapted.adalora:  # its own, without the penalty: one a batch

@@ -14,6 +14,7 @@ from ...linalg.factors import halves_cancel, product_norm
 from ...model.kinds import depth_of, kind_of
 from ...model.sites import Site, find_sites
 from ...plan import InitPlan, SitePlan
+from ..record import SiteFacts
 from .arms import Arm
 
 KEPT_SINGULAR_VALUES = 64
@@ -28,7 +29,7 @@ class SiteWatch:
         before: snapshot of the adapter, None where there is nothing to compare.
     """
 
-    facts: Mapping[str, Mapping[str, Any]]
+    facts: Mapping[str, SiteFacts]
     before: Any
 
     @classmethod
@@ -43,19 +44,24 @@ class SiteWatch:
         facts = {name: _facts(name, sites.get(name), planned.get(name), gradients) for name in planned or sites}
         return cls(facts, snapshot(model))
 
-    def at_end(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+    def at_end(self, model: nn.Module) -> dict[str, SiteFacts]:
         """The sites of the record: the facts, and the distance from start to end (table 2)."""
         if self.before is None:
             return {}
         compared = compare_adapters(self.before, snapshot(model)).sites
-        keys = ("cosine", "cosine_product", "spectral_norm")
-        return {
-            name: {**facts, **{key: getattr(compared.get(name), key, None) for key in keys}}
-            for name, facts in self.facts.items()
-        }
+        found: dict[str, SiteFacts] = {}
+        for name, facts in self.facts.items():
+            site = compared.get(name)
+            found[name] = {
+                **facts,
+                "cosine": site.cosine if site else None,
+                "cosine_product": site.cosine_product if site else None,
+                "spectral_norm": site.spectral_norm if site else None,
+            }
+        return found
 
 
-def _facts(name: str, site: Site | None, planned: SitePlan | None, gradients: StartDiagnostics) -> dict[str, Any]:
+def _facts(name: str, site: Site | None, planned: SitePlan | None, gradients: StartDiagnostics) -> SiteFacts:
     file_rank = site.rank if site else 0
     return {
         "kind": kind_of(name),

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic import remove_leftovers
+from ..record import RunRecord, read_record
 from .narrowing import narrowed
 from .processes import Pool, RunFunction
-from .records import Run, check_record, path_of, read_record, remove_checkpoints, runs_of
+from .runs import Run, check_record, path_of, remove_checkpoints, runs_of
 from .settings import Experiment
 from .tasks import make_task
 
-Listener = Callable[["Sweep", dict[str, Any]], None]
+Listener = Callable[["Sweep", RunRecord], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Todo:
     """
 
     pending: Sequence[Run]
-    present: Sequence[dict[str, Any]]
+    present: Sequence[RunRecord]
     done: Sequence[Run] = ()
     later: int = 0
 
@@ -55,10 +56,10 @@ class Sweep:
     """
 
     total: int
-    present: Sequence[dict[str, Any]]
+    present: Sequence[RunRecord]
     jobs: int
     began: float = field(default_factory=time.perf_counter)
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[RunRecord] = field(default_factory=list)
 
     @property
     def elapsed(self) -> float:
@@ -113,7 +114,7 @@ def plan_sweep(
     return Todo(pending, present, done, later)
 
 
-def _present(path: Path, run: Run, replace: bool) -> dict[str, Any] | None:
+def _present(path: Path, run: Run, replace: bool) -> RunRecord | None:
     if not path.exists():
         return None
     try:
@@ -173,7 +174,7 @@ def run_sweep(
             if say and (line := task.describe()):
                 say(line)
 
-        def ended(record: dict[str, Any]) -> None:
+        def ended(record: RunRecord) -> None:
             sweep.records.append(record)
             if listener:
                 listener(sweep, record)

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..record import Sample
+
 
 class Output(Protocol):
     """What a model gives: its training loss, a scalar, and whatever else the task's `evaluate` needs."""
@@ -74,7 +76,7 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """The metrics of a model on held-out batches; leaves modes and random states as found."""
 
-    def sample(self, model: nn.Module, step: int, folder: Path) -> list[dict[str, Any]]:
+    def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
         """Pictures or captions of a model after `step` updates.
 
         Returns:
@@ -123,7 +125,7 @@ class Defaults:
         """The training batches of the seed."""
         return self.train_batches(seed)
 
-    def sample(self, model: nn.Module, step: int, folder: Path) -> list[dict[str, Any]]:
+    def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
         """No samples."""
         return []
 

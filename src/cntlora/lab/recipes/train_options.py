@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from ..record import Sample
 from .values import one_of
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 """Gives the held-out metrics of a model by name."""
-Sample = Callable[[nn.Module, int], list[dict[str, Any]]]
+MakeSamples = Callable[[nn.Module, int], list[Sample]]
 """Gives what a model makes after a number of updates, as `Task.sample` does."""
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}

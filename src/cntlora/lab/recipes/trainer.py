@@ -28,9 +28,10 @@ from transformers.trainer_callback import ExportableState
 
 from ...data.batches import to_device
 from ...messages import quiet_transformers
+from ..record import SampleEntry
 from .layer_decay import layered_groups
 from .scoring import loss_of, modes
-from .train_options import SCHEDULES, Evaluate, Evaluation, Sample, TrainOptions, cycled
+from .train_options import SCHEDULES, Evaluate, Evaluation, MakeSamples, TrainOptions, cycled
 
 _WEIGHTS = "trained.safetensors"
 _STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is whole
@@ -51,7 +52,7 @@ class Recorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         self,
         evaluate: Evaluate | None,
         eval_at: set[int],
-        sample: Sample | None,
+        sample: MakeSamples | None,
         sample_at: set[int],
         progress: Callable[[int, float], None] | None,
         accumulation: int,
@@ -62,7 +63,7 @@ class Recorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.losses: list[float] = []
         self.times: list[float] = []
         self.evaluations: list[Evaluation] = []
-        self.samples: list[dict[str, Any]] = []
+        self.samples: list[SampleEntry] = []
         self._parts: list[float] = []  # losses of the batches of this update
         self._mark = 0.0
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from .train_options import Evaluate, Evaluation, Sample, TrainOptions
+from ..record import SampleEntry
+from .train_options import Evaluate, Evaluation, MakeSamples, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Curve:
     losses: list[float]
     evaluations: list[Evaluation]
     times: list[float]
-    samples: list[dict[str, Any]]
+    samples: list[SampleEntry]
     diverged: bool = False
 
     @property
@@ -57,7 +58,7 @@ def train(
     *,
     evaluate: Evaluate | None = None,
     eval_at: Iterable[int] = (),
-    sample: Sample | None = None,
+    sample: MakeSamples | None = None,
     sample_at: Iterable[int] = (),
     progress: Callable[[int, float], None] | None = None,
     folder: Path | None = None,

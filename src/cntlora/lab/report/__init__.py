@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .by import tables_by
 from .formats import Table
-from .records import MEAN_LOSS, Study, load_records, studies
+from .study import MEAN_LOSS, Study, load_records, studies
 from .tables import brief_tables
 
 __all__ = ["between", "load_records", "studies", "write_into", "write_report"]
@@ -33,6 +33,7 @@ def write_report(
     """Reads the records under `results` and writes the page, the tables and the figures.
 
     Args:
+        results: a folder of records, or a table that `cntlora results pack` wrote.
         out: a folder, which gets page.html, or the page itself (a name that ends in .html). Beside the page:
             tables.txt, tables.md, tables.tex and figures/.
         criterion: what the best learning rate has the best of: "mean_loss" (of training), "main" (each study's main
@@ -98,7 +99,7 @@ def write_into(
     found = studies(load_records(Path(results)), criterion)
     text = document.read_text(encoding="utf-8")
     if by:
-        text = between(document, text, f"{Path(results).resolve().name} by {by}", _markdown(tables_by(found, by)))
+        text = between(document, text, f"{Path(results).resolve().stem} by {by}", _markdown(tables_by(found, by)))
     for study in found if not by else ():
         brief = f"<!-- {study.name}: begin brief -->" in text
         tables = brief_tables(study, loss) if brief else _of_document(study, loss)

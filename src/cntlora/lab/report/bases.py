@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from .records import Record, finite
+from ..record import RunRecord
+from .study import start_loss
 
 ROUNDING = 1e-3
 """Relative difference of two losses of the same model and batch, in half precision or on another machine."""
 
 
-def strangers(runs: Iterable[Record]) -> list[tuple[Record, float]]:
+def strangers(runs: Iterable[RunRecord]) -> list[tuple[RunRecord, float]]:
     """The runs whose loss before the initialisation is not that of most of their seed, by seed, each with that of most.
 
     It is the loss of the first training batch, for which neither method nor learning rate has done anything yet. Runs
     that do not have it are left out.
     """
-    alike: dict[int, list[tuple[float, list[Record]]]] = {}
+    alike: dict[int, list[tuple[float, list[RunRecord]]]] = {}
     for run in runs:
-        loss = finite((run.get("start") or {}).get("loss_before"))
+        loss = start_loss(run, "loss_before")
         if loss is None:
             continue
         of_seed = alike.setdefault(run["seed"], [])

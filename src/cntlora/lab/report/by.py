@@ -6,9 +6,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..record import RunRecord
 from .formats import DASH, Cell, Column, Row, Table
 from .methods import group_of, ordered
-from .records import MEAN_LOSS, Estimate, Record, Study
+from .study import MEAN_LOSS, Estimate, Study
 from .tables import BROKEN, metric_name, number_spec, slug
 
 _FIELDS = ("experiment", "task")  # of the record itself; everything else is of its settings
@@ -117,7 +118,7 @@ def _caption(columns: Mapping[Any, Sequence[Study]], rows: Sequence[Row], averag
     return words
 
 
-def _value(run: Record, key: str) -> Any:
+def _value(run: RunRecord, key: str) -> Any:
     if key in _FIELDS:
         return run.get(key, _ABSENT)
     value: Any = run.get("config") or {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .records import Estimate, Group, Record, Study, finite
+from ..record import RunRecord
+from .study import Estimate, Group, Study, finite
 
 WINDOWS = 20  # the smoothing window is a run's length divided by this
 
@@ -116,7 +117,7 @@ def _curve(points: Sequence[tuple[float, Estimate]], seeds: int) -> Curve:
     return Curve(tuple(k[0] for k in kept), tuple(k[1] for k in kept), tuple(k[2] for k in kept))
 
 
-def _seconds(run: Record, step: int) -> float | None:
+def _seconds(run: RunRecord, step: int) -> float | None:
     """Training seconds at an evaluation; from the seconds of the steps where the evaluation has none."""
     found = next((finite(e.get("seconds")) for e in run.get("evaluations") or () if e["step"] == step), None)
     seconds = run.get("seconds") or ()

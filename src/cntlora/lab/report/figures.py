@@ -13,7 +13,7 @@ from .curves import Curve, loss_curve, metric_curve, rates_curve, stretched
 from .methods import BANDS, Style, styles
 from .plots import abscissa
 from .ranks import RankMap, adaptive, rank_maps
-from .records import MEAN_LOSS, Group, Study
+from .study import MEAN_LOSS, Group, Study
 from .tables import metric_name, slug
 
 FORMATS = ("svg", "png", "pdf")

@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby
 from typing import Literal
 
-from .records import Estimate
+from .study import Estimate
 
 Direction = Literal["min", "max"] | None
 BEST, SECOND = "best", "second"

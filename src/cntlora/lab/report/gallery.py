@@ -8,8 +8,8 @@ from typing import Any
 from .formats import DASH, Cell, Column, Row, Table
 from .methods import group_of
 from .pictures import data_uri, read_picture
-from .records import Study
 from .samples import Gallery, Sample, gallery_of, seed_words
+from .study import Study
 from .tables import slug
 
 TABLES, LETTERS = 4, 160  # caption tables of a study in documents, and letters of a caption there

@@ -11,8 +11,8 @@ from typing import Any
 from ...atomic import write_atomically
 from .formats import DASH
 from .pictures import read_picture
-from .records import Study
 from .samples import Gallery, Sample, gallery_of
+from .study import Study
 from .tables import slug
 
 NAMES, STEPS = 3, 5  # as many as are legible beside each other

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from ..record import RunRecord
 from .by import tables_by
 from .formats import Table
 from .gallery import gallery_part
 from .methods import BANDS, GROUPS, Style, group_of, order_key, styles
 from .plots import COST, CURVES, RANKS, RATES, SPECTRA, Plot, all_plots
-from .records import MEAN_LOSS, Record, Study, studies
+from .study import MEAN_LOSS, Study, studies
 from .tables import all_tables, slug
 from .words import glance, lead, provenance, rules, summary
 
@@ -82,7 +83,7 @@ _PARTS = (  # name, title, tables by the start of their slug, section of plots, 
 
 
 def build_page(
-    records: Iterable[Record],
+    records: Iterable[RunRecord],
     title: str | None = None,
     criterion: str = MEAN_LOSS,
     loss: float | None = None,

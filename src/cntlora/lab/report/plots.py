@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .curves import Curve, epochs_a_step, loss_curve, metric_curve, rates_curve, stretched, thin
 from .methods import Style, styles
 from .ranks import RankMap, adaptive, rank_maps
-from .records import MEAN_LOSS, Estimate, Group, Study, finite, kinds, sites_of
+from .study import MEAN_LOSS, Estimate, Group, Study, finite, kinds, sites_of
 from .tables import metric_name, slug
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ def spectrum_plot(study: Study, drawn: Mapping[str, Style], kind: str) -> Plot:
     """Singular values of the estimate at the sites of one kind, mean over depths and seeds."""
 
     def curve(group: Group) -> Curve:
-        sites = [site for run in group.finished for site in sites_of(run, kind) if site.get("singular_values")]
-        rows = [[finite(value) for value in site["singular_values"]] for site in sites]
+        sites = [site for run in group.finished for site in sites_of(run, kind)]
+        rows = [[finite(value) for value in values] for site in sites if (values := site.get("singular_values"))]
         values = [Estimate.of(same).mean for same in zip(*rows, strict=False)]
         known = [(float(i), v) for i, v in enumerate(values, start=1) if v is not None and v > 0]
         return Curve(tuple(x for x, _ in known), tuple(y for _, y in known), (None,) * len(known))

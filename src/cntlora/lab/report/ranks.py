@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from statistics import mean
 
-from .records import Group, finite, kind_of, sites_of
+from .study import Group, finite, kind_of, sites_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .records import Group, Record, Study
+from ..record import RunRecord
+from .study import Group, Study
 
 NAMES, STEPS, PICTURES = 12, 8, 240  # at most that many samples, steps, and pictures of a study are shown
 
@@ -104,22 +105,23 @@ def _left_out(what: str, shown: int, every: int) -> str:
     return "" if shown == every else f" Shown are {shown} of {every} {what}; the others lie beside the records."
 
 
-def _run(group: Group) -> Record | None:
+def _run(group: Group) -> RunRecord | None:
     """The finished run with samples of the smallest seed."""
     return min((run for run in group.finished if run.get("samples")), key=lambda run: run["seed"], default=None)
 
 
-def _samples(run: Record) -> Iterable[tuple[str, int, Sample]]:
+def _samples(run: RunRecord) -> Iterable[tuple[str, int, Sample]]:
     """(name, step, sample); the second of a name at a step is called "name (2)"."""
     seen: dict[tuple[str, int], int] = {}
     folder = Path(run["folder"]) if run.get("folder") else None
     for entry in run["samples"]:
-        if not _valid(entry):
+        if not _valid(entry) or (entry["kind"] == "image" and folder is None):  # a table without its files
             continue
         name, step = _line(entry.get("name")) or "sample", int(entry["step"])
         seen[name, step] = count = seen.get((name, step), 0) + 1
-        path = folder / entry["file"] if folder is not None and entry.get("file") else None
-        text = None if entry.get("text") is None else _line(entry["text"])
+        file, text = entry.get("file"), entry.get("text")
+        path = folder / file if folder is not None and file else None
+        text = None if text is None else _line(text)
         yield name if count == 1 else f"{name} ({count})", step, Sample(str(entry["kind"]), path, text, folder)
 
 

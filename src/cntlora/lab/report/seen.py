@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 from ...methods.method import METHODS
-from .records import Estimate, Group, Record
+from ..record import RunRecord
+from .study import Estimate, Group
 
 _PEFT_READS = ("peft:eva", "peft:corda", "peft:lora_ga")
 _OTHER_DATA = frozenset({"unseen", "foreign"})
 
 
-def seen_steps(run: Record) -> int:
+def seen_steps(run: RunRecord) -> int:
     """Steps, from the first, whose batches the initialisation of a run had read; 0 where it reads none of them."""
     config = run.get("config") or {}
     base, *modifiers = str(run["method"]).split("+")
@@ -32,7 +33,7 @@ def later_against(group: Group, other: Group) -> Estimate:
     found = []
     for run, one in group.pairs(other):
         first = max(seen_steps(run), seen_steps(one))
-        mine, its = run["losses"][first:], one["losses"][first:]
+        mine, its = ([loss for loss in r["losses"][first:] if loss is not None] for r in (run, one))
         if mine and len(mine) == len(its):
             found.append(math.fsum(mine) / len(mine) - math.fsum(its) / len(its))
     return Estimate.of(found)

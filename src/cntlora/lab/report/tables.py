@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from ..record import RunRecord
 from .bases import strangers
 from .curves import reference_loss, seconds_to_reach, steps_to_reach
 from .formats import Cell, Column, Direction, Row, Table
 from .methods import group_of
-from .records import MEAN_LOSS, Estimate, Group, Record, Study, finite, kinds
 from .seen import later_against
+from .study import MEAN_LOSS, Estimate, Group, Study, finite, kinds, start_loss
 
 BROKEN, CHOSEN = "†", "‡"
 _NAMES = {
@@ -150,7 +151,7 @@ def strangers_table(study: Study) -> Table:
     """Every run that is not of the model and data of the others, which is not to be compared with them."""
     columns = [*_RUN_COLUMNS, Column("loss before", spec="#.5g"), Column("of most", spec="#.5g")]
     rows = [
-        _run_row(study, run, Cell(mean=run["start"]["loss_before"]), Cell(mean=usual))
+        _run_row(study, run, Cell(mean=start_loss(run, "loss_before")), Cell(mean=usual))
         for run, usual in strangers(study.runs)
     ]
     caption = (
@@ -215,7 +216,7 @@ def _sensitivity_cell(group: Group, metric: str, best: bool) -> Cell:
     return Cell.of(value, broken + note, group.whole)
 
 
-def _reason(run: Record) -> str:
+def _reason(run: RunRecord) -> str:
     if run.get("error"):
         return " ".join(str(run["error"]).split())
     if run["status"] == "diverged":
@@ -224,9 +225,8 @@ def _reason(run: Record) -> str:
 
 
 def _start_losses(group: Group) -> list[Estimate]:
-    starts = [run.get("start") or {} for run in group.finished]
-    before: Sequence[float | None] = [finite(start.get("loss_before")) for start in starts]
-    after: Sequence[float | None] = [finite(start.get("loss_after")) for start in starts]
+    before = [start_loss(run, "loss_before") for run in group.finished]
+    after = [start_loss(run, "loss_after") for run in group.finished]
     change = [None if a is None or b is None else a - b for a, b in zip(after, before, strict=True)]
     return [Estimate.of(before), Estimate.of(after), Estimate.of(change)]
 
@@ -236,7 +236,7 @@ def _row(study: Study, group: Group, cells: Sequence[Cell]) -> Row:
     return Row(group.method, (label, *cells), group_of(group.method))
 
 
-def _run_row(study: Study, run: Record, *cells: Cell) -> Row:
+def _run_row(study: Study, run: RunRecord, *cells: Cell) -> Row:
     place = (Cell(study.labels[run["method"]]), Cell(mean=finite(run["learning_rate"])), Cell(mean=run["seed"]))
     return Row(run["method"], (*place, *cells), group_of(run["method"]))
 

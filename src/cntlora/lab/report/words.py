@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..record import RunRecord
 from .formats import BEST, Table
-from .records import Record, Study
+from .study import Study
 from .tables import criterion_words, metric_name
 
 
@@ -59,7 +60,7 @@ def rules(study: Study) -> list[str]:
     ]
 
 
-def provenance(records: Iterable[Record]) -> list[tuple[str, list[str]]]:
+def provenance(records: Iterable[RunRecord]) -> list[tuple[str, list[str]]]:
     """(what, its values) of the runs: how they ended, commits, machines and versions, with counts where they differ."""
     runs = list(records)
     states = Counter(str(run["status"]) for run in runs)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ....messages import first_line, quiet_transformers
+from ...record import Sample
 from ..task import Defaults, Recipe
 from ..values import at_least, one_of
 from .batches import CaptionBatches, full_prompt
@@ -196,7 +197,7 @@ class CaptioningTask(Defaults):
     def _sentences(self) -> Sentences:
         return Sentences(self.settings.sentences)
 
-    def sample(self, model: nn.Module, step: int, folder: Path) -> list[dict[str, Any]]:
+    def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
         """Captions of some held-out pictures, spread evenly, and the pictures beside them."""
         held_out = self.rows[1]
         count = min(self.settings.shown, len(held_out))
@@ -207,7 +208,7 @@ class CaptioningTask(Defaults):
         for batch in self._batches(chosen, None):
             said += generate(model, batch, self.processor.tokenizer, self.settings.max_caption)
         folder.mkdir(parents=True, exist_ok=True)
-        samples = []
+        samples: list[Sample] = []
         for i, (row, text) in enumerate(zip(chosen, said, strict=True)):
             picture = row.open()
             picture.thumbnail((224, 224))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ....data.batches import to_device
 from ....messages import warn_caller
+from ...record import Sample
 from ..picture_files import is_dark, said_of_dark
 from ..scoring import modes
 from ..task import Defaults, Recipe
@@ -157,13 +158,13 @@ class DreamboothTask(Defaults):
             made += generate(pipeline, prompts[part], seeds[part], steps=s.sampling_steps, guidance=s.guidance)
         return made
 
-    def sample(self, model: nn.Module, step: int, folder: Path) -> list[dict[str, Any]]:
+    def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
         """A picture of each sample prompt, the same seed at every step and for every arm."""
         s = self.settings
         prompts = [filled(template, s.words) for template in s.sample_prompts or s.templates[:3]]
         with modes(model, training=False):
             made = self._generate(model, prompts, [EVAL_SEED] * len(prompts))
-        rows = []
+        rows: list[Sample] = []
         for i, (prompt, picture) in enumerate(zip(prompts, made, strict=True)):
             picture.save(folder / f"{i}.png")
             rows.append({"kind": "image", "name": prompt, "file": f"{i}.png", "text": None})

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from ....data.batches import device_of, to_device
 from ....messages import unknown_name
+from ...record import Sample
 from ..frames import column, read_frame
 from ..loading import load_language_model, load_tokenizer
 from ..scoring import modes
@@ -149,7 +150,7 @@ class LanguageTask(Defaults):
             found["general_perplexity"] = _perplexity(token_loss(model, self._sorted(self.general_rows)))
         return found
 
-    def sample(self, model: nn.Module, step: int, folder: Path) -> list[dict[str, Any]]:
+    def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
         """The most likely continuations of the first held-out prompts, token by token."""
         from transformers import GenerationConfig
 
@@ -158,7 +159,7 @@ class LanguageTask(Defaults):
             max_new_tokens=s.sample_tokens, do_sample=False,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-        found = []
+        found: list[Sample] = []
         with modes(model, training=False), torch.no_grad():
             for row in self.rows[1][: s.samples]:
                 prompt = row.prompt or row.input_ids[: s.sample_prompt]
