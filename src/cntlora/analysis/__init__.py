@@ -1,1 +1,1 @@
-"""What an adapter is and does: comparison of adapters, and diagnostics of a start."""
+"""Comparison of adapters, and diagnostics of a model before its first training step."""

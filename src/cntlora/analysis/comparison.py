@@ -1,4 +1,4 @@
-"""How far an adapter has moved from its start: table 2 of the paper (section 4.2.1)."""
+"""Comparison of two states of an adapter: table 2 of the paper (section 4.2.1)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..report import text_table
 
 @dataclass(frozen=True)
 class Factors:
-    """One site of a snapshot: A (r, d), B (k, r) in float64, and the scaling s."""
+    """Factors of one site in a snapshot: A (r, d), B (k, r) in float64, and the scaling s."""
 
     A: Tensor
     B: Tensor
@@ -33,12 +33,14 @@ Adapter = nn.Module | Snapshot | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class SiteComparison:
-    """One site.
+    """Comparison of one site.
 
     Attributes:
+        kind: projection by the site's name, such as "query" or "value".
         cosine: cosine similarity of the parameters, (A, B) as one vector; None if one of them is zero.
-        cosine_product: cosine similarity of s·B·A (Frobenius); None where one of them is zero (LoRA's and EVA's start).
-        spectral_norm: σ_max of the difference of s·B·A, how far the function moved.
+        cosine_product: cosine similarity of s·B·A (Frobenius); None if one of them is zero, as at the start of LoRA
+            and EVA.
+        spectral_norm: largest singular value of the difference of s·B·A: how far the function moved.
     """
 
     kind: str
@@ -49,12 +51,16 @@ class SiteComparison:
 
 @dataclass(frozen=True)
 class AdapterComparison:
-    """The outcome of `compare_adapters`; `print` shows the means by kind."""
+    """Result of `compare_adapters`; `print` shows the means by kind of projection.
+
+    Attributes:
+        sites: site name → its comparison.
+    """
 
     sites: Mapping[str, SiteComparison]
 
     def by_kind(self) -> dict[str, dict[str, float | None]]:
-        """Means over the sites of each kind (query, key, value, out, …), as in table 2 of the paper."""
+        """Average over the sites of each kind (query, key, value, out, …), as in table 2 of the paper."""
         kinds = sorted({site.kind for site in self.sites.values()})
         return {kind: self._means([s for s in self.sites.values() if s.kind == kind]) for kind in kinds}
 
@@ -67,7 +73,7 @@ class AdapterComparison:
         return means
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Convert to plain values, ready for JSON."""
         return {"sites": {name: asdict(site) for name, site in self.sites.items()}, "kinds": self.by_kind()}
 
     def __str__(self) -> str:
@@ -80,7 +86,18 @@ class AdapterComparison:
 
 
 def snapshot(model: nn.Module, adapter_name: str = "default") -> dict[str, Factors]:
-    """A copy of the factors of an adapter on the CPU, by site name; the model may train on."""
+    """Copy the factors of an adapter to the CPU, to compare them later with `compare_adapters`.
+
+    Args:
+        model: with an adapter of LoRA layers; it may go on training.
+        adapter_name: of the adapter.
+
+    Returns:
+        Site name → A and B in float64, and the scaling.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+    """
     sites, _ = find_sites(model, adapter_name)
     return {s.name: Factors(_copy(s.A).flatten(1), _copy(s.B).flatten(1), s.scaling) for s in sites}
 
@@ -90,16 +107,19 @@ def _copy(parameter: Tensor) -> Tensor:
 
 
 def compare_adapters(before: Adapter, after: Adapter, adapter_name: str = "default") -> AdapterComparison:
-    """Cosine similarity and spectral norm of the difference between two states of an adapter, site by site.
+    """Compare two states of an adapter site by site: cosine similarity, and spectral norm of the difference.
 
-    The paper's table 2 compares the initialised adapter with the final one. It does not print its formulas; since it
-    has a cosine for LoRA, whose B·A starts at zero, that is taken of the parameters (A, B), and the spectral norm of
-    the difference of the products. Of an adapter of base "offset" only the half that trains is compared. DoRA's
-    magnitude vector is no part of either.
+    The paper's table 2 compares the initialised adapter with the final one, without printing its formulas. It has a
+    cosine for LoRA, whose B·A starts at zero, so the cosine here is that of the parameters (A, B); the spectral norm is
+    that of the difference of the products s·B·A. Of an adapter of base "offset" only the half that trains is compared.
+    DoRA's magnitude vector is not part of the comparison.
 
     Args:
         before, after: a model, an adapter folder, or a `snapshot`.
         adapter_name: of the adapter, where a model is given.
+
+    Returns:
+        The comparison; `print` shows it by kind of projection.
 
     Raises:
         ValueError: if the two do not have the same sites with the same ranks; names the first that differs.

@@ -18,11 +18,12 @@ from ..model.sites import Site, find_sites
 
 @dataclass(frozen=True)
 class StartDiagnostics:
-    """Of one batch, in eval mode.
+    """Loss and gradients of one batch, in eval mode.
 
     Attributes:
         loss: of the batch.
-        gradient_A, gradient_B: Frobenius norms of ∂L/∂A and ∂L/∂B per site; of base "offset", of the half that trains.
+        gradient_A, gradient_B: site name → Frobenius norm of ∂L/∂A and ∂L/∂B; for base "offset", of the half that
+            trains.
     """
 
     loss: float
@@ -33,14 +34,19 @@ class StartDiagnostics:
 def start_diagnostics(
     model: nn.Module, batch: Any, *, loss: Callable[[nn.Module, Any], Any] | None = None, adapter_name: str = "default"
 ) -> StartDiagnostics:
-    """The loss of one batch and the norms of the gradients of the factors; the model is left as found.
+    """Compute the loss of one batch and the norms of the gradients of A and B; the model is left as found.
 
-    Appendix B: ∂L/∂A = s·Bᵀ (∂L/∂Y) Xᵀ is zero while B is, ∂L/∂B = s·(∂L/∂Y) Xᵀ Aᵀ while A is.
+    Appendix B of the paper: ∂L/∂A = s·Bᵀ (∂L/∂Y) Xᵀ is zero while B is zero, and ∂L/∂B = s·(∂L/∂Y) Xᵀ Aᵀ is zero while
+    A is zero.
 
     Args:
         model: with an adapter of LoRA layers.
         batch: one batch with labels, as the model takes it.
         loss: `loss(model, batch)`, a scalar; None for the loss in the model's own output.
+        adapter_name: of the adapter.
+
+    Returns:
+        The loss and the norms per site.
 
     Raises:
         ValueError: without LoRA layers, or without a loss.
@@ -64,15 +70,16 @@ def start_curvature(
     adapter_name: str = "default",
     iterations: int = 30,
 ) -> float:
-    """The eigenvalue of largest magnitude of the Hessian of the loss of one batch by the factors that train.
+    """Compute the curvature at the start: the eigenvalue of largest magnitude of the Hessian of one batch's loss.
 
-    By power iteration from the gradient; H v is a central difference of gradients, so near that they differ by a few
-    percent of the gradient at most, however large the factors are. Gradient descent with a learning rate above 2 over
-    the value diverges along that direction. The model is left as found.
+    The Hessian is taken by the factors that train. The eigenvalue comes from a power iteration that begins at the
+    gradient. H·v is a central difference of gradients whose two points are so near that the gradients differ by at most
+    a few percent, however large the factors are. Gradient descent with a learning rate above 2 over the eigenvalue
+    diverges along its direction. The model is left as found.
 
     Args:
         model, batch, loss, adapter_name: as in `start_diagnostics`.
-        iterations: at most, of two backward passes each; it ends when the value changes by less than 1 %.
+        iterations: upper bound; each takes two backward passes. It ends when the value changes by less than 1 %.
 
     Returns:
         The eigenvalue in units of loss over factor squared, with its sign; 0 where the gradient is 0.
@@ -117,7 +124,7 @@ def start_curvature(
 
 
 _NEAR = 0.05
-"""How much the gradient may change, relative to itself, between the two points of a difference."""
+"""Largest change of the gradient, relative to itself, between the two points of a difference."""
 
 
 def _factors(sites: list[Site]) -> list[nn.Parameter]:

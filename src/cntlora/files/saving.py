@@ -60,31 +60,32 @@ def save_adapter(
     plan: InitPlan | None = None,
     model_card: bool = True,
 ) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors` that plain PEFT loads on the untouched base.
+    """Save the adapter as an ordinary LoRA that plain PEFT loads on the untouched base model.
 
-    A README.md tells how the adapter was initialised and which ranks it has. Of one that is there already only our own
-    section, between two marks, is replaced. Where a head is saved with the adapter and the model's configuration names
-    its classes (`id2label`), id2label.json holds the names, which PEFT's files do not. No file holds a path of this
-    machine.
+    The folder gets `adapter_config.json`, `adapter_model.safetensors` and a README.md that says how the adapter was
+    initialised and which ranks it has; in an existing README.md only our own section, between two marks, is replaced.
+    If a head is saved with the adapter and the model's configuration names its classes (`id2label`), id2label.json
+    holds the names, for which PEFT's files have no place. No file holds a path of this machine. Of a base model from a
+    local folder the configuration holds only the folder's name: load that model yourself.
 
-    For base "subtract" the base weights in memory have s·B₀·A₀ taken off, so the file holds [A; A₀] and [B, −B₀], of
-    rank 2r: on the pristine base the same function. The other policies are written at the rank they have.
+    For base "subtract" the base weights in memory have s·B₀·A₀ subtracted, so the file holds [A; A₀] and [B, −B₀] of
+    rank 2r, which is the same function on the pristine base. Adapters of other policies keep their rank.
 
-    Where the model is sharded by `fully_shard`, all processes have to call it, and the first one writes.
+    If the model is sharded by `fully_shard`, all processes have to call this, and the first one writes.
 
     Args:
         model: a PeftModel, a model with `add_adapter`, or a module that PEFT injected LoRA layers into.
-        path: the folder. A new one appears whole or not at all; in one that is there each file is replaced whole.
+        path: the folder. A new one appears complete or not at all; in an existing one each file is replaced at once.
         adapter_name: of the adapter.
-        fold_alpha: rewrite the factors so that alpha = rank everywhere (scaling 1, no rsLoRA), right also for readers
-            that ignore `alpha_pattern`.
-        plan: for base "subtract" where the model in memory is not the very object that was initialised (resumed in
-            another process, or copied): the plan that was applied then. The model card tells of it too.
+        fold_alpha: rewrite the factors so that alpha = rank everywhere (scaling 1, no rsLoRA), which is right also for
+            readers that ignore `alpha_pattern`.
+        plan: for base "subtract", if the model in memory is not the object that was initialised (resumed in another
+            process, or copied): the plan that was applied then. The model card describes it too.
         model_card: whether README.md is written.
 
     Raises:
         ValueError: if the model has no such adapter, or no PEFT configuration for it.
-        OSError: if the folder cannot be written, as on a full disk; what was there is as it was.
+        OSError: if the folder cannot be written, such as on a full disk; existing files stay as they were.
     """
     reshard(model)
     sharded = shards(model)

@@ -20,18 +20,21 @@ _WATCHES: Any = WeakIdKeyDictionary()  # parameter → what puts the mask on the
 
 
 def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
-    """Freezes the negative half of an adapter of base "offset": its gradients are zero from now on.
+    """Freeze the negative half of an adapter of base "offset": its gradients are zero from now on.
 
-    `initialize` and `apply_plan` do this themselves, and loading a checkpoint into such a model keeps it. Call it where
-    the adapter comes from a file into a new model (`PeftModel.from_pretrained(..., is_trainable=True)`), since a file
-    of an ordinary LoRA cannot say that half of it is frozen, and after `copy.deepcopy(model)` or
-    `load_state_dict(..., assign=True)`, which make new parameters. Calling it twice does no harm. After `fully_shard`
-    (FSDP2) it is not needed: the mask goes over to the sharded parameters.
+    `initialize` and `apply_plan` do this themselves, and loading a checkpoint into such a model keeps it. Call it
+
+    - if the adapter is loaded from a file into a new model (`PeftModel.from_pretrained(..., is_trainable=True)`),
+      because a file of an ordinary LoRA cannot say that half of it is frozen;
+    - after `copy.deepcopy(model)` or `load_state_dict(..., assign=True)`, which make new parameters.
+
+    Calling it twice does no harm. After `fully_shard` (FSDP2) it is not needed: the sharded parameters take the mask.
 
     Gradients are masked before they are accumulated, so gradient accumulation, clipping and DDP see the masked ones.
-    Decoupled weight decay (AdamW) shrinks both halves alike, so that what did not train keeps cancelling.
+    Decoupled weight decay (AdamW) shrinks both halves alike, so that the directions that did not train keep cancelling.
 
-    Call it for adapters of base "offset" only: nothing in a file tells them from those of "paired", whose halves train.
+    Call it for adapters of base "offset" only: a file does not distinguish them from those of "paired", whose halves
+    both train.
 
     Returns:
         The number of sites.
