@@ -48,7 +48,7 @@ def test_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = factor.svd_factors
     with monkeypatch.context() as patch:
         patch.setattr(
-            "cntlora.execution.assemble.offset", lambda B, A: (torch.cat([B, -0.9 * B], 1), torch.cat([A, A]))
+            "cntlora.execution.site_plans.offset", lambda B, A: (torch.cat([B, -0.9 * B], 1), torch.cat([A, A]))
         )
         assert "the start is off" in judged("halves")
     with monkeypatch.context() as patch:

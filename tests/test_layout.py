@@ -15,7 +15,7 @@ from benchmarks.structure import REST, ImportCycleError, measure, percentile
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "cntlora"
-DEPTH = 18
+DEPTH = 10
 """Files that the longest chain of imports may have."""
 
 

@@ -46,10 +46,10 @@ def patched(name: str) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
 MOMENTS = {
     "in a forward pass": (in_forward, {}),
     "in the eigenvalues of a batch": (patched("torch.linalg.eigh"), {}),
-    "in a factorisation": (patched("cntlora.execution.assemble.spectrum"), {}),
+    "in a factorisation": (patched("cntlora.execution.site_plans.spectrum"), {}),
     "in a QR": (patched("torch.linalg.qr"), {"decomposition": "qr", "rtol": 1e-3}),
     "in a backward pass": (patched("torch.Tensor.backward"), {"method": "lora_ga"}),
-    "with ranks by the data": (patched("cntlora.execution.assemble.allocate"), {"adaptive_ranks": True}),
+    "with ranks by the data": (patched("cntlora.execution.site_plans.allocate"), {"adaptive_ranks": True}),
     "while the plan is checked": (patched("cntlora.model.writer.check_holders"), {}),
 }
 

@@ -12,9 +12,8 @@
 
 from .analysis.comparison import AdapterComparison, compare_adapters, snapshot
 from .analysis.diagnostics import StartDiagnostics, start_curvature, start_diagnostics
-from .api import apply_plan, initialize, initialize_from_trainer
+from .api import apply_plan, compute_plan, initialize, initialize_from_trainer
 from .config import InitConfig
-from .execution.compute import compute_plan
 from .files.saving import save_adapter
 from .methods import *  # noqa: F403 (its `__all__`: a method is added in one place)
 from .methods import __all__ as _method_classes

@@ -26,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cntlora
 from cntlora import InitConfig, compute_plan
 from cntlora.data.anatomy import Anatomy
-from cntlora.data.collect import Seen, collect
+from cntlora.data.collect import collect
 from cntlora.data.padding import token_masks
 from cntlora.data.streams import Streams
+from cntlora.methods.facts import Facts
 from cntlora.model.sites import find_sites
 from cntlora.plan import InitPlan
 
@@ -54,7 +55,7 @@ ROTARY = 1e-5
 """Rotations are computed in float32, 1e-7 a token at another place; all else is float64."""
 
 
-def grams(model: nn.Module, batches: list[Batch], **options: Any) -> tuple[dict[str, Tensor], Seen]:
+def grams(model: nn.Module, batches: list[Batch], **options: Any) -> tuple[dict[str, Tensor], Facts]:
     """Σ X Xᵀ of every site over all batches."""
     found: dict[str, Tensor] = {}
 
@@ -76,11 +77,11 @@ def test_layers_count_the_tokens_that_the_rows_have_alone(kind: str, side: str, 
     model = adapted(kind)
     alone, _ = grams(model, one_at_a_time(kind, lengths), token_mask="none", num_batches=len(lengths))
     batch = ARCHITECTURES[kind].batch(lengths, side, extra)
-    together, seen = grams(model, [batch])
+    together, facts = grams(model, [batch])
     assert alone.keys() == together.keys()
     for name, expected in alone.items():
-        assert relative_error(together[name], expected) < ROTARY, (name, seen.masks.get(name))
-        masks = [mask.split(" (")[0] for mask in seen.masks.get(name, ())]
+        assert relative_error(together[name], expected) < ROTARY, (name, facts[name].masks)
+        masks = [mask.split(" (")[0] for mask in facts[name].masks]
         assert masks == ([ARCHITECTURES[kind].stream(name)] if is_masked(kind, name) else []), name
     blind, _ = grams(model, [batch], token_mask="none")  # the control: padding would count
     errors = [relative_error(blind[name], alone[name]) for name in alone if is_masked(kind, name)]

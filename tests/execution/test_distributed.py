@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
-from cntlora.execution import assemble
-from cntlora.execution.agreement import agreed, alone
+from cntlora.execution import site_plans
+from cntlora.execution.executor import LocalExecutor, choose_executor
+from cntlora.execution.processes import gather, raise_together, world_size
 from cntlora.model.sites import find_sites
 
 BASES = ("offset", "paired", "subtract", "keep")
@@ -100,14 +101,14 @@ def job_failures(rank: int, world: int, folder: Path) -> Any:
     failing = text_batches(1, seed=rank)
     if rank == 1:
         failing[0]["attention_mask"].zero_()
-    original = assemble._plan_site
+    original = site_plans._plan_site
 
     def broken(*_: Any) -> Any:
         raise ArithmeticError("no factors")
 
     results = {}
     for name, batches in (("data", failing), ("factors", text_batches(1, seed=rank))):
-        assemble._plan_site = broken if name == "factors" and rank == 1 else original
+        site_plans._plan_site = broken if name == "factors" and rank == 1 else original
         model, before = adapted(), state(adapted())
         results[name] = outcome(lambda m=model, b=batches: initialize(m, b))
         results[name]["unchanged"] = all(torch.equal(before[n], t) for n, t in model.state_dict().items())
@@ -117,9 +118,9 @@ def job_failures(rank: int, world: int, folder: Path) -> Any:
 def dying(rank: int, world: int, folder: Path, where: str, end: Any) -> Any:
     """The second rank ends in the middle; what the first is told, and how it is left."""
     connect(rank, world, folder, seconds=TIMEOUT)
-    original = assemble._plan_site
+    original = site_plans._plan_site
     if rank == 1 and where == "factors":
-        assemble._plan_site = lambda *rest: end()
+        site_plans._plan_site = lambda *rest: end()
 
     def batches() -> Any:
         yield from text_batches(1, seed=rank)
@@ -132,7 +133,7 @@ def dying(rank: int, world: int, folder: Path, where: str, end: Any) -> Any:
     try:
         found = outcome(lambda: initialize(model, batches()))
     finally:
-        assemble._plan_site = original
+        site_plans._plan_site = original
     found["unchanged"] = all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     found["hooks"] = hooks == [len(m._forward_pre_hooks) for m in model.modules()]
     return found
@@ -170,7 +171,7 @@ def job_accelerate(rank: int, world: int, folder: Path) -> Any:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port_file.read_text(), ACCELERATE_USE_CPU="true")
     accelerator = Accelerator(cpu=True)
     rows = [{key: value[i] for key, value in batch.items()} for batch in text_batches(4, seed=0) for i in range(8)]
-    results: dict[str, Any] = {"processes": accelerator.num_processes, "alone": alone()}
+    results: dict[str, Any] = {"processes": accelerator.num_processes, "world": world_size()}
     for name, base in (("initialise, then prepare", "offset"), ("prepare, then initialise", "paired")):
         model, loader = adapted(), accelerator.prepare(DataLoader(rows, batch_size=4))
         prepared = accelerator.prepare(model) if base == "paired" else None
@@ -248,12 +249,12 @@ def test_a_process_that_dies_or_hangs_is_an_error_on_the_other(results: Any, job
 @pytest.mark.parametrize("name", ["initialise, then prepare", "prepare, then initialise"])
 def test_accelerate(results: Any, name: str) -> None:
     for rank in results["job_accelerate"]:
-        assert (rank["processes"], rank["alone"]) == (2, False)
+        assert (rank["processes"], rank["world"]) == (2, 2)
         assert rank[name] == {"start": True, "end": True, "batches": 6, "wrapped": True}
 
 
 def test_one_process_is_left_alone(process_group: None) -> None:
-    assert alone() and agreed(5, "here") == 5
+    assert isinstance(choose_executor(adapted()), LocalExecutor) and gather(5) == [5] == [raise_together(5, "here")]
     with pytest.raises(KeyError):
-        agreed(KeyError("x"))
+        raise_together(KeyError("x"))
     assert dist.get_world_size() == 1

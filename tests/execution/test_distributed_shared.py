@@ -13,9 +13,9 @@ from tests.tiny import adapted, text_batches
 from torch import Tensor, nn
 
 from cntlora import InitConfig, compute_plan, initialize
-from cntlora.execution import assemble, distributed
-from cntlora.execution.distributed import _linked, deal
-from cntlora.execution.sizing import TRIED
+from cntlora.execution import compute, site_plans
+from cntlora.execution.distributed import distribute, linked_names
+from cntlora.execution.step_size import TRIED
 from cntlora.model.sites import find_sites
 
 METHODS = ("cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one", "pissa", "descent")
@@ -77,17 +77,17 @@ def compared(method: str, rank: int, world: int, adaptive: bool) -> dict[str, An
     )
     everything = [batch for other in range(world) for batch in own_batches(other)]
     batches: Any = None if method == "pissa" else own_batches(rank)
-    model, made, original = adapted(dtype=torch.float64), [], assemble._plan_site
+    model, made, original = adapted(dtype=torch.float64), [], site_plans._plan_site
 
     def counted(site: Any, *rest: Any) -> Any:
         made.append(site.name)
         return original(site, *rest)
 
-    assemble._plan_site = counted
+    site_plans._plan_site = counted
     try:
         report = initialize(model, batches, config, **call(method))
     finally:
-        assemble._plan_site = original
+        site_plans._plan_site = original
     single = compute_plan(adapted(dtype=torch.float64), everything, config, **call(method))
     all_but_one = compute_plan(adapted(dtype=torch.float64), everything[:-1], config, **call(method))
     together = {s.name: s.B.detach() @ s.A.detach() if s.B.any() else s.A.detach() for s in find_sites(model)[0]}
@@ -131,21 +131,21 @@ def job_traffic(rank: int, world: int, folder: Path) -> Any:
     connect(rank, world, folder)
     sent: list[int] = []
     kept: list[list[str]] = []
-    reduce, plan_from = dist.reduce, distributed.plan_from
+    reduce, plan_from = dist.reduce, compute.plan_from
 
     def counted(tensor: Tensor, **options: Any) -> Any:
         sent.append(tensor.numel())
         return reduce(tensor, **options)
 
-    def seen(reading: Any, *rest: Any) -> Any:
-        kept.extend(names for names, _ in reading.work.estimator.accumulated[0].groups())
-        return plan_from(reading, *rest)
+    def seen(statistics: Any) -> Any:
+        kept.extend(names for names, _ in statistics.estimator.accumulated[0].groups())
+        return plan_from(statistics)
 
-    dist.reduce, distributed.plan_from = counted, seen
+    dist.reduce, compute.plan_from = counted, seen
     try:
         initialize(adapted(), text_batches(2, seed=rank), InitConfig(base="keep"))
     finally:
-        dist.reduce, distributed.plan_from = reduce, plan_from
+        dist.reduce, compute.plan_from = reduce, plan_from
     return {"sent": sent, "kept": kept}
 
 
@@ -198,12 +198,13 @@ def test_a_sum_travels_once_to_its_owner(results: Any) -> None:
 
 def test_dealing_balances_and_keeps_groups_together() -> None:
     costs = {"a": 8.0, "b": 4.0, "c": 1.0, "d": 5.0, "e": 3.0}
-    owners = deal([["a"], ["b", "c"], ["d"], ["e"]], costs, 2)
+    owners = distribute([["a"], ["b", "c"], ["d"], ["e"]], costs, 2)
     assert owners == {"a": 0, "b": 1, "c": 1, "d": 1, "e": 0}
-    assert deal([["e"], ["d"], ["b", "c"], ["a"]], costs, 2)["b"] == deal([["a"], ["b", "c"]], costs, 2)["c"]
-    assert set(deal([["a"], ["b"]], costs, 4).values()) == {0, 1}
+    first = distribute([["a"], ["b", "c"]], costs, 2)
+    assert distribute([["e"], ["d"], ["b", "c"], ["a"]], costs, 2)["b"] == first["c"]
+    assert set(distribute([["a"], ["b"]], costs, 4).values()) == {0, 1}
 
 
 def test_what_any_sum_links_is_one_group() -> None:
-    assert _linked(list("abcde"), ["ab", "cd", "bc"]) == [["a", "b", "c", "d"], ["e"]]
-    assert _linked(list("abc"), []) == [["a"], ["b"], ["c"]]
+    assert linked_names(list("abcde"), ["ab", "cd", "bc"]) == [["a", "b", "c", "d"], ["e"]]
+    assert linked_names(list("abc"), []) == [["a"], ["b"], ["c"]]

@@ -25,7 +25,7 @@ from tests.processes import connect, run
 from torch import Tensor
 
 from cntlora import initialize
-from cntlora.execution import distributed, lockstep
+from cntlora.execution import distributed
 from cntlora.model import layouts, sharded
 from cntlora.model.sites import find_sites
 
@@ -73,7 +73,7 @@ def compared(rank: int, world: int, method: str = "self", base: str = "keep", **
 class LiveWeights:
     """Counts the gathered values that are alive at once in this process."""
 
-    PLACES = ((distributed, "full_at"), (lockstep, "full"), (layouts, "full"))
+    PLACES = ((distributed, "full_at"), (distributed, "full"), (layouts, "full"))
 
     def __init__(self) -> None:
         self.alive = self.most = self.count = 0

@@ -16,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import cntlora
 from cntlora import InitConfig, compute_plan, initialize
 from cntlora.data.collect import collect
-from cntlora.execution.reading import Request, read
+from cntlora.execution.arguments import Request
+from cntlora.execution.executor import LocalExecutor
+from cntlora.execution.reading import read_statistics
 from cntlora.linalg.parallel import STREAMS, side_by_side
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -140,7 +142,8 @@ def test_the_data_pass_does_not_wait_for_every_layer(method: str, monkeypatch: p
     monkeypatch.setattr("cntlora.execution.reading.collect", counted)
     options = {"rtol": 1e-6} if method == "cross" else {}  # an input without full rank waits for its eigenvalues
     for layers in (2, 2, 8):  # the first call loads libraries
-        read(Request(llama(layers), [batch], InitConfig.from_dict({"method": method, **options})))
+        config = InitConfig.from_dict({"method": method, **options})
+        read_statistics(Request(llama(layers), [batch], config), LocalExecutor())
     assert counts[1] == counts[2] > 0
     assert synchronisations(lambda: [float(ids.sum()) for _ in range(5)]) == 5  # control
 

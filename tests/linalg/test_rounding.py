@@ -23,7 +23,8 @@ from cntlora import InitConfig
 from cntlora.linalg.moments import Moments
 from cntlora.linalg.pseudo_inverse import coarser, rounding_noise
 from cntlora.methods.cross import cross_map
-from cntlora.methods.estimator import Contribution, InputFacts
+from cntlora.methods.estimator import Contribution
+from cntlora.methods.facts import Facts, SiteFacts
 from cntlora.methods.self_mode import self_map, self_quick
 from cntlora.methods.statistics import InputEstimator
 from cntlora.methods.target import Target
@@ -157,15 +158,31 @@ def test_the_coarsest_dtype_of_a_batch_decides() -> None:
     assert coarser(torch.float16, torch.bfloat16) == coarser(torch.bfloat16, torch.float16) == torch.bfloat16
 
 
-def test_what_is_noted_is_put_together_over_batches_and_processes() -> None:
-    one, two = InputFacts(), InputFacts()
+def test_facts_are_put_together_over_batches_processes_and_passes() -> None:
+    one, two = Facts(batches=2), Facts(batches=1)
     one.add(["a", "b"], Contribution(rank=5, rtol=torch.tensor(1e-6), precision=torch.float32))
     one.add(["a"], Contribution(rank=7, rtol=torch.tensor(4e-6), precision=torch.bfloat16))
     two.add(["b"], Contribution(rank=3, rtol=torch.tensor(2e-6), precision=torch.float64))
-    one.update(two)
-    assert one.ranks == {"a": 5, "b": 3}
-    assert one.rtols == pytest.approx({"a": 4e-6, "b": 2e-6})
-    assert one.precisions == {"a": torch.bfloat16, "b": torch.float32}
+    one["a"].merge(SiteFacts(calls=1, batches=1, tokens=9, largest_batch=9, masks={"text (labels)"}, seconds=1.0))
+    one["a"].merge(SiteFacts(calls=1, batches=0, seconds=0.5, unmasked={"no mask"}))
+    two["a"].merge(SiteFacts(calls=1, batches=1, tokens=4, largest_batch=4, masks={"text (attention_mask)"}))
+    two.read_back()
+    assert isinstance(two["b"].rtol, float) and isinstance(one["b"].rtol, torch.Tensor)
+    one.read_back()
+    one.merge(two)
+    assert (one["a"].effective_rank, one["b"].effective_rank) == (5, 3)
+    assert (one["a"].rtol, one["b"].rtol) == pytest.approx((4e-6, 2e-6))
+    assert (one["a"].precision, one["b"].precision) == (torch.bfloat16, torch.float32)
+    counts = (one["a"].calls, one["a"].batches, one["a"].tokens, one["a"].largest_batch, one["a"].seconds)
+    assert counts == (3, 2, 13, 9, 1.5) and one.batches == 3
+    assert one["a"].masks == {"text (labels)", "text (attention_mask)"} and one["a"].unmasked == {"no mask"}
+    again = Facts(batches=3)
+    again["a"].merge(SiteFacts(calls=3, batches=2, tokens=13, largest_batch=9, seconds=2.0, effective_rank=6))
+    one.reread(again)
+    counts = (one["a"].calls, one["a"].batches, one["a"].tokens, one["a"].largest_batch, one["a"].seconds)
+    assert counts == (3, 2, 13, 9, 3.5) and one.batches == 3 and one["a"].effective_rank == 5
+    one.merge(again)  # the control: as further batches they count
+    assert one["a"].tokens == 26 and one.batches == 6
 
 
 def test_the_rank_of_all_inputs_does_not_count_rounding() -> None:
@@ -174,11 +191,12 @@ def test_the_rank_of_all_inputs_does_not_count_rounding() -> None:
     for seed in (0, 1):
         absorb(made, ["site"], moments(few_distinct(32, 64, 4, torch.float32, seed)), 1.0)
     made.target("site", 2)
-    assert made.effective_rank("site") == 8  # four columns in each of two batches
-    made.facts.precisions["site"] = torch.float64  # control: without the dtype it would be full
+    assert made.facts["site"].effective_rank == 8  # four columns in each of two batches
+    made.facts["site"].precision = torch.float64  # control: without the dtype it would be full
     made._last = None  # which holds the rank that was found
     made.target("site", 2)
-    assert made.effective_rank("site") > 8
+    found = made.facts["site"].effective_rank
+    assert found is not None and found > 8
 
 
 # --- models whose inputs hardly vary ------------------------------------------------------------------------

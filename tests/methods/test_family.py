@@ -399,7 +399,7 @@ def test_neighbours_with_one_input_share_the_work(monkeypatch: pytest.MonkeyPatc
 
 
 def test_spectra_of_eva_hold_no_square_matrix_for_each_site() -> None:
-    from cntlora.execution.assemble import _spectrum
+    from cntlora.execution.site_plans import _spectrum
     from cntlora.methods.eva import eva_target
     from cntlora.model.sites import find_sites
 
@@ -437,11 +437,11 @@ def test_a_report_says_that_a_zero_start_needs_no_policy() -> None:
 def test_with_adaptive_ranks_a_target_is_made_again_only_where_its_matrix_is_needed(
     method: str, decomposition: str, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cntlora.execution.assemble import Work
+    from cntlora.execution.reading import Statistics
 
     made: list[str] = []
-    plain = Work.target
-    monkeypatch.setattr(Work, "target", lambda self, site, seen: made.append(site.name) or plain(self, site, seen))
+    plain = Statistics.target
+    monkeypatch.setattr(Statistics, "target", lambda self, site: made.append(site.name) or plain(self, site))
     config = InitConfig.from_dict({"method": method, "decomposition": decomposition, "adaptive_ranks": True})
     plan = compute_plan(wrapped(mlp()), token_batches(SIZES), config, progress=False)
     extended = [n for n, s in plan.sites.items() if s.rank > 2 * R]

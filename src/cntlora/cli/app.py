@@ -191,9 +191,8 @@ def _initialise(
     outputs: tuple[Path, Path | None],
 ) -> tuple[Any, Any]:
     """Model, data, plan, adapter folder; returns the report and all rows."""
-    from ..api import apply_plan
+    from ..api import apply_plan, compute_plan
     from ..config import InitConfig
-    from ..execution.compute import compute_plan
     from ..files.saving import save_adapter
     from ..lab.recipes.loading import add_lora, batches_of, load_model
     from ..lab.recipes.text.tables import Table, shuffled

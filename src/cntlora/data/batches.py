@@ -38,6 +38,26 @@ def first_batches(batches: Iterable[Any], count: int) -> Iterator[Any]:
     return islice(iterator, count)
 
 
+class KeptBatches:
+    """The first batches of a source, and later the very same ones again; in all else it is the source."""
+
+    def __init__(self, source: Iterable[Any], count: int) -> None:
+        self.source, self.count = source, count
+        self.batches: list[Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)  # a DataLoader's generators, which are left as found
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.batches is not None:
+            yield from self.batches
+            return
+        self.batches = []
+        for batch in first_batches(self.source, self.count):
+            self.batches.append(batch)
+            yield batch
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`; containers are rebuilt, the caller's are left alone."""
     if isinstance(batch, Tensor):

@@ -10,7 +10,6 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..linalg.moments import Moments, TokenCount
 from ..linalg.parallel import full_precision, read_back
+from ..methods.facts import Facts, SiteFacts
 from ..model.bypass import bypassed
 from ..model.lora_layers import lora_layers
 from ..model.patches import geometry, is_convolution, patches
@@ -45,43 +45,6 @@ Admits = Callable[[Site, bool], bool]
 """Whether the statistics of a site are taken, told whether its input is one that is taken for another site anyway."""
 OnBatch = Callable[[int, Groups], None]
 """Called after a forward pass with the index of the batch and its inputs."""
-
-
-@dataclass
-class Seen:
-    """What a data pass saw.
-
-    Attributes:
-        batches: that were read; tokens, site_batches: per site the tokens, and the batches in which it saw any.
-        masks: per site the masks that were applied, as "stream (what it comes from)".
-        unmasked: per site why no mask was applied, where one was given.
-    """
-
-    batches: int = 0
-    tokens: dict[str, int] = field(default_factory=dict)
-    site_batches: dict[str, int] = field(default_factory=dict)
-    masks: dict[str, set[str]] = field(default_factory=dict)
-    unmasked: dict[str, set[str]] = field(default_factory=dict)
-
-    def update(self, other: Seen) -> None:
-        """Takes over what another pass over the same batches saw."""
-        self.batches = other.batches
-        self.tokens.update(other.tokens)
-        self.site_batches.update(other.site_batches)
-        self.note_masks(other)
-
-    def note_masks(self, other: Seen) -> None:
-        """Adds the masks that another pass, or another process, applied."""
-        for mine, theirs in ((self.masks, other.masks), (self.unmasked, other.unmasked)):
-            for name, found in theirs.items():
-                mine.setdefault(name, set()).update(found)
-
-    def note_rows(self, name: str, rows: Rows) -> None:
-        """Notes which mask chose the tokens of a site."""
-        if rows.keep is not None:
-            self.masks.setdefault(name, set()).add(f"{rows.stream} ({rows.why})")
-        elif rows.why:
-            self.unmasked.setdefault(name, set()).add(rows.why)
 
 
 @contextmanager
@@ -121,9 +84,9 @@ class _Watcher:
     """Takes the moments of one forward pass."""
 
     def __init__(
-        self, new: Callable[[Site], Stats], admits: Admits, streams: Streams | None, batch: int, noted: Seen
+        self, new: Callable[[Site], Stats], admits: Admits, streams: Streams | None, batch: int, facts: Facts
     ) -> None:
-        self.new, self.admits, self.streams, self.batch, self.noted = new, admits, streams, batch, noted
+        self.new, self.admits, self.streams, self.batch, self.facts = new, admits, streams, batch, facts
         # tensor → its version, and by how it is looked at (see `_see`) its statistics and which rows counted
         self.known: Any = WeakIdKeyDictionary()
         self.seen: dict[str, list[Stats]] = {}
@@ -159,7 +122,7 @@ class _Watcher:
         taken, rows = stats[view, admitted]
         self.seen.setdefault(site.name, []).append(taken)
         if rows is not None:
-            self.noted.note_rows(site.name, rows)
+            _note_mask(self.facts[site.name], rows)
 
     def _taken(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, Rows | None]:
         """The statistics of an input, and which of its rows counted. Patches are never masked."""
@@ -189,6 +152,14 @@ class _Watcher:
             names.setdefault(key, []).append(name)
             inputs[key] = moments
         return [(tuple(names[key]), _merged(inputs[key])) for key in names]
+
+
+def _note_mask(facts: SiteFacts, rows: Rows) -> None:
+    """Notes which mask chose the tokens of a site, or why none did."""
+    if rows.keep is not None:
+        facts.masks.add(f"{rows.stream} ({rows.why})")
+    elif rows.why:
+        facts.unmasked.add(rows.why)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -237,7 +208,8 @@ def collect(
     totals: bool = False,
     admits: Admits = lambda site, known: True,
     by_loss: bool = False,
-) -> Seen:
+    facts: Facts | None = None,
+) -> Facts:
     """Runs the first `num_batches` batches through the model in eval mode; with gradients only for `on_output`.
 
     Args:
@@ -250,11 +222,12 @@ def collect(
         step: called after each batch (progress).
         totals: whether the moments hold Σ x too.
         admits: which sites are read, see `memory.Budget`; the tokens of the others are counted.
+        facts: to which those of these batches are added; None for new ones.
 
     Raises:
         ValueError: no batch, a batch without a token that counts, NaN or Inf in an input (names site and batch).
     """
-    seen = Seen()
+    facts = Facts() if facts is None else facts
     call = forward or default_forward
     model = unwrapped(model)
     device = device_of(model)
@@ -268,19 +241,19 @@ def collect(
             moved = to_device(batch, device)
             masks = _usable_masks(token_masks(anatomy, moved, token_mask, by_loss), sites, model, index)
             streams = Streams(anatomy, moved, masks) if masks.needed() else None
-            watcher = _Watcher(new, admits, streams, index, seen)
+            watcher = _Watcher(new, admits, streams, index, facts)
             with following(anatomy, streams), watching(sites, watcher):
                 output = call(model, moved)
             if on_output:
                 _check_called(watcher, sites, index)
                 on_output(index, output)
-            _hand_on(watcher, index, on_batch, seen)
+            _hand_on(watcher, index, on_batch, facts)
             if on_first and index == 0:
                 on_first(moved, output)
             step()
-    if seen.batches == 0:
+    if facts.batches == 0:
         raise ValueError("batches: expected at least one batch, got none; is the loader empty, or already used up?")
-    return seen
+    return facts
 
 
 @contextmanager
@@ -317,7 +290,7 @@ def _check_called(watcher: _Watcher, sites: list[Site], index: int) -> None:
         )
 
 
-def _hand_on(watcher: _Watcher, index: int, on_batch: OnBatch, seen: Seen) -> None:
+def _hand_on(watcher: _Watcher, index: int, on_batch: OnBatch, facts: Facts) -> None:
     groups = watcher.groups()
     device = groups[0][1].device if groups else torch.device("cpu")
     with full_precision(device):
@@ -331,6 +304,6 @@ def _hand_on(watcher: _Watcher, index: int, on_batch: OnBatch, seen: Seen) -> No
     on_batch(index, [(names, stats) for names, stats in groups if stats.tokens])
     for names, stats in groups:
         for name in names:
-            seen.tokens[name] = seen.tokens.get(name, 0) + stats.tokens
-            seen.site_batches[name] = seen.site_batches.get(name, 0) + (stats.tokens > 0)
-    seen.batches += 1
+            n = stats.tokens
+            facts[name].merge(SiteFacts(calls=1, batches=int(n > 0), tokens=n, largest_batch=n))
+    facts.batches += 1

@@ -1,1 +1,1 @@
-"""From what was read to the plan, in one process, in several passes, or in several processes."""
+"""The executor, the passes over the data, and the way from what was read to the plan."""

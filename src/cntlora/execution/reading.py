@@ -1,123 +1,257 @@
-"""The passes over the data: from the model and its batches to the statistics of every site."""
+"""The statistics of a call: what is read of the data for every site, in one pass over the batches or several."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import InitConfig
-from ..data.batches import REPEATABLE, Forward, default_forward, device_of, first_batches, unwrapped
-from ..data.collect import Seen, collect
-from ..data.gradients import loss_in, weight_gradients
-from ..data.memory import Budget, MaxMemory, parse_limits
-from ..data.padding import TokenMask
+from ..data.batches import REPEATABLE, KeptBatches, default_forward, unwrapped
+from ..data.collect import collect
+from ..data.gradients import scalar_loss, weight_gradients
+from ..data.memory import Budget, parse_limits
 from ..data.reach import has_loss, is_watched, unreached
+from ..linalg.moments import Moments
 from ..messages import quoted
 from ..methods.estimator import GradientReader, InputReader
+from ..methods.facts import Facts
+from ..methods.statistics import GradientSums
 from ..model.checks import check_adapter, usable_sites
 from ..model.sharded import is_sharded, reshard
-from ..model.sites import Site
-from ..model.ties import Tied
 from ..model.weight_files import WeightFiles
-from .assemble import Take, Work, working_weight
+from .losses import Losses
 
-Loss = Callable[[nn.Module, Any], Any]
+if TYPE_CHECKING:
+    from ..data.collect import Groups
+    from ..methods.estimator import Estimator
+    from ..methods.target import Target
+    from ..model.sites import Site
+    from ..model.ties import Tied
+    from .arguments import Request
+    from .executor import Executor
+
+T = TypeVar("T")
 
 ON_MISSING = ("raise", "warn")
 
 
 @dataclass
-class Request:
-    """What is asked for: the arguments of `compute_plan`, and how several processes go about it.
+class Statistics:
+    """What was read of the data, and all that is needed to read it once more.
 
     Attributes:
-        take: hands the inputs of each batch to the estimator, in place of the usual way (`Work.take`).
-        in_order: admit sites in the order of the model, which is the same for every process, and not as they are seen.
-        weights: where W is read from, in place of the model.
-    """
-
-    model: nn.Module
-    batches: Iterable[Any] | None = None
-    config: InitConfig | None = None
-    forward: Forward | None = None
-    loss: Loss | None = None
-    token_mask: TokenMask = None
-    adapter_name: str = "default"
-    on_missing: str = "raise"
-    progress: bool = True
-    max_memory: MaxMemory = None
-    take: Take | None = None
-    in_order: bool = False
-    weights: str | os.PathLike[str] | None = None
-
-
-@dataclass
-class Reading:
-    """What `read` found, from which `plan_from` makes the plan.
-
-    Attributes:
-        request: what was asked for.
+        request: the arguments of the call; batches: those of it, kept where they are needed again.
+        config: the configuration in force.
+        executor: spreads the work over processes.
         sites, skipped: that can be initialised, and that cannot, with the reason.
         tied: sites that share the factors of one of `sites`.
-        unreached: sites that the loss of the first row does not depend on, once that was `looked` at.
-        work, seen: the statistics of the data.
-        budget: which sites they are of, and where they are held.
+        budget: of which sites the statistics are there, and where they are held.
+        estimator: the sums over the batches of the last pass.
+        facts: the rest that is known of each site.
+        losses: of the batches, for a method whose size the loss finds.
+        unreached: sites that the loss of the first row does not depend on; None until that was looked at.
         started, seconds: the clock at the start, and the seconds of the data passes.
-        losses: of the batches, for a method whose size is found by the loss.
     """
 
     request: Request
+    config: InitConfig
+    executor: Executor
     sites: list[Site]
     skipped: dict[str, str]
-    work: Work
+    tied: list[Tied]
     budget: Budget
     started: float
-    seen: Seen = field(default_factory=Seen)
+    estimator: Estimator = field(init=False)
+    facts: Facts = field(default_factory=Facts)
+    losses: Losses = field(default_factory=Losses)
+    unreached: list[str] | None = None
     seconds: float = 0.0
-    tied: list[Tied] = field(default_factory=list)
-    unreached: list[str] = field(default_factory=list)
-    looked: bool = False
-    losses: Losses = field(default_factory=lambda: Losses())
 
-    def pass_over(self, sites: list[Site]) -> Seen:
+    def __post_init__(self) -> None:
+        self.batches = self.request.batches
+        self.estimator = self._new_estimator()
+
+    def _new_estimator(self) -> Estimator:
+        named, executor = {site.name: site for site in self.sites}, self.executor  # not self: a cycle keeps the loader
+        estimator = self.config.method.estimator(
+            lambda name: working_weight(executor.with_weight(named[name])), self.config
+        )
+        for sums in estimator.accumulated:
+            sums.place = self.budget.place
+        return estimator
+
+    # --- passes over the batches -----------------------------------------------------------------------------
+
+    def read(self, sites: list[Site], stage: str) -> None:
         """Reads the batches, once more or for the first time, for as many of `sites` as there is room for.
 
-        Returns:
-            What of `sites` was seen, by this process alone.
+        Args:
+            stage: names the moment at which another process may have failed.
         """
+        facts = self.executor.run(lambda: self._pass_over(sites), stage)
+        total = self.executor.add_up(self.estimator, facts, sites, lambda name: name in self.budget.waiting)
+        self.facts.reread(total)
+        self.estimator.facts = self.facts
+
+    def _pass_over(self, sites: list[Site]) -> Facts:
+        """One pass of this process alone."""
         start = time.perf_counter()
         self.budget.next_pass(sites)
-        if self.request.in_order or self.budget.of_gradients:
+        if self.executor.in_model_order or self.budget.of_gradients:
             self.budget.admit_in_order(sites)
-        facts = self.work.estimator.facts
-        named = self.work.sites  # and not self: a cycle would keep the loader alive
-        self.work.estimator = self.work.config.method.estimator(
-            lambda name: working_weight(named[name]), self.work.config
-        )
-        self.work.estimator.facts.update(facts)
-        for sums in self.work.estimator.accumulated:
-            sums.place = self.budget.place
-        seen = _read(self, sites)
-        self.work.estimator.facts.plain()
+        self.estimator = self._new_estimator()
+        facts = self.estimator.facts
+        if self.config.method.reads != "weights":
+            self._collect(sites, facts)
+        facts.read_back()
         reshard(self.request.model)
         self.seconds += time.perf_counter() - start
-        return seen
+        return facts
 
-    def again(self, sites: list[Site]) -> None:
-        """Another pass of this process alone."""
-        self.seen.update(self.pass_over(sites))
+    def _collect(self, sites: list[Site], facts: Facts) -> None:
+        request, method = self.request, self.config.method
+        inputs = isinstance(self.estimator, InputReader)
+        _check_request(request, method.name, method.reads, inputs)
+        gradients = method.reads == "gradients"
+        loss = request.loss if gradients else None
+        with ExitStack() as stack:
+            call = loss or request.forward or default_forward
+            call = self.executor.model_call(call, scalar_loss if gradients else None)
+            backward = None
+            if gradients:
+                backward = stack.enter_context(weight_gradients(request.model, sites, self._add_gradient))
+                self.losses = Losses()
+                call = self.losses.noted(call) if method.sized else call
+            collect(
+                request.model, sites, self._kept_batches(), partial(self._absorb, facts),
+                num_batches=self.config.num_batches, gram=method.gram, forward=call, token_mask=request.token_mask,
+                on_output=backward, on_first=self._look(sites),
+                step=stack.enter_context(_progress(self.config.num_batches, request.progress)), inputs=inputs,
+                totals=isinstance(self.estimator, InputReader) and self.estimator.totals, admits=self.budget.admits,
+                by_loss=gradients and (loss is None or getattr(loss, "by_labels", False)), facts=facts,
+            )  # fmt: skip
+        if method.batch_weights is not None and len(method.batch_weights) != facts.batches:
+            raise ValueError(
+                f"batch_weights: expected one for each of {facts.batches} batches, got {len(method.batch_weights)}"
+            )
+
+    def _absorb(self, facts: Facts, index: int, groups: Groups) -> None:
+        """Hands the distinct inputs of one batch to the estimator, each with the sites that saw it."""
+        start = time.perf_counter()
+        if isinstance(self.estimator, InputReader):
+            read = [group for group in groups if isinstance(group[1], Moments)]
+            self.executor.absorb(self.estimator, read, self.weight(index), self.sites)
+        names = [name for of_one, _ in groups for name in of_one]
+        for name in names:
+            facts[name].seconds += (time.perf_counter() - start) / len(names)
+
+    def _add_gradient(self, index: int, name: str, G: Tensor) -> None:
+        assert isinstance(self.estimator, GradientReader)
+        self.estimator.add_gradient(name, G, self.weight(index))
+
+    def _kept_batches(self) -> Iterable[Any]:
+        """The batches; kept where they are needed again, since a loader that shuffles would give others then."""
+        assert self.batches is not None
+        if (self.budget.limited or self.config.method.finds_size) and not isinstance(self.batches, KeptBatches):
+            self.batches = KeptBatches(self.batches, self.config.num_batches)
+        return self.batches
+
+    def _look(self, sites: list[Site]) -> Callable[[Any, Any], None] | None:
+        """Notes from the first row which sites the loss does not depend on; for methods that run without gradients.
+
+        Not where a forward pass with gradients changes the state of sharded weights, or where hooks or a function of
+        the caller would be called once more; and not again in a second pass.
+        """
+        model, call = self.request.model, self.request.forward or default_forward
+        if self.config.method.reads != "inputs" or call not in REPEATABLE or self.unreached is not None:
+            return None
+        if any(map(is_sharded, model.parameters())) or is_watched(model):
+            return None
+        leaders = {tied.leader.name for tied in self.tied}  # which may train by what their followers give
+
+        def look(batch: Any, output: Any) -> None:
+            found = unreached(unwrapped(model), sites, call, batch) if has_loss(output) else []
+            self.unreached = [name for name in found if name not in leaders]
+
+        return look
+
+    def map(self, sites: list[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
+        """What `make` gives for the sites of this process, whose batches are read again where there was no room.
+
+        What needs several looks at a site, as adaptive ranks do, reads the batches again for each look. The first site
+        that waits is always admitted next, so that it ends.
+        """
+        if self.config.method.reads == "weights":
+            return self.executor.map(sites, make, streams)
+        made: dict[str, T] = {}
+        todo = list(sites)
+        while todo:
+            ready = [site for site in todo if site.name in self.budget.admitted]
+            if not ready:
+                self.read(todo, "the end of another pass over its data")
+                continue
+            made |= self.executor.map(ready, make, streams)
+            todo = [site for site in todo if site.name not in self.budget.admitted]
+        return {site.name: made[site.name] for site in sites if site.name in made}
+
+    def merged(self, values: dict[str, T]) -> dict[str, T]:
+        """The plain values that all processes have for their sites, together."""
+        return {name: value for part in self.executor.gather(values) for name, value in part.items()}
+
+    # --- what was read of one site ---------------------------------------------------------------------------
+
+    def weight(self, index: int) -> float:
+        """w_j of a batch."""
+        weights = self.config.method.batch_weights
+        if weights is not None and index >= len(weights):
+            raise ValueError(
+                f"batch_weights: expected one for each of the batches, which are more than {index}, got {len(weights)}"
+            )
+        return 1.0 if weights is None else weights[index]
+
+    def target(self, site: Site) -> Target:
+        """The matrix, or its spectrum, that the factors of a site are made from."""
+        return self.estimator.target(site.name, self.facts[site.name].batches)
+
+    def rtol(self, site: Site) -> float | None:
+        """The largest tolerance of † at a site over the batches; None without †."""
+        facts = self.facts[site.name]
+        if facts.rtol is not None:  # where it follows from the inputs
+            return float(facts.rtol)
+        return self.config.method.rtol_at(site.out_features, site.in_features, facts.largest_batch)
+
+    def slope(self, site: Site, B: Tensor, A: Tensor) -> float:
+        """⟨∂L/∂W, B·A⟩, L being the mean loss over the batches with their w_j."""
+        assert isinstance(self.estimator, GradientSums)
+        weights = self.config.method.batch_weights  # each process has as many
+        total = self.facts.batches * (1.0 if weights is None else sum(weights) / len(weights))
+        return self.estimator.slope(site.name, B, A) / total
 
 
-def read(request: Request) -> Reading:
-    """The first half of `compute_plan`: checks, and the first data pass. Errors are its."""
+def read_statistics(request: Request, executor: Executor) -> Statistics:
+    """Checks the arguments and the model, and makes the first pass over the batches.
+
+    Raises:
+        ValueError, TypeError: with the site or batch, what was expected, what came and what to change.
+    """
+    statistics = executor.run(lambda: _prepared(request, executor), "the end of its data")
+    try:
+        statistics.read(statistics.sites, "the end of its data")
+    except BaseException:
+        statistics.budget.close()
+        raise
+    return statistics
+
+
+def _prepared(request: Request, executor: Executor) -> Statistics:
     started = time.perf_counter()
     config = request.config or InitConfig()
     if request.on_missing not in ON_MISSING:
@@ -130,140 +264,15 @@ def read(request: Request) -> Reading:
         tied = [replace(t, site=files.serve(t.site)) for t in tied]
     for site in (*sites, *(t.site for t in tied)):
         check_adapter(site, config)
-    by_name = {site.name: site for site in sites}
-    method = config.method
-    work = Work(method.estimator(lambda name: working_weight(by_name[name]), config), config, by_name)
-    work.take = request.take or work.take
-    budget = Budget(
-        limits,
-        of_gradients=method.reads == "gradients",
-        of_inputs=isinstance(work.estimator, InputReader),
-        own_sums=method.site_sums,
-    )
-    reading = Reading(request, sites, skipped, work, budget, started, tied=tied)
-    try:
-        reading.again(sites)
-    except BaseException:
-        budget.close()
-        raise
-    return reading
+    budget = Budget(limits, of_gradients=config.method.reads == "gradients", own_sums=config.method.site_sums)
+    statistics = Statistics(request, config, executor, sites, skipped, tied, budget, started)
+    budget.of_inputs = isinstance(statistics.estimator, InputReader)
+    return statistics
 
 
-def _read(reading: Reading, sites: list[Site]) -> Seen:
-    """One data pass, if the method needs one."""
-    request, work = reading.request, reading.work
-    config, reads = work.config, work.config.method.reads
-    if reads == "weights":
-        return Seen()
-    inputs = isinstance(work.estimator, InputReader)
-    _check_request(request, config.method.name, reads, inputs)
-    with ExitStack() as stack:
-        backward, forward = None, request.forward
-        if reads == "gradients":
-            backward = stack.enter_context(weight_gradients(request.model, sites, _gradient_sink(work)))
-            forward = request.loss or forward
-            if config.method.sized:
-                reading.losses = Losses()
-                forward = reading.losses.noted(forward or default_forward)
-        totals = isinstance(work.estimator, InputReader) and work.estimator.totals
-        step = stack.enter_context(_progress(config.num_batches, request.progress))
-        seen = collect(
-            request.model, sites, _batches(request, config, reading.budget), work.absorb,
-            num_batches=config.num_batches, gram=config.method.gram, forward=forward, token_mask=request.token_mask,
-            on_output=backward, on_first=_looking(reading, sites), step=step, inputs=inputs, totals=totals,
-            admits=reading.budget.admits,
-            by_loss=backward is not None and (request.loss is None or getattr(request.loss, "by_labels", False)),
-        )  # fmt: skip
-    if config.method.batch_weights is not None and len(config.method.batch_weights) != seen.batches:
-        raise ValueError(
-            f"batch_weights: expected one for each of {seen.batches} batches, got {len(config.method.batch_weights)}"
-        )
-    return seen
-
-
-def _looking(reading: Reading, sites: list[Site]) -> Callable[[Any, Any], None] | None:
-    """Notes from the first row which sites the loss does not depend on; for methods that run without gradients.
-
-    Not where a forward pass with gradients changes the state of sharded weights, or where hooks or a function of the
-    caller would be called once more; and not again in a second pass.
-    """
-    request = reading.request
-    call = request.forward or default_forward
-    if reading.work.config.method.reads != "inputs" or call not in REPEATABLE or reading.looked:
-        return None
-    if any(map(is_sharded, request.model.parameters())) or is_watched(request.model):
-        return None
-    leaders = {tied.leader.name for tied in reading.tied}  # which may train by what their followers give
-
-    def look(batch: Any, output: Any) -> None:
-        reading.looked = True
-        if has_loss(output):
-            found = unreached(unwrapped(request.model), sites, call, batch)
-            reading.unreached = [name for name in found if name not in leaders]
-
-    return look
-
-
-def _batches(request: Request, config: InitConfig, budget: Budget) -> Iterable[Any]:
-    """The batches; kept where they are needed again, since a loader that shuffles would give others then."""
-    assert request.batches is not None
-    if (budget.limited or config.method.finds_size) and not isinstance(request.batches, _Kept):
-        request.batches = _Kept(request.batches, config.num_batches)
-    return request.batches
-
-
-class Losses:
-    """The losses of the batches of a data pass, and whether they depend on torch's random generators.
-
-    Attributes:
-        noisy: whether a call drew random numbers, so that another one of the same batch gives another loss.
-    """
-
-    def __init__(self) -> None:
-        self.noisy = False
-        self._losses: list[Tensor] = []
-
-    def noted(self, call: Forward) -> Forward:
-        """`call`, whose losses are kept."""
-
-        def noting(model: nn.Module, batch: Any) -> Any:
-            before = _random_states(model)
-            output = call(model, batch)
-            self.noisy |= not all(map(torch.equal, before, _random_states(model)))
-            self._losses.append(loss_in(output, len(self._losses)).detach())
-            return output
-
-        return noting
-
-    def first(self, count: int) -> list[float]:
-        """The first so many, read back from the device at once."""
-        return torch.stack([loss.double().reshape(()) for loss in self._losses[:count]]).tolist() if count else []
-
-
-def _random_states(model: nn.Module) -> list[Tensor]:
-    """Of the CPU's generator, and of that of the GPU which the model is on."""
-    device = device_of(model)
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-class _Kept:
-    """Gives the first batches of a source, and later the very same again; else it is the source."""
-
-    def __init__(self, source: Iterable[Any], count: int) -> None:
-        self.source, self.count = source, count
-        self.batches: list[Any] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)  # a DataLoader's generators, which are left as found
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.batches is not None:
-            yield from self.batches
-            return
-        self.batches = []
-        for batch in first_batches(self.source, self.count):
-            self.batches.append(batch)
-            yield batch
+def working_weight(site: Site) -> Tensor:
+    """W (k, d) in its own dtype, float32 at least."""
+    return site.weight(torch.promote_types(site.dtype, torch.float32))
 
 
 def _check_request(request: Request, method: str, reads: str, reads_inputs: bool) -> None:
@@ -274,16 +283,6 @@ def _check_request(request: Request, method: str, reads: str, reads_inputs: bool
             f"token_mask: has no effect with method {method!r}, which reads gradients: the loss decides which "
             "tokens count (label padding −100); leave it out"
         )
-
-
-def _gradient_sink(work: Work) -> Callable[[int, str, Tensor], None]:
-    estimator = work.estimator
-    assert isinstance(estimator, GradientReader)
-
-    def sink(index: int, name: str, G: Tensor) -> None:
-        estimator.add_gradient(name, G, work.weight(index))
-
-    return sink
 
 
 @contextmanager

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..atomic import not_written, temporary
-from ..execution.agreement import agreed, alone, attempt
+from ..execution.processes import on_first_process
 from ..model.layouts import shaped_like
 from ..model.lora_layers import base_name, config_holder, lora_paths, uses_rslora
 from ..model.peft_config import anchored, selecting, whole
@@ -90,11 +89,10 @@ def save_adapter(
     reshard(model)
     sharded = shards(model)
     files = _files(model, adapter_name, fold_alpha, plan, model_card)
-    if not sharded:
-        _write_folder(Path(path), files)
+    if sharded:
+        on_first_process(lambda: _write_folder(Path(path), files))
     else:
-        first = alone() or dist.get_rank() == 0
-        agreed(attempt(lambda: _write_folder(Path(path), files)) if first else None)
+        _write_folder(Path(path), files)
 
 
 def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | None, card: bool) -> _Files:

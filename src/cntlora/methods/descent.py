@@ -6,7 +6,7 @@ Its least-squares solution of least change is ΔW = −η (∂L/∂Y) X† = −
 
 η is one number times the mean square of a site's outputs: so the step lowers the loss most, to first order, for what
 the relative changes of all sites' outputs add up to (in squares), and does not depend on the units of any output. The
-number is found by the loss on the first batches (`execution.sizing`).
+number is found by the loss on the first batches (`execution.step_size`).
 
 Layout: G = ∂L/∂W (k, d), the mean over batches; C = X Xᵀ / n (d, d) over all tokens of all batches.
 """

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..linalg.moments import Moments
 from ..linalg.parallel import full_precision, read_back, side_by_side
-from ..linalg.pseudo_inverse import coarser
 from ..linalg.sums import SharedSums
+from .facts import Facts
 from .target import Target
 
 QUEUED = 2**30
@@ -41,50 +41,6 @@ class Contribution:
     precision: torch.dtype | None = None
 
 
-@dataclass
-class InputFacts:
-    """Facts of the inputs of sites, besides the sums; those of several batches, passes and processes are put together.
-
-    Attributes:
-        ranks: site → smallest numerical rank of G over batches.
-        rtols: site → largest tolerance of †, where it follows from the inputs.
-        precisions: site → coarsest dtype of the inputs.
-    """
-
-    ranks: dict[str, int] = field(default_factory=dict)
-    rtols: dict[str, float] = field(default_factory=dict)
-    precisions: dict[str, torch.dtype] = field(default_factory=dict)
-    _rtols: dict[str, Tensor] = field(default_factory=dict)  # where they were made, so that nothing waits for them
-
-    def add(self, names: Sequence[str], contribution: Contribution) -> None:
-        """Takes in one batch of the sites that saw it."""
-        for name in names:
-            if contribution.rank is not None:
-                self.ranks[name] = min(contribution.rank, self.ranks.get(name, contribution.rank))
-            if contribution.rtol is not None:
-                self._rtols[name] = torch.maximum(contribution.rtol, self._rtols.get(name, contribution.rtol))
-            if contribution.precision is not None:
-                self.precisions[name] = coarser(self.precisions.get(name), contribution.precision)
-
-    def plain(self) -> InputFacts:
-        """The same, with numbers in place of tensors; on a GPU the first thing that waits for them."""
-        found = read_back([rtol[None] for rtol in self._rtols.values()])
-        for name, (value,) in zip(self._rtols, found, strict=True):
-            self.rtols[name] = max(value, self.rtols.get(name, value))
-        self._rtols.clear()
-        return self
-
-    def update(self, other: InputFacts) -> None:
-        """Takes in the facts of another process or pass."""
-        self.plain()
-        for name, rank in other.ranks.items():
-            self.ranks[name] = min(rank, self.ranks.get(name, rank))
-        for name, rtol in other.plain().rtols.items():
-            self.rtols[name] = max(rtol, self.rtols.get(name, rtol))
-        for name, precision in other.precisions.items():
-            self.precisions[name] = coarser(self.precisions.get(name), precision)
-
-
 class Estimator(Protocol):
     """Accumulates what a method needs, for every site.
 
@@ -94,13 +50,10 @@ class Estimator(Protocol):
     """
 
     accumulated: tuple[SharedSums, ...]
-    facts: InputFacts
+    facts: Facts
 
     def target(self, name: str, batches: int) -> Target:
         """What one site's factors are made from, `batches` being those in which it saw a token."""
-
-    def effective_rank(self, name: str) -> int | None:
-        """Numerical rank of the inputs: the smallest over batches, or that of all; None where no input is read."""
 
 
 @runtime_checkable
@@ -136,6 +89,23 @@ class GradientReader(Estimator, Protocol):
 
     def has_gradient(self, name: str) -> bool:
         """Whether a gradient other than zero has come."""
+
+
+@runtime_checkable
+class WeightReader(InputReader, Protocol):
+    """An estimator that may need W of a site while it reads the inputs.
+
+    Attributes:
+        weight_facts: what the weights decide, site by site, as plain values.
+    """
+
+    weight_facts: dict[str, Any]
+
+    def note_weight(self, name: str) -> None:
+        """Stores what W of a site decides, if it is not known yet."""
+
+    def asks_weight(self, names: Sequence[str], numbers: Sequence[float]) -> tuple[str, ...]:
+        """Those of `names` whose W `finish` needs."""
 
 
 def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], Any]], weight: float) -> None:

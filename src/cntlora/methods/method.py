@@ -44,7 +44,7 @@ class Method(Protocol):
         width: singular triplets that it uses, as a multiple of r.
         ranked: whether it has a spectrum to share ranks out by.
         sized: whether `strength` is the largest ‖scaling·B·A‖/‖W‖ of all sites, and the loss finds it where it is None
-            (`execution.sizing`).
+            (`execution.step_size`).
         site_sums: whether its estimator may need a sum for each site besides the one for each input.
         gram: G of a batch as the "sum" over its tokens, or the "mean".
         batch_weights: weight w_j of each batch in all sums; None for 1 each.

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..linalg.moments import Moments
 from ..linalg.pseudo_inverse import column_condition, default_rtol, full_rank, pinv, tall_pinv
 from ..linalg.sums import SharedSums
-from .estimator import Contribution, Estimator, InputFacts
+from .estimator import Contribution, Estimator
+from .facts import Facts
 from .method import Method, Settings, WeightOf
 from .statistics import combine
 from .target import SiteTarget, Target, product_factors, site_generator
@@ -94,7 +95,7 @@ class ShiftEstimator:
         self.weight_of, self.constant, self.rtol, self.seed = weight_of, constant, rtol or None, seed
         self.shared, self.own = SharedSums(), SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.shared, self.own)
-        self.facts = InputFacts()
+        self.facts = Facts()
         self.weight_facts: dict[str, tuple[tuple[int, ...], float]] = {}
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
@@ -151,9 +152,6 @@ class ShiftEstimator:
         C = shift_constant(self.constant, W.shape[0], site_generator(self.seed, name), W)
         W_tar_sum = C @ total if isinstance(C, Tensor) else C * total
         return Target(M=combine(W, W_tar_sum, batches, self.initial_weight).to(stored), is_delta=True)
-
-    def effective_rank(self, name: str) -> int | None:
-        return self.facts.ranks.get(name)
 
 
 def _left_divided(W: Tensor, S: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..linalg.moments import Moments
 from ..linalg.pseudo_inverse import default_rtol, full_rank, numerical_rank, rounding_noise
 from ..linalg.sums import SharedSums
-from .estimator import Contribution, InputFacts
+from .estimator import Contribution
+from .facts import Facts
 from .method import WeightOf
 from .target import Target
 
@@ -64,7 +65,7 @@ class MapEstimator:
         self.weight_of, self.map, self.quick, self.rtol = weight_of, map, quick, rtol
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
-        self.facts = InputFacts()
+        self.facts = Facts()
         self._failed: set[str] = set()  # sites where `quick` did not hold: it would not in the next batch either
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
@@ -93,9 +94,6 @@ class MapEstimator:
         W = self.weight_of(name)
         return Target(M=combine(W, W @ T.to(W), batches, self.initial_weight), is_delta=True)
 
-    def effective_rank(self, name: str) -> int | None:
-        return self.facts.ranks.get(name)
-
 
 class WeightEstimator:
     """Methods that read no data: a target of W alone, or of nothing (LoRA)."""
@@ -103,13 +101,10 @@ class WeightEstimator:
     def __init__(self, weight_of: WeightOf, make: Callable[[Tensor], Target] | None = None) -> None:
         self.weight_of, self.make = weight_of, make
         self.accumulated: tuple[SharedSums, ...] = ()
-        self.facts = InputFacts()
+        self.facts = Facts()
 
     def target(self, name: str, batches: int) -> Target:
         return Target() if self.make is None else self.make(self.weight_of(name))
-
-    def effective_rank(self, name: str) -> int | None:
-        return None
 
 
 Shared = TypeVar("Shared")
@@ -138,7 +133,7 @@ class InputEstimator(Generic[Shared]):
         self.share, self.make, self.totals = share, make, totals
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
-        self.facts = InputFacts()
+        self.facts = Facts()
         self._last: tuple[str, Shared, int | None] | None = None  # one only: sites with the same input are neighbours
         self._lock = Lock()
 
@@ -163,11 +158,16 @@ class InputEstimator(Generic[Shared]):
         assert packed is not None, f"{name} saw no batch"
         with self._lock:  # neighbours may be made side by side
             if self._last is None or not self.sums.same(self._last[0], name):
-                self._last = name, *self._shared(packed, self.facts.precisions[name])
+                self._last = name, *self._shared(packed, self._precision(name))
             _, shared, rank = self._last
             if rank is not None:
-                self.facts.ranks[name] = rank
+                self.facts[name].effective_rank = rank
         return self.make(name, batches, shared)
+
+    def _precision(self, name: str) -> torch.dtype:
+        found = self.facts[name].precision
+        assert found is not None, f"{name} saw no batch"
+        return found
 
     def _shared(self, packed: Tensor, precision: torch.dtype) -> tuple[Shared, int | None]:
         gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
@@ -178,9 +178,6 @@ class InputEstimator(Generic[Shared]):
         counted = gram.shape[0] <= COUNTED or bool(full_rank(gram, max(rtol, noise**2)))
         rank = numerical_rank(gram, rtol, noise) if counted else None
         return self.share(gram.double(), total.double(), tokens), rank
-
-    def effective_rank(self, name: str) -> int | None:
-        return self.facts.ranks.get(name)
 
 
 class GradientSums:
@@ -218,10 +215,7 @@ class GradientEstimator(GradientSums):
         super().__init__()
         self.make = make
         self.accumulated: tuple[SharedSums, ...] = (self.gradients,)
-        self.facts = InputFacts()
+        self.facts = Facts()
 
     def target(self, name: str, batches: int) -> Target:
         return self.make(self.mean_gradient(name, batches))
-
-    def effective_rank(self, name: str) -> int | None:
-        return None

@@ -11,9 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from ...api import apply_plan
+from ...api import apply_plan, compute_plan
 from ...data.batches import to_device
-from ...execution.compute import compute_plan
 from ...plan import InitPlan
 from ..recipes.task import Task
 from .controls import read

@@ -1,4 +1,7 @@
-"""How processes talk: none waits for one that failed, and one that ended is an error on the others, not a hang."""
+"""Communication of processes: none waits for one that failed, and one that ended is an error on the others, no hang.
+
+Without a process group, or in one of a single process, everything here is what that one process does by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from itertools import count
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data.batches import Forward
 from ..messages import in_short
+
+if TYPE_CHECKING:
+    from ..data.batches import Forward
 
 T = TypeVar("T")
 
 _KNOWN = "known_to_all"  # attribute of an exception of which every rank has heard
 
 
-def alone() -> bool:
-    """Whether this process has no others to agree with."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+def world_size() -> int:
+    """The number of processes that work together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def attempt(make: Callable[[], T]) -> T | Exception:
-    """The result, or the exception: other processes must not wait for what does not come."""
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def outcome_of(make: Callable[[], T]) -> T | Exception:
+    """The result, or the exception: other processes must not wait for a result that does not come."""
     try:
         return make()
     except Exception as error:
         return error
 
 
-def agreed(outcome: T | Exception, stage: str = "") -> T:
+def raise_together(outcome: T | Exception, stage: str = "") -> T:
     """The outcome, if no rank failed and all are at the same stage.
 
     Raises:
@@ -44,25 +54,35 @@ def agreed(outcome: T | Exception, stage: str = "") -> T:
     if isinstance(outcome, Exception) and getattr(outcome, _KNOWN, False):
         raise outcome
     failed = f"{type(outcome).__name__}: {in_short(outcome, 800)}" if isinstance(outcome, Exception) else None
-    reports = [] if alone() else gathered((failed, stage), failed)
+    reports = gather((failed, stage), failed)
     if isinstance(outcome, Exception):
         raise _known(outcome)
-    for rank, (failure, _) in enumerate(reports):
+    for other, (failure, _) in enumerate(reports):
         if failure is not None:
-            raise _known(RuntimeError(f"rank {rank} failed, so that no rank goes on: {failure}"))
-    stages = {rank: at for rank, (_, at) in enumerate(reports) if at != stage}
+            raise _known(RuntimeError(f"rank {other} failed, so that no rank goes on: {failure}"))
+    stages = {other: at for other, (_, at) in enumerate(reports) if at != stage}
     if stages:
-        rank, at = next(iter(stages.items()))
+        other, at = next(iter(stages.items()))
         raise _known(
             RuntimeError(
-                f"this process is at {stage}, rank {rank} at {at}: with sharded weights every process has to read "
+                f"this process is at {stage}, rank {other} at {at}: with sharded weights every process has to read "
                 "equally many batches; give all of them as many, or lower num_batches"
             )
         )
     return outcome
 
 
-def in_step(call: Forward, check: Callable[[Any, int], Any] | None = None) -> Forward:
+def run_together(make: Callable[[], T], stage: str = "") -> T:
+    """What `make` gives on this process; every process has to call this, and what one raises is raised on all."""
+    return raise_together(outcome_of(make), stage)
+
+
+def on_first_process(make: Callable[[], None]) -> None:
+    """Runs `make` on the first process; every process has to call this, and fails if that one does."""
+    run_together(make if rank() == 0 else lambda: None)
+
+
+def synchronised(call: Forward, check: Callable[[Any, int], Any] | None = None) -> Forward:
     """A forward pass that all processes begin together, since sharded weights are gathered in it.
 
     Args:
@@ -73,53 +93,57 @@ def in_step(call: Forward, check: Callable[[Any, int], Any] | None = None) -> Fo
     @wraps(call)  # with what is noted on it, such as `by_labels`
     def stepped(model: nn.Module, batch: Any) -> Any:
         index = next(indices)
-        agreed(None, f"batch {index}")
+        raise_together(None, f"batch {index}")
         output = call(model, batch)
         if check is not None:
-            agreed(attempt(lambda: check(output, index)), f"the loss of batch {index}")
+            run_together(lambda: check(output, index), f"the loss of batch {index}")
         return output
 
     return stepped
 
 
-def gathered(value: T, failed: str | None = None) -> list[T]:
+def gather(value: T, failed: str | None = None) -> list[T]:
     """The value of every rank, in the order of ranks; small plain values only.
 
     Args:
         failed: what went wrong on this rank, for the message if another has ended.
     """
-    values: list[Any] = [None] * dist.get_world_size()
-    with answered(failed):
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    with lost_process_named(failed):
         dist.all_gather_object(values, value)
     return values
 
 
-def summed_at(total: Tensor, owner: int) -> Tensor | None:
+def sum_at(total: Tensor, owner: int) -> Tensor | None:
     """The sum over ranks on rank `owner`, on the device that `total` lies on; None elsewhere. `total` is used up."""
-    there = total.to(device())
-    with answered():
+    if world_size() == 1:
+        return total
+    there = total.to(_device())
+    with lost_process_named():
         dist.reduce(there, dst=owner)
-    return there.to(total.device) if dist.get_rank() == owner else None
+    return there.to(total.device) if rank() == owner else None
 
 
-def sent_by_each(data: bytes) -> Iterator[bytes]:
-    """What every rank gives, in the order of ranks, one after the other."""
-    for rank, size in enumerate(gathered(len(data))):
-        mine = rank == dist.get_rank()
+def exchange_bytes(data: bytes) -> Iterator[bytes]:
+    """The bytes of every rank, in the order of ranks, one after the other."""
+    for sender, size in enumerate(gather(len(data))):
+        mine = sender == rank()
         there = torch.frombuffer(bytearray(data), dtype=torch.uint8) if mine else torch.empty(size, dtype=torch.uint8)
-        there = there.to(device())
-        with answered():
-            dist.broadcast(there, src=rank)
+        there = there.to(_device())
+        with lost_process_named():
+            dist.broadcast(there, src=sender)
         yield data if mine else there.cpu().numpy().tobytes()
 
 
-def device() -> torch.device:
+def _device() -> torch.device:
     """Where tensors have to lie to be sent; NCCL works on the GPU alone."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 @contextmanager
-def answered(failed: str | None = None) -> Iterator[None]:
+def lost_process_named(failed: str | None = None) -> Iterator[None]:
     """Makes one clear error of what a backend raises where another process does not answer.
 
     Args:

@@ -1,4 +1,4 @@
-"""How large a start is: descent's step gets the size that lowers the loss on the first batches most.
+"""The size of a start: descent's step gets the size that lowers the loss on the first batches most.
 
 The loss at zero and its slope along the step come with the backward pass, so that one trial places the minimum, and a
 second one is made only where that lies far from the first. Those batches gave the directions too, so that the loss
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,11 @@ from ..data.collect import reading_mode
 from ..data.gradients import loss_in
 from ..linalg.factors import halves_cancel
 from ..model.layouts import shaped_like
-from ..model.sites import Site
-from ..plan import InitPlan, SitePlan
-from .agreement import agreed, alone, attempt, gathered
-from .reading import Reading
+
+if TYPE_CHECKING:
+    from ..model.sites import Site
+    from ..plan import InitPlan, SitePlan
+    from .reading import Statistics
 
 TRIED = 4
 """Batches that the loss is the mean of, the first ones; each trial costs their forward passes."""
@@ -43,7 +44,7 @@ ENOUGH = 6
 """Trials, where neither of the first two has lowered the loss."""
 
 
-def sized(plan: InitPlan, reading: Reading) -> InitPlan:
+def with_step_size(plan: InitPlan, statistics: Statistics) -> InitPlan:
     """The plan with all factors B times one number, where its method leaves the size open; else the plan.
 
     Where several processes run, all have to call it with the same plan. The losses are those of all of them.
@@ -51,23 +52,23 @@ def sized(plan: InitPlan, reading: Reading) -> InitPlan:
     Returns:
         A plan whose largest ‖scaling·B·A‖/‖W‖ is `strength`, or, where that is None, lowers the loss most.
     """
-    config = plan.config
-    if not config.method.sized:
+    method = plan.config.method
+    if not method.sized:
         return plan
     start = time.perf_counter()
     largest = max((s.start_norm / s.weight_norm for s in plan.sites.values() if s.weight_norm), default=0.0)
     if largest == 0:
         return plan
-    strength: float | None = getattr(config.method, "strength", None)
+    strength: float | None = getattr(method, "strength", None)
     if strength is not None:
         return _scaled(plan, strength / largest, {"size": strength})
-    with _trials(reading, plan) as loss_at:
+    with _trials(statistics, plan) as loss_at:
         slope = sum(site.slope or 0.0 for site in plan.sites.values()) / largest
         found = best_size(lambda size: loss_at(size / largest), loss_at.before, slope)
         batches = loss_at.batches
     scaled = _scaled(plan, found["size"] / largest, {**found, "batches": batches})
-    spent = time.perf_counter() - start
-    return replace(scaled, seconds=plan.seconds + (spent if alone() else max(gathered(spent))))
+    spent = max(statistics.executor.gather(time.perf_counter() - start))
+    return replace(scaled, seconds=plan.seconds + spent)
 
 
 def best_size(loss_at: Callable[[float], float], before: float, slope: float) -> dict[str, float]:
@@ -128,34 +129,36 @@ class _LossAt:
 
     Attributes:
         before: without the start; of the data pass, unless its losses drew noise of their own.
+        batches: that it is the mean of, those of all processes.
     """
 
-    def __init__(self, reading: Reading, added: _Added) -> None:
-        self.request, self.added, self.seed = reading.request, added, reading.work.config.seed
+    def __init__(self, statistics: Statistics, scaled: _ScaledStart) -> None:
+        self.request, self.executor = statistics.request, statistics.executor
+        self.scaled, self.seed = scaled, statistics.config.seed
         self.model = unwrapped(self.request.model)
-        kept = list(islice(self.request.batches or (), min(TRIED, reading.seen.batches)))
-        fewest = len(kept) if alone() else min(gathered(len(kept)))
-        self.kept = [to_device(batch, device_of(self.model)) for batch in kept[:fewest]]
-        self.batches = fewest if alone() else sum(gathered(fewest))
-        noisy = reading.losses.noisy if alone() else any(gathered(reading.losses.noisy))
-        self.before = self(0.0) if noisy else self._mean(reading.losses.first(fewest))
+        read = list(islice(statistics.batches or (), TRIED))
+        fewest = min(self.executor.gather(len(read)))  # each process has to make as many calls
+        self.tried = [to_device(batch, device_of(self.model)) for batch in read[:fewest]]
+        self.batches = fewest * len(self.executor.gather(fewest))
+        noisy = any(self.executor.gather(statistics.losses.noisy))
+        self.before = self(0.0) if noisy else self._mean(statistics.losses.first(fewest))
 
     def __call__(self, factor: float) -> float:
-        self.added.factor = factor
+        self.scaled.factor = factor
         torch.manual_seed(self.seed)  # a loss that draws noise draws the same each time
-        call = self.request.loss or self.request.forward or default_forward
-        losses = agreed(
-            attempt(lambda: [float(loss_in(call(self.model, batch), index)) for index, batch in enumerate(self.kept)])
+        call = self.executor.model_call(self.request.loss or self.request.forward or default_forward)
+        losses = self.executor.run(
+            lambda: [float(loss_in(call(self.model, batch), index)) for index, batch in enumerate(self.tried)]
         )
         return self._mean(losses)
 
     def _mean(self, losses: list[float]) -> float:
         """Over those of all processes."""
-        everyone = [losses] if alone() else gathered(losses)
-        return sum(map(math.fsum, everyone)) / max(1, sum(map(len, everyone)))
+        parts = self.executor.gather(losses)
+        return sum(map(math.fsum, parts)) / max(1, sum(map(len, parts)))
 
 
-class _Added:
+class _ScaledStart:
     """Hooks that add factor·scaling·B·A·x to what a layer gives."""
 
     factor = 0.0
@@ -176,14 +179,14 @@ class _Added:
 
 
 @contextmanager
-def _trials(reading: Reading, plan: InitPlan) -> Iterator[_LossAt]:
+def _trials(statistics: Statistics, plan: InitPlan) -> Iterator[_LossAt]:
     """Inside, the yielded function gives losses; the model is as found afterwards."""
-    sites = [site for site in reading.sites if site.name in plan.sites and plan.sites[site.name].rank > 0]
-    added = _Added()
+    sites = [site for site in statistics.sites if site.name in plan.sites and plan.sites[site.name].rank > 0]
+    scaled = _ScaledStart()
     with ExitStack() as stack:
-        stack.enter_context(reading_mode(reading.request.model, sites, reading.request.batches or ()))
+        stack.enter_context(reading_mode(statistics.request.model, sites, statistics.batches or ()))
         stack.enter_context(torch.no_grad())
         for site in sites:
-            handle = site.layer.register_forward_hook(added.hook(site, plan.sites[site.name]))
+            handle = site.layer.register_forward_hook(scaled.hook(site, plan.sites[site.name]))
             stack.callback(handle.remove)
-        yield _LossAt(reading, added)
+        yield _LossAt(statistics, scaled)

@@ -1,0 +1,174 @@
+"""From the statistics to the plan of every site: its target, the spectrum of that, the ranks, the factors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..linalg.allocation import allocate
+from ..linalg.factors import Spectrum, offset, paired, product_norm, spectrum
+from ..methods.statistics import InputEstimator
+from ..methods.target import SiteTarget, Target
+from ..plan import SitePlan, weight_sketch
+
+if TYPE_CHECKING:
+    from ..config import InitConfig
+    from ..model.sites import Site
+    from .reading import Statistics
+
+DTYPE = torch.float64
+
+
+def plan_sites(sites: list[Site], statistics: Statistics) -> dict[str, SitePlan]:
+    """The plan of every site of this process; with adaptive ranks the spectra come first, the factors after."""
+    config = statistics.config
+    streams = not isinstance(statistics.estimator, InputEstimator)  # whose neighbours share what is made for the first
+    if not config.adaptive_ranks:
+        return statistics.map(sites, lambda site: _plan_site(site, statistics, site.rank, None), streams)
+    # twice the usual rank is nearly always enough
+    spectra = statistics.map(
+        sites, lambda site: _site_spectrum(site, statistics, max(2 * site.rank, config.min_rank)), streams
+    )
+    budget = sum(site.rank for site in sites) if config.rank_budget is None else config.rank_budget
+    while True:
+        known = statistics.merged({name: (found.variances, found.may_have_more) for name, found in spectra.items()})
+        variances = {site.name: known[site.name][0] for site in sites}
+        ranks = allocate(variances, budget, config.min_rank, config.max_rank)
+        # all that such a site holds has won, so that what is not known of it yet might win too
+        short = [s for s in sites if known[s.name][1] and ranks[s.name] >= len(variances[s.name])]
+        if not short:
+            break
+        longer = partial(_longer_spectrum, statistics, {site.name: 2 * ranks[site.name] for site in short})
+        spectra |= statistics.map(short, longer, streams)
+    return statistics.map(
+        sites, lambda site: _plan_site(site, statistics, ranks[site.name], spectra[site.name]), streams
+    )
+
+
+@dataclass(frozen=True)
+class _SiteSpectrum:
+    """What is kept of a site between the sharing out of ranks and its factors: no matrix of its size.
+
+    Attributes:
+        variances: v_m of eq. 19, of those singular values that are known.
+        may_have_more: whether there are singular values that are not.
+    """
+
+    spectrum: Spectrum
+    target: Target | None
+    variances: list[float]
+    may_have_more: bool
+
+
+def _longer_spectrum(statistics: Statistics, ranks: Mapping[str, int], site: Site) -> _SiteSpectrum:
+    return _site_spectrum(site, statistics, ranks[site.name])
+
+
+def _site_spectrum(site: Site, statistics: Statistics, r: int) -> _SiteSpectrum:
+    """A site's spectrum, with the triplets that rank `r` needs."""
+    start = time.perf_counter()
+    config = statistics.config
+    width = config.method.width
+    target = statistics.target(site)
+    known = _spectrum(site, target, width * r, config.exact_svd)
+    most = min(site.in_features, site.out_features) // width
+    variances = known.relative_variance().tolist()[:most]
+    statistics.facts[site.name].seconds += time.perf_counter() - start
+    return _SiteSpectrum(known, _without_matrix(target, config), variances, len(variances) < most)
+
+
+def _without_matrix(target: Target, config: InitConfig) -> Target | None:
+    """The target without M, where the spectrum is all that the factors need; None where it has to be made again."""
+    if config.method.needs_matrix or target.right is not None:
+        return None
+    return Target(is_delta=target.is_delta)
+
+
+def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
+    """The first q singular triplets of a target; none where the method does not look at them."""
+    if target.known is not None:
+        return target.known(q)
+    if target.M is None:
+        none = torch.zeros(0, dtype=DTYPE, device=site.adapter_device)
+        return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
+    try:
+        return spectrum(target.M, q, exact)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"site {site.name}: the estimate has no singular values: it is too large or not finite; raise rtol, or "
+            "read more tokens a batch"
+        ) from error
+
+
+def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum | None) -> SitePlan:
+    start = time.perf_counter()
+    config, method, facts = statistics.config, statistics.config.method, statistics.facts[site.name]
+    enough = found is not None and found.spectrum.Vh.shape[0] >= r * method.width
+    target = found.target if found and enough and found.target else statistics.target(site)
+    known = found.spectrum if found and enough else _spectrum(site, target, r * method.width, config.exact_svd)
+    scaling = 1.0 if config.fold_alpha else site.scaling
+    scale = method.strength_at(site.scaling) / scaling
+    shape = (site.out_features, site.in_features)
+    B, A = method.factors(SiteTarget(site.name, shape, target, known, r, scale), config)
+    B, A = (M.to(device=site.adapter_device, dtype=site.A.dtype) for M in (B, A))
+    base = config.effective_base
+    W = site.weight(DTYPE)
+    _check_fits(site, W, B, A, scaling, base)
+    start_norm = abs(scaling) * product_norm(B.double(), A.double())
+    first = r // 2 if base == "paired" else r
+    slope = scaling * statistics.slope(site, B[:, :first], A[:first]) if method.sized else None
+    B, A = _arranged(B, A, r, base)
+    use_rslora = site.use_rslora and not config.fold_alpha
+    return SitePlan(
+        A=A.contiguous(),
+        B=B.contiguous(),
+        rank=r,
+        scaling=scaling,
+        alpha=scaling * (A.shape[0] ** 0.5 if use_rslora else A.shape[0]),
+        use_rslora=use_rslora,
+        found_rank=site.rank,
+        found_scaling=site.scaling,
+        singular_values=known.S.float(),
+        factored_norm=known.frobenius if known.S.numel() else None,
+        delta_norm=known.frobenius if target.is_delta else None,
+        weight_norm=float(torch.linalg.matrix_norm(W)),
+        start_norm=start_norm,
+        slope=slope,
+        sketch=weight_sketch(W),
+        tokens=facts.tokens,
+        batches=facts.batches,
+        masked=bool(facts.masks),
+        effective_rank=facts.effective_rank,
+        rtol=statistics.rtol(site),
+        seconds=facts.seconds + time.perf_counter() - start,
+        mask=", ".join(sorted(facts.masks)),
+        unmasked="; ".join(sorted(facts.unmasked)),
+    )
+
+
+def _check_fits(site: Site, W: Tensor, B: Tensor, A: Tensor, scaling: float, base: str) -> None:
+    """Raises ValueError where an estimate is too large for the dtype that it is written in, which gives Inf or NaN."""
+    fits, where = bool(B.isfinite().all() and A.isfinite().all()), f"an adapter of dtype {A.dtype}"
+    if fits and base == "subtract":
+        rest = W - scaling * (B.to(DTYPE) @ A.to(DTYPE))
+        fits, where = bool(rest.to(site.dtype).isfinite().all()), f"a base of dtype {site.dtype}"
+    if not fits:
+        raise ValueError(
+            f"site {site.name}: the estimate is too large for {where}; raise rtol, lower strength, or use a dtype with "
+            "a wider range (bfloat16, float32)"
+        )
+
+
+def _arranged(B: Tensor, A: Tensor, r: int, base: str) -> tuple[Tensor, Tensor]:
+    """The factors as the `base` policy stores them. Done after the cast, so that the halves cancel exactly."""
+    if base == "offset":
+        return offset(B, A)
+    if base == "paired":
+        return paired(B, A, r)
+    return B, A
