@@ -1,4 +1,4 @@
-"""Tables over several studies, put between their marks: the comparisons of docs/choosing.md, the starts of results.md.
+"""Tables over several studies, put between their marks: the comparisons of docs/evidence.md, the starts of results.md.
 
 python benchmarks/overview.py    # from studies/runs/ and benchmarks/records/starts.json
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,7 +24,7 @@ from cntlora.lab.report.study import Estimate, Group, Study
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "studies" / "runs"
 """The tables of runs, one a study."""
-CHOOSING, MEASURED = ROOT / "docs" / "choosing.md", ROOT / "docs" / "results.md"
+EVIDENCE, MEASURED = ROOT / "docs" / "evidence.md", ROOT / "docs" / "results.md"
 TASKS = (
     ("tweets", "tweets, MiniLM (40 steps)", "macro_f1", "macro F1 ↑"),
     ("vision_emoji", "emoji pictures, DINOv2-S (40)", "accuracy", "accuracy ↑"),
@@ -78,8 +79,18 @@ def _with_spread(mean: str, estimate: Estimate, places: int) -> str:
     return mean if estimate.spread is None else f"{mean} ± {estimate.spread:.{places}f}"
 
 
-def comparison(results: Path) -> str:
-    """Descent and the best peer against plain LoRA on every task, each at its best learning rate."""
+TRAINING = ("task", "descent − LoRA", "later", "unseen batches", "best peer − LoRA")
+HELD_OUT = ("task", "seeds", "metric", "LoRA", "best peer", "descent")
+"""Columns of the two tables that show the comparison."""
+
+
+def comparison(results: Path, columns: Sequence[str] | None = None) -> str:
+    """Descent and the best peer against plain LoRA on every task, each at its best learning rate.
+
+    Args:
+        results: folder of the tables of runs.
+        columns: some of them, in this order; None for all.
+    """
     head = ["task", "seeds", "descent − LoRA", "later", "unseen batches", "best peer − LoRA", "metric"]
     head += ["LoRA", "best peer", "descent"]
     rows = []
@@ -97,7 +108,8 @@ def comparison(results: Path) -> str:
             words,
             *(final(group, metric) for group in (plain, peer, own)),
         ])  # fmt: skip
-    return table(head, rows)
+    chosen = [head.index(name) for name in columns or head]
+    return table([head[i] for i in chosen], [[row[i] for i in chosen] for row in rows])
 
 
 def reached(group: Group, loss: float) -> str:
@@ -149,7 +161,11 @@ def filled(document: Path, results: Path, records: Path = RECORDS) -> str:
     """The text of a document with its tables between their marks."""
     text = document.read_text()
     tables = {
-        CHOOSING: lambda: {"comparison": comparison(results), "halves": halves(results)},
+        EVIDENCE: lambda: {
+            "training loss": comparison(results, TRAINING),
+            "held-out": comparison(results, HELD_OUT),
+            "halves": halves(results),
+        },
         MEASURED: lambda: {"starts": starts(records / "starts.json")},
     }
     for name, content in tables[document]().items():
@@ -159,7 +175,7 @@ def filled(document: Path, results: Path, records: Path = RECORDS) -> str:
 
 def main() -> None:
     """Command line."""
-    for document in (CHOOSING, MEASURED):
+    for document in (EVIDENCE, MEASURED):
         write_atomically(document, filled(document, RUNS).encode())
 
 

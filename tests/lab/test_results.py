@@ -100,11 +100,11 @@ def test_the_tables_of_the_docs_are_those_of_the_records(table: Path, tmp_path: 
 
 
 def test_the_tables_of_the_advice_are_those_of_the_records(tmp_path: Path) -> None:
-    text = overview.CHOOSING.read_text()
-    assert overview.filled(overview.CHOOSING, overview.RUNS) == text
+    text = overview.EVIDENCE.read_text()
+    assert overview.filled(overview.EVIDENCE, overview.RUNS) == text
     shutil.copytree(overview.RUNS, tmp_path / "runs")  # the control: one changed record changes the tables
     edited(overview.RUNS / "pairs.parquet", tmp_path / "runs", "descent", 0.001)
-    assert overview.filled(overview.CHOOSING, tmp_path / "runs") != text
+    assert overview.filled(overview.EVIDENCE, tmp_path / "runs") != text
 
 
 def test_the_tables_of_the_starts_are_those_of_their_record(tmp_path: Path) -> None:
