@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cntlora import InitConfig, compute_plan, initialize
 from cntlora.cli.app import app
-from cntlora.interrupts import ended_within, held_back
+from cntlora.interrupts import ended_within, interrupts_deferred
 from cntlora.model import writer
 
 
@@ -94,12 +94,12 @@ def test_a_real_signal_in_the_data_pass(tmp_path: Path) -> None:
 def test_what_is_held_back_comes_at_the_end() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt):
-        with held_back():
+        with interrupts_deferred():
             signal.raise_signal(signal.SIGINT)
             done.append(1)
         done.append(2)
     assert done == [1]
-    with held_back():  # the control
+    with interrupts_deferred():  # the control
         done.append(3)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)

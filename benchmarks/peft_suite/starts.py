@@ -32,7 +32,7 @@ from peft import LoraConfig, PeftMixedModel, PeftModel
 from torch import nn
 
 import cntlora
-from cntlora.data.collect import as_found
+from cntlora.data.reading_mode import as_found
 from cntlora.model.checks import usable_sites
 from cntlora.model.lora_layers import factor_slots
 

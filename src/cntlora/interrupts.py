@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 STOPPED = "cntlora: stopped; nothing was half-written"
-TOLD = threading.Event()
+ANNOUNCED = threading.Event()
 """Whether the user has been told."""
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def interrupts_deferred() -> Iterator[None]:
     """Inside, Ctrl-C waits, so that what is written is written whole; it comes at the end of the block.
 
     Only the main thread is ever interrupted, and only where Python has its own answer to Ctrl-C.
@@ -38,7 +38,7 @@ def held_back() -> Iterator[None]:
 
 def tell_stopped() -> None:
     """Say on stderr that the command was stopped."""
-    TOLD.set()
+    ANNOUNCED.set()
     sys.stderr.write(f"{STOPPED}\n")
     sys.stderr.flush()
 
@@ -51,7 +51,7 @@ def ended_within(seconds: float) -> Iterator[None]:
     waits, at the very end, for threads that do one. A thread of ours, which hears of it at once, ends the process then.
     Files are written so that they may end at any moment.
     """
-    TOLD.clear()
+    ANNOUNCED.clear()
     read, write = os.pipe()
     os.set_blocking(write, False)
     threading.Thread(target=_end_after_interrupt, args=(read, seconds), daemon=True).start()
@@ -61,7 +61,7 @@ def ended_within(seconds: float) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != 130:
             raise
-        if not TOLD.is_set():
+        if not ANNOUNCED.is_set():
             tell_stopped()
         sys.stdout.flush()
         os._exit(130)  # taking the libraries down takes Python a second or two, in which no thread is heard any more
@@ -73,6 +73,6 @@ def _end_after_interrupt(read: int, seconds: float) -> None:
     while byte := os.read(read, 1):
         if byte[0] == signal.SIGINT:
             time.sleep(seconds)
-            if not TOLD.is_set():
+            if not ANNOUNCED.is_set():
                 os.write(2, f"{STOPPED}\n".encode())
             os._exit(130)

@@ -12,7 +12,7 @@ from .plan import FAR, InitPlan, site_dict
 if TYPE_CHECKING:
     from .config import InitConfig
 
-NAMED = 5
+NAMES_SHOWN = 5
 """Sites that a note under the table names; those that it is of are marked in the table."""
 
 _UNREACHED = "the loss of the first row does not depend on it, so that it would not train; leave it out"
@@ -86,25 +86,27 @@ class InitReport:
         heads += ["eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms"]
         rows = [(name, *_cells(s, masks, name in self.far)) for name, s in self.sites.items()]
         lines = [text_table(title, heads, rows)]
-        if any(_starving(s) for s in self.sites.values()):
+        if any(_rank_poor(s) for s in self.sites.values()):
             lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
-        lines += [_far(self.far, c)] if self.far else []
-        lines += _without_mask(self.sites)
-        lines += [_taken(self.step)] if self.step else []
-        lines += _places(self.memory)
+        lines += [_far_line(self.far, c)] if self.far else []
+        lines += _unmasked_lines(self.sites)
+        lines += [_step_line(self.step)] if self.step else []
+        lines += _memory_lines(self.memory)
         lines += [f"{name}: shares the factors of {leader}, made there" for name, leader in self.shared.items()]
         lines += [f"{name}: {_UNREACHED}" for name in self.unreached]
         lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
 
-def _far(far: Mapping[str, float], config: InitConfig) -> str:
+def _far_line(far: Mapping[str, float], config: InitConfig) -> str:
     """The sites that start far out, the furthest first, and the cure."""
-    names = ", ".join(list(far)[:NAMED]) + (f" and {len(far) - NAMED} more" if len(far) > NAMED else "")
+    names = ", ".join(list(far)[:NAMES_SHOWN]) + (
+        f" and {len(far) - NAMES_SHOWN} more" if len(far) > NAMES_SHOWN else ""
+    )
     return f"! further out than {FAR:g}·‖W‖, which trained adapters never reach: {names}; {far_cure(config)}"
 
 
-def _taken(step: Mapping[str, float]) -> str:
+def _step_line(step: Mapping[str, float]) -> str:
     """The step that the start takes, and what it does to the loss."""
     losses = ""
     if "loss_before" in step:
@@ -112,7 +114,7 @@ def _taken(step: Mapping[str, float]) -> str:
     return f"step: ‖s·B·A‖/‖W‖ is {step['size']:.3g} at the site where it is largest{losses}"
 
 
-def _without_mask(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _unmasked_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Each reason why a mask was not applied, with the sites that saw all tokens for it."""
     by_reason: dict[str, list[str]] = {}
     for name, site in sites.items():
@@ -125,7 +127,7 @@ def _without_mask(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _places(memory: Mapping[str, int]) -> list[str]:
+def _memory_lines(memory: Mapping[str, int]) -> list[str]:
     """Where the statistics were held, if that was not simply beside the model."""
     elsewhere = [f"{memory[place] / 2**20:.0f} MiB on the {place}" for place in ("cpu", "disk") if memory[place]]
     if memory["passes"] > 1:
@@ -147,7 +149,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  " + "   ".join([cells[0].ljust(widths[0]), *numbers])
 
 
-def _starving(s: Mapping[str, Any]) -> bool:
+def _rank_poor(s: Mapping[str, Any]) -> bool:
     """Whether the data determine fewer directions than the rank has."""
     return s["effective_rank"] is not None and s["effective_rank"] < s["rank"]
 
@@ -162,7 +164,7 @@ def _cells(s: Mapping[str, Any], masks: bool, far: bool) -> tuple[str, ...]:
         str(s["file_rank"]),
         f"{s['tokens']:,}",
         *([(s["mask"] or "–") + "†" * bool(s["unmasked"])] if masks else []),
-        cell(s["effective_rank"], "d", "*" if _starving(s) else ""),
+        cell(s["effective_rank"], "d", "*" if _rank_poor(s) else ""),
         cell(s["rtol"], ".0e"),
         "–" if s["delta_norm"] is None or not weight else f"{s['delta_norm'] / weight:.3f}",
         "–" if not weight else f"{s['start_norm'] / weight:.3f}{'!' if far else ''}",

@@ -105,7 +105,7 @@ def one_at_a_time(rank: int, world: int, folder: Path) -> dict[str, int]:
     """The most numbers that were gathered at once, beside those of the largest parameter and of all."""
     connect(rank, world, folder)
     model = partitioned()
-    most, held, own = 0, 0, zero3.gathered
+    most, held, own = 0, 0, zero3.gathered_parameters
 
     class Counted:
         def __init__(self, parameters: Any) -> None:
@@ -123,7 +123,7 @@ def one_at_a_time(rank: int, world: int, folder: Path) -> dict[str, int]:
             held -= self.size
             self.inner.__exit__(*error)
 
-    zero3.gathered = Counted
+    zero3.gathered_parameters = Counted
     initialize(model, batches(rank), config("self"))
     sizes = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_numel")]
     return {"most": most, "largest": max(sizes), "all": sum(sizes), "left": held}

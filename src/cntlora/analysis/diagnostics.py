@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import default_forward, device_of, to_device, unwrapped
-from ..data.collect import as_found
 from ..data.gradients import gradients_of, scalar_loss
+from ..data.reading_mode import as_found
 from ..model.sites import Site, find_sites
 
 

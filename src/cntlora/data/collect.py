@@ -6,11 +6,9 @@ identity through weak references, so a reused address cannot be mistaken and no 
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,65 +17,32 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..linalg.moments import Moments, TokenCount
 from ..linalg.parallel import full_precision, read_back
 from ..methods.facts import Facts, SiteFacts
-from ..model.bypass import bypassed
 from ..model.lora_layers import lora_layers
 from ..model.patches import geometry, is_convolution, patches
-from ..model.quantised import left_unpacked
-from ..model.sites import Site
 from .anatomy import Anatomy
 from .batches import (
     Forward,
     default_forward,
     device_of,
     first_batches,
-    read_eagerly,
     to_device,
     unwrapped,
 )
 from .padding import TokenMask, TokenMasks, token_masks
+from .reading_mode import reading_mode
 from .rows import Rows
 from .streams import Streams, following
+
+if TYPE_CHECKING:
+    from ..model.sites import Site
 
 Stats = Moments | TokenCount
 Groups = list[tuple[tuple[str, ...], Any]]
 """The distinct inputs of one forward pass: names of the sites that saw it, its `Stats`."""
-Admits = Callable[[Site, bool], bool]
+Admits = Callable[["Site", bool], bool]
 """Whether the statistics of a site are taken, told whether its input is one that is taken for another site anyway."""
 OnBatch = Callable[[int, Groups], None]
 """Called after a forward pass with the index of the batch and its inputs."""
-
-
-@contextmanager
-def as_found(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
-    """Restores the mode of every module and the state of every random generator, also after an exception."""
-    training = [(module, module.training) for module in model.modules()]
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    numpy = sys.modules.get("numpy")
-    own = list(_generators(batches))
-    states = [g.get_state() for g in own]
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            yield
-        finally:
-            for module, mode in training:
-                module.training = mode
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
-            for generator, state in zip(own, states, strict=True):
-                generator.set_state(state)
-
-
-def _generators(batches: object) -> Iterator[torch.Generator]:
-    """The generators that a DataLoader draws its order from."""
-    found = {}
-    batch_sampler = getattr(batches, "batch_sampler", None)
-    for owner in (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found[id(generator)] = generator
-    yield from found.values()
 
 
 class _Watcher:
@@ -87,26 +52,26 @@ class _Watcher:
         self, new: Callable[[Site], Stats], admits: Admits, streams: Streams | None, batch: int, facts: Facts
     ) -> None:
         self.new, self.admits, self.streams, self.batch, self.facts = new, admits, streams, batch, facts
-        # tensor → its version, and by how it is looked at (see `_see`) its statistics and which rows counted
+        # tensor → its version, and by how it is looked at (see `_read`) its statistics and which rows counted
         self.known: Any = WeakIdKeyDictionary()
-        self.seen: dict[str, list[Stats]] = {}
+        self.inputs: dict[str, list[Stats]] = {}
 
     def hook(self, site: Site) -> Callable[..., None]:
         convolution = is_convolution(site.base)
         features, axis = (site.base.in_channels, -1 - len(site.base.kernel_size)) if convolution else (0, -1)
         features = features or site.in_features
 
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next((kwargs[k] for k in ("x", "input", "hidden_states") if k in kwargs), None)
             if not isinstance(x, Tensor) or x.dim() < -axis or x.shape[axis] != features:
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 wanted = ", ".join(("...", str(features), *(["size"] * (-1 - axis))))
                 raise ValueError(f"site {site.name}, batch {self.batch}: expected an input ({wanted}), got {got}")
-            self._see(site, x, geometry(site.base) if convolution else None)
+            self._read(site, x, geometry(site.base) if convolution else None)
 
-        return see
+        return read
 
-    def _see(self, site: Site, x: Tensor, view: Any) -> None:
+    def _read(self, site: Site, x: Tensor, view: Any) -> None:
         """Takes the moments of an input, once for all sites that look at it alike: as rows, or as the same patches."""
         # an inference tensor counts no versions: an edit of it would go unseen, so it is never taken for known
         version = None if x.is_inference() else x._version
@@ -118,13 +83,13 @@ class _Watcher:
             view = (view, site.name)  # with a mask of its own
         admitted = self.admits(site, (view, True) in stats)
         if (view, admitted) not in stats:
-            stats[view, admitted] = self._taken(site, x, self.new(site) if admitted else TokenCount())
+            stats[view, admitted] = self._new_statistics(site, x, self.new(site) if admitted else TokenCount())
         taken, rows = stats[view, admitted]
-        self.seen.setdefault(site.name, []).append(taken)
+        self.inputs.setdefault(site.name, []).append(taken)
         if rows is not None:
             _note_mask(self.facts[site.name], rows)
 
-    def _taken(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, Rows | None]:
+    def _new_statistics(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, Rows | None]:
         """The statistics of an input, and which of its rows counted. Patches are never masked."""
         rows, precision = None, _autocast_dtype(x)
         if is_convolution(site.base):
@@ -147,7 +112,7 @@ class _Watcher:
         """Distinct inputs in the order of the forward pass, each with the sites that saw exactly it."""
         names: dict[tuple[int, ...], list[str]] = {}
         inputs: dict[tuple[int, ...], list[Stats]] = {}
-        for name, moments in self.seen.items():
+        for name, moments in self.inputs.items():
             key = tuple(map(id, moments))
             names.setdefault(key, []).append(name)
             inputs[key] = moments
@@ -247,21 +212,13 @@ def collect(
             if on_output:
                 _check_called(watcher, sites, index)
                 on_output(index, output)
-            _hand_on(watcher, index, on_batch, facts)
+            _absorb_inputs(watcher, index, on_batch, facts)
             if on_first and index == 0:
                 on_first(moved, output)
             step()
     if facts.batches == 0:
         raise ValueError("batches: expected at least one batch, got none; is the loader empty, or already used up?")
     return facts
-
-
-@contextmanager
-def reading_mode(model: nn.Module, sites: list[Site], batches: Iterable[Any]) -> Iterator[None]:
-    """Inside, the model is in evaluation mode, its fresh adapters are left out, and all is as found afterwards."""
-    with as_found(model, batches), bypassed(sites), left_unpacked(model), read_eagerly(model):
-        model.eval()
-        yield
 
 
 def _usable_masks(masks: TokenMasks, sites: list[Site], model: nn.Module, index: int) -> TokenMasks:
@@ -283,14 +240,14 @@ def _usable_masks(masks: TokenMasks, sites: list[Site], model: nn.Module, index:
 
 def _check_called(watcher: _Watcher, sites: list[Site], index: int) -> None:
     """Raises ValueError if the model called no site, so that the loss can have no gradient by any."""
-    if not watcher.seen:
+    if not watcher.inputs:
         raise ValueError(
             f"batch {index}: none of the {len(sites)} adapted layers was called (the first is {sites[0].name}), so "
             "that there is no gradient by any; does this data reach them, is the adapter in the model that is called?"
         )
 
 
-def _hand_on(watcher: _Watcher, index: int, on_batch: OnBatch, facts: Facts) -> None:
+def _absorb_inputs(watcher: _Watcher, index: int, on_batch: OnBatch, facts: Facts) -> None:
     groups = watcher.groups()
     device = groups[0][1].device if groups else torch.device("cpu")
     with full_precision(device):

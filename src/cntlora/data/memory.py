@@ -79,8 +79,8 @@ def readable(size: float) -> str:
 
 
 @dataclass
-class Held:
-    """What was chosen: passes over the batches, and the most bytes of sums in each place."""
+class MemoryUse:
+    """How the room was used: passes over the batches, and the most bytes of sums in each place."""
 
     passes: int = 0
     device: int = 0
@@ -98,14 +98,14 @@ class Budget:
             only.
         of_inputs: whether d×d statistics of the inputs are summed.
         own_sums: whether each site may need a sum (k, d) of its own besides (shift mode).
-        held: what is noted for the report.
+        use: how the room was used, for the report.
     """
 
     limits: Mapping[str, float]
     of_gradients: bool = False
     of_inputs: bool = True
     own_sums: bool = False
-    held: Held = field(default_factory=Held)
+    use: MemoryUse = field(default_factory=MemoryUse)
     admitted: set[str] = field(default_factory=set)
     waiting: set[str] = field(default_factory=set)
     _used: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PLACES, 0))  # promised to sums
@@ -126,7 +126,7 @@ class Budget:
         """
         most = sum(self._sums(s, False) + self._moments(s) for s in sites)
         self._elsewhere_first = most + max(map(self._working_room, sites), default=0) > self._limit("device")
-        self.held.passes += 1
+        self.use.passes += 1
         self.admitted, self.waiting = set(), set()
         self._used, self._placed = dict.fromkeys(PLACES, 0), dict.fromkeys(PLACES, 0)
         self._taken = self._room = 0
@@ -222,7 +222,7 @@ class Budget:
         place = next((p for p in allowed if self._placed[p] + size <= self._used[p]), None)
         place = place or next((p for p in allowed if self._placed[p] + size <= self.limits[p]), "device")
         self._placed[place] += size
-        setattr(self.held, place, max(getattr(self.held, place), self._placed[place]))
+        setattr(self.use, place, max(getattr(self.use, place), self._placed[place]))
         return total if place == "device" else total.cpu() if place == "cpu" else self._in_file(total)
 
     def _in_file(self, total: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .collect import as_found
 from .gradients import loss_in
+from .reading_mode import as_found
 
 if TYPE_CHECKING:
     from ..model.sites import Site

@@ -11,7 +11,7 @@ import torch
 
 from ..messages import warn_caller
 from ..methods.estimator import GradientReader
-from ..model.checks import check_any_left, leave_silent, report_missing
+from ..model.checks import check_any_left, plain_without_gradient, report_missing
 from ..model.lora_layers import lora_layers
 from ..plan import FAR, InitPlan, SitePlan, weight_sketch
 from ..report import far_cure
@@ -47,30 +47,30 @@ def plan_from(statistics: Statistics) -> InitPlan:
     """Estimates, factors and ranks of the sites of this process, from what was read."""
     try:
         missing = statistics.request.on_missing
-        starved = _starved(statistics)
-        report_missing(starved, missing)
-        silent = _silent([s for s in statistics.sites if s.name not in starved], statistics)
-        heard = len(statistics.sites) - len(starved) - len(silent)
-        starved |= leave_silent(silent, heard, statistics.facts.batches, missing)
-        fed = [site for site in statistics.sites if site.name not in starved]
-        check_any_left(fed, starved)
-        sites = plan_sites(fed, statistics)
+        left_plain = _without_tokens(statistics)
+        report_missing(left_plain, missing)
+        rest = [site for site in statistics.sites if site.name not in left_plain]
+        without = _without_gradient(rest, statistics)
+        left_plain |= plain_without_gradient(without, len(rest) - len(without), statistics.facts.batches, missing)
+        rest = [site for site in rest if site.name not in left_plain]
+        check_any_left(rest, left_plain)
+        sites = plan_sites(rest, statistics)
     finally:
         statistics.budget.close()
     return InitPlan(
         sites=sites,
         config=statistics.config,
-        skipped={**statistics.skipped, **starved},
+        skipped={**statistics.skipped, **left_plain},
         batches=statistics.facts.batches,
         seconds=time.perf_counter() - statistics.started,
         forward_seconds=statistics.seconds,
         versions={"cntlora": VERSION, "torch": torch.__version__},
-        memory=asdict(statistics.budget.held),
+        memory=asdict(statistics.budget.use),
         unreached=[name for name in statistics.unreached or () if name in sites],
     )
 
 
-def _starved(statistics: Statistics) -> dict[str, str]:
+def _without_tokens(statistics: Statistics) -> dict[str, str]:
     """Sites that the data did not reach, with the reason."""
     if statistics.config.method.reads == "weights":
         return {}
@@ -85,14 +85,14 @@ def _starved(statistics: Statistics) -> dict[str, str]:
     return found
 
 
-def _silent(sites: list[Site], statistics: Statistics) -> list[str]:
+def _without_gradient(sites: list[Site], statistics: Statistics) -> list[str]:
     """Sites without a gradient, for the methods that read them."""
     estimator = statistics.estimator
     if not isinstance(estimator, GradientReader):
         return []
     own = statistics.executor.own(sites)
-    heard = statistics.merged({site.name: estimator.has_gradient(site.name) for site in own})
-    return [site.name for site in sites if not heard[site.name]]
+    has_gradient = statistics.merged({site.name: estimator.has_gradient(site.name) for site in own})
+    return [site.name for site in sites if not has_gradient[site.name]]
 
 
 def _with_followers(plan: InitPlan, tied: Sequence[Tied], order: Sequence[str]) -> InitPlan:

@@ -25,17 +25,17 @@ class Losses:
         self.noisy = False
         self._losses: list[Tensor] = []
 
-    def noted(self, call: Forward) -> Forward:
+    def recording(self, call: Forward) -> Forward:
         """`call`, whose losses are kept."""
 
-        def noting(model: nn.Module, batch: Any) -> Any:
+        def recorded(model: nn.Module, batch: Any) -> Any:
             before = _random_states(model)
             output = call(model, batch)
             self.noisy |= not all(map(torch.equal, before, _random_states(model)))
             self._losses.append(loss_in(output, len(self._losses)).detach())
             return output
 
-        return noting
+        return recorded
 
     def first(self, count: int) -> list[float]:
         """The first so many, read back from the device at once."""

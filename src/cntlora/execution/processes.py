@@ -90,7 +90,7 @@ def synchronised(call: Forward, check: Callable[[Any, int], Any] | None = None) 
     """
     indices = count()
 
-    @wraps(call)  # with what is noted on it, such as `by_labels`
+    @wraps(call)  # with its attributes, such as `by_labels`
     def stepped(model: nn.Module, batch: Any) -> Any:
         index = next(indices)
         raise_together(None, f"batch {index}")

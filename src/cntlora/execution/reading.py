@@ -129,7 +129,7 @@ class Statistics:
             if gradients:
                 backward = stack.enter_context(weight_gradients(request.model, sites, self._add_gradient))
                 self.losses = Losses()
-                call = self.losses.noted(call) if method.sized else call
+                call = self.losses.recording(call) if method.sized else call
             collect(
                 request.model, sites, self._kept_batches(), partial(self._absorb, facts),
                 num_batches=self.config.num_batches, gram=method.gram, forward=call, token_mask=request.token_mask,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..data.batches import default_forward, device_of, to_device, unwrapped
-from ..data.collect import reading_mode
 from ..data.gradients import loss_in
+from ..data.reading_mode import reading_mode
 from ..linalg.factors import halves_cancel
 from ..model.layouts import shaped_like
 

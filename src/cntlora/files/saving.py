@@ -20,7 +20,7 @@ from ..atomic import not_written, temporary
 from ..execution.processes import on_first_process
 from ..model.layouts import shaped_like
 from ..model.lora_layers import base_name, config_holder, lora_paths, uses_rslora
-from ..model.peft_config import anchored, selecting, whole
+from ..model.peft_config import anchored, as_integer, selecting
 from ..model.provenance import Start, start_of, subtracted_from
 from ..model.sharded import full, reshard, shards
 from ..model.sites import Site, find_sites
@@ -121,7 +121,7 @@ def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | No
         scaling = alpha / (r**0.5 if uses_rslora(layer, adapter) else r)
         if fold_alpha:
             _fold(state, f"{PREFIX}{inner}.", scaling)
-        plain_alpha = whole(scaling * (rank**0.5 if config.use_rslora else rank))
+        plain_alpha = as_integer(scaling * (rank**0.5 if config.use_rslora else rank))
         shapes[name] = (rank, rank if fold_alpha else plain_alpha)
     for tied in pairs:  # what was appended or folded, at one of the two: a reload may keep the other's
         _follow(state, paths, tied)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from ..linalg.moments import Moments
 from ..linalg.parallel import full_precision, read_back, side_by_side
 from ..linalg.sums import SharedSums
 from .facts import Facts
-from .target import Target
+
+if TYPE_CHECKING:
+    from .target import Target
 
 QUEUED = 2**30
 """Bytes of d×d results that are queued on a GPU before anything is read back: every layer at once would double what the

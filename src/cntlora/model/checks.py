@@ -186,7 +186,7 @@ def check_any_left(sites: Sequence[Site], problems: Mapping[str, str]) -> None:
         )
 
 
-def leave_silent(silent: Sequence[str], heard: int, batches: int, on_missing: str) -> dict[str, str]:
+def plain_without_gradient(without: Sequence[str], others: int, batches: int, on_missing: str) -> dict[str, str]:
     """The sites without a gradient, each with the reason why it is left as plain LoRA.
 
     Some models have a few of them by their build: the last layer's queries of a classifier that reads one token through
@@ -194,27 +194,27 @@ def leave_silent(silent: Sequence[str], heard: int, batches: int, on_missing: st
     as anything can. Where they are most, something else is wrong.
 
     Args:
-        heard: how many sites have a gradient.
+        others: how many sites have a gradient.
 
     Raises:
         ValueError: if more sites have none than have one, unless `on_missing` is "warn".
     """
     reason = "the loss does not depend on it: its gradient is zero in every batch"
-    if not silent:
+    if not without:
         return {}
-    if len(silent) > heard:
+    if len(without) > others:
         report_missing(
             dict.fromkeys(
-                silent,
-                f"{reason}, as are those of {len(silent)} of {len(silent) + heard} sites; "
+                without,
+                f"{reason}, as are those of {len(without)} of {len(without) + others} sites; "
                 "is the adapter on layers that reach the loss, and is it the loss of the training?",
             ),
             on_missing,
         )
     else:
-        more = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
+        more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
         warn_caller(
-            f"site {silent[0]}{more} of {len(silent) + heard}: {reason} of {batches}; left as plain LoRA, which may "
+            f"site {without[0]}{more} of {len(without) + others}: {reason} of {batches}; left as plain LoRA, which may "
             "still train where the loss of other batches depends on it"
         )
-    return dict.fromkeys(silent, reason)
+    return dict.fromkeys(without, reason)

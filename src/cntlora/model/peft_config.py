@@ -12,7 +12,7 @@ from torch import nn
 from .lora_layers import base_name, config_holder, lora_layers, naming_root, uses_rslora
 
 
-def whole(value: float) -> int | float:
+def as_integer(value: float) -> int | float:
     """2.0 as 2: `lora_alpha` is a whole number wherever it can be."""
     return round(value) if abs(value - round(value)) < 1e-9 else value
 
@@ -54,7 +54,7 @@ def _alpha(layer: Any, adapter: str, use_rslora: bool) -> int | float:
     """The alpha that gives a layer its scaling by the rule of the config, where some layers use rsLoRA and some not."""
     alpha, rank = float(layer.lora_alpha[adapter]), int(layer.r[adapter])
     own = uses_rslora(layer, adapter)
-    return whole(alpha if own == use_rslora else alpha * (rank**0.5 if own else rank**-0.5))
+    return as_integer(alpha if own == use_rslora else alpha * (rank**0.5 if own else rank**-0.5))
 
 
 def anchored(name: str) -> str:

@@ -112,7 +112,7 @@ def check_rank(name: str, A: Tensor, rank: int) -> None:
 def full(tensor: Tensor) -> Tensor:
     """The whole value on every process, detached; a tensor that is whole already is not copied. A collective."""
     if zero3.is_partitioned(tensor):
-        return zero3.whole(tensor)
+        return zero3.full_copy(tensor)
     if not is_sharded(tensor):
         return tensor.detach()
     whole: Tensor = _on_mesh(tensor.detach()).full_tensor()
@@ -123,7 +123,7 @@ def full_at(tensor: Tensor, owner: int) -> Tensor | None:
     """The whole value on rank `owner`, None elsewhere: the others send their part and hold no more. A collective."""
     mine = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == owner
     if zero3.is_partitioned(tensor):
-        return zero3.whole_here(tensor, mine)
+        return zero3.full_copy_where(tensor, mine)
     if not is_sharded(tensor):
         return tensor.detach() if mine else None
     sharded = _on_mesh(tensor.detach())

@@ -35,7 +35,7 @@ class Tied:
     crossed: bool
 
     @property
-    def whole(self) -> bool:
+    def shares_memory(self) -> bool:
         """Whether the two lie in one memory; those that PEFT was asked to tie may not, before they are written."""
         ours, theirs = ((_place(s.A), _place(s.B)) for s in (self.site, self.leader))
         return ours == (theirs[::-1] if self.crossed else theirs)
@@ -210,7 +210,7 @@ def tied_as_planned(found: Iterable[Group], plan: InitPlan) -> list[Tied]:
     return tied
 
 
-def share(tied: Tied) -> None:
+def tie_factors(tied: Tied) -> None:
     """Puts the factors of the leader into the site that follows, where they are not in one memory any more."""
     slots = (factor_slots(s.layer, s.adapter) for s in (tied.site, tied.leader))
     mine, theirs = slots

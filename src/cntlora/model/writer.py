@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..interrupts import held_back
+from ..interrupts import interrupts_deferred
 from .checks import check_fresh, check_writable
 from .freezing import freeze_sites, unmask
 from .holders import check_holders
 from .layouts import shaped_like, weight_matrix, write_matrix
 from .lora_layers import adapters_of, factor_of, factor_slots
-from .peft_config import sync_config, whole
+from .peft_config import as_integer, sync_config
 from .provenance import remember, remember_subtracted
 from .sharded import address, reshard, write
 from .sites import Site, find_sites
-from .ties import Tied, groups, share, tied_as_planned
+from .ties import Tied, groups, tie_factors, tied_as_planned
 
 if TYPE_CHECKING:
     from ..plan import InitPlan, SitePlan
@@ -37,11 +37,11 @@ def write_plan(model: nn.Module, plan: InitPlan, adapter_name: str = "default") 
         check_fresh(site)
         check_writable(site, plan.config)
     tied = {t.site.name: t for t in tied_as_planned(groups(model, usable, adapter_name), plan)}
-    check_holders(usable, plan, {name for name, t in tied.items() if not t.whole})
+    check_holders(usable, plan, {name for name, t in tied.items() if not t.shares_memory})
     if plan.config.effective_base == "subtract":
         _check_alone(usable)
         _check_untied(model, usable)
-    with held_back():  # Ctrl-C waits until the model is whole again
+    with interrupts_deferred():  # Ctrl-C waits until the model is whole again
         with torch.no_grad():
             for site in sorted(usable, key=lambda site: site.name in tied):  # those that others follow come first
                 _write(site, plan.sites[site.name], plan.config.effective_base, tied.get(site.name))
@@ -63,13 +63,13 @@ def _write(site: Site, planned: SitePlan, base: str, tied: Tied | None) -> None:
     else:
         unmask(site.A)
         unmask(site.B)
-        share(tied)
+        tie_factors(tied)
     layer.r[adapter] = planned.file_rank
     if adapter in layer.lora_A:
         kind = "channels" if hasattr(layer.lora_A[adapter], "out_channels") else "features"
         setattr(layer.lora_A[adapter], f"out_{kind}", planned.file_rank)
         setattr(layer.lora_B[adapter], f"in_{kind}", planned.file_rank)
-    layer.lora_alpha[adapter] = whole(planned.alpha)
+    layer.lora_alpha[adapter] = as_integer(planned.alpha)
     layer.scaling[adapter] = planned.scaling
     if hasattr(layer, "use_rslora"):
         layer.use_rslora[adapter] = planned.use_rslora

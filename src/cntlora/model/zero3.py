@@ -28,22 +28,22 @@ def shape_of(tensor: Any) -> torch.Size:
     return torch.Size(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
 
 
-def gathered(parameters: Sequence[Any]) -> Any:
+def gathered_parameters(parameters: Sequence[Any]) -> Any:
     """A context in which partitioned parameters are whole on every process. A collective."""
     zero = sys.modules["deepspeed"].zero  # whoever made them has imported it
     return zero.GatheredParameters(list(parameters))
 
 
-def whole(parameter: Any) -> Tensor:
+def full_copy(parameter: Any) -> Tensor:
     """A copy of all of a partitioned parameter. A collective."""
-    with gathered([parameter]):
+    with gathered_parameters([parameter]):
         copy: Tensor = parameter.detach().clone()
     return copy
 
 
-def whole_here(parameter: Any, here: bool) -> Tensor | None:
-    """`whole` where `here`, None on the processes that only take part. A collective."""
-    with gathered([parameter]):
+def full_copy_where(parameter: Any, here: bool) -> Tensor | None:
+    """`full_copy` where `here`, None on the processes that only take part. A collective."""
+    with gathered_parameters([parameter]):
         return parameter.detach().clone() if here else None
 
 
@@ -67,7 +67,7 @@ def _module_by_module(model: nn.Module) -> Iterator[None]:
         stack = ExitStack()
         absent = [p for p in _own(module) if p.ds_status.name == "NOT_AVAILABLE"]
         if absent:
-            stack.enter_context(gathered(absent))
+            stack.enter_context(gathered_parameters(absent))
         running.append((module, stack))
 
     def end(module: nn.Module, *_: Any) -> None:

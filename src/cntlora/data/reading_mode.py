@@ -1,0 +1,60 @@
+"""The state of a model while its data is read, and everything as it was found afterwards."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..model.bypass import bypassed
+from ..model.quantised import left_unpacked
+from .batches import read_eagerly
+
+if TYPE_CHECKING:
+    from ..model.sites import Site
+
+
+@contextmanager
+def as_found(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
+    """Restores the mode of every module and the state of every random generator, also after an exception."""
+    training = [(module, module.training) for module in model.modules()]
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    numpy = sys.modules.get("numpy")
+    own = list(_generators(batches))
+    states = [g.get_state() for g in own]
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+            for generator, state in zip(own, states, strict=True):
+                generator.set_state(state)
+
+
+def _generators(batches: object) -> Iterator[torch.Generator]:
+    """The generators that a DataLoader draws its order from."""
+    found = {}
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    for owner in (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+    yield from found.values()
+
+
+@contextmanager
+def reading_mode(model: nn.Module, sites: list[Site], batches: Iterable[Any]) -> Iterator[None]:
+    """Inside, the model is in evaluation mode, its fresh adapters are left out, and all is as found afterwards."""
+    with as_found(model, batches), bypassed(sites), left_unpacked(model), read_eagerly(model):
+        model.eval()
+        yield
