@@ -19,19 +19,22 @@ from .trainers import check_trainer, closed, left_as_found, training_arguments
 
 @called_with(Request)
 def initialize(request: Request) -> InitReport:
-    """Initialises the LoRA factors of a model from its weights and a few batches of the fine-tuning data.
+    """Initialise the LoRA factors of a model from its weights and a few batches of the fine-tuning data.
 
-    Call it between wrapping the model and making the optimizer. It is `compute_plan` followed by `apply_plan`, and
-    raises what they raise. Where several processes run, all have to call it. Each reads its own batches; the statistics
-    of a site are added up at one process, which factors it, and all take the same plan. The model may be sharded by
-    `fully_shard` (FSDP2) before, where the adapter keeps its ranks (not base "offset"), or afterwards. Weights that
-    DeepSpeed ZeRO-3 partitioned while loading are gathered one module at a time; `deepspeed.initialize` comes later.
+    Call it between wrapping the model and making the optimizer. It does not train. It is `compute_plan` followed by
+    `apply_plan`, and raises what they raise.
+
+    With several processes, all of them have to call it, each with its own batches. The statistics of a site are added
+    up at one process, which factors it, and all processes apply the same plan. The model may be sharded by
+    `fully_shard` (FSDP2) before the call, if the adapter keeps its ranks (not base "offset"), or afterwards. Weights
+    that DeepSpeed ZeRO-3 partitioned while loading are gathered one module at a time; call `deepspeed.initialize`
+    later.
 
     Returns:
         The report: `print` it, or keep `report.to_dict()`.
 
     Raises:
-        RuntimeError: with several processes, if one failed or has ended; no process writes anything then.
+        RuntimeError: with several processes, if one of them failed or ended; then no process writes anything.
     """
     model, adapter = request.model, request.adapter_name
     reshard(model)
@@ -48,7 +51,10 @@ def initialize(request: Request) -> InitReport:
 
 @called_with(Request)
 def compute_plan(request: Request) -> InitPlan:
-    """Reads the weights and the first `config.num_batches` batches and works out the factors; changes nothing.
+    """Compute the factors and ranks from the weights and the first `config.num_batches` batches; change nothing.
+
+    Returns:
+        The plan, for `apply_plan`; it can be saved and applied in another process.
 
     Raises:
         ValueError, TypeError: with the site or batch, what was expected, what came and what to change.
@@ -62,9 +68,17 @@ def compute_plan(request: Request) -> InitPlan:
 
 
 def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default") -> InitReport:
-    """Writes a plan into the adapter of a model: call it before the optimizer is made.
+    """Write a plan into the adapter of a model; call it before the optimizer is made.
 
-    Where the model is sharded by `fully_shard`, all processes have to call it, with the same plan.
+    If the model is sharded by `fully_shard`, all processes have to call it with the same plan.
+
+    Args:
+        model: with the adapter that the plan was made for, freshly made.
+        plan: from `compute_plan` or `InitPlan.load`.
+        adapter_name: of the adapter, if the model has several.
+
+    Returns:
+        The report, as of `initialize`.
 
     Raises:
         ValueError: if the plan is not for this model (names the site), the adapter is not fresh, a weight that would
@@ -77,15 +91,18 @@ def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default
 
 @called_with(TrainerRequest)
 def initialize_from_trainer(request: TrainerRequest) -> InitReport:
-    """`initialize` with the model and the training data of a `transformers.Trainer` or one made from it.
+    """Initialise the model of a `transformers.Trainer`, or of a subclass, from its own training data.
 
-    Call it between the constructor and `.train()`: from then on the trainer's optimizer holds the parameters. TRL's
-    trainers of supervised and preference data and sentence-transformers' trainer of embeddings are known: batches are
-    fed as they feed them, each column of text of the latter as a batch of its own. Methods that read gradients take the
-    trainer's own loss.
+    Call it between the constructor and `.train()`; afterwards the trainer's optimizer holds the parameters. TRL's
+    trainers for supervised and preference data and sentence-transformers' trainer are known: their batches are fed to
+    the model as they feed them, and each text column of the latter counts as a batch. Methods that read gradients use
+    the trainer's own loss.
+
+    Returns:
+        The report, as of `initialize`.
 
     Raises:
-        TypeError: if it is no such trainer.
+        TypeError: if it is not such a trainer.
         ValueError: if the trainer has its optimizer already, or takes its own model without the adapter as a reference,
             which base "subtract" would change; else as for `initialize`.
     """

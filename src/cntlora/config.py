@@ -16,7 +16,7 @@ BASES: tuple[Base, ...] = ("offset", "paired", "subtract", "keep")
 
 @dataclass(frozen=True, init=False)
 class InitConfig:
-    """How adapters are initialised.
+    """Choices of an initialisation: the method, the base policy, what is read, ranks.
 
     Options of a method are given to the method: `InitConfig(method=Self(root="cholesky"))`. In TOML files, on the
     command line and in `from_dict` they are flat keys beside the others.
@@ -25,22 +25,23 @@ class InitConfig:
         method: a method such as `cntlora.Self()` or its name, see `cntlora.methods()`.
         base: what keeps the model's function at the start. "offset": rank 2r, the negative half frozen, starts at
             zero; "paired": the same at rank r with r/2 directions, both halves train; "subtract": W ← W − s·B·A;
-            "keep": the paper's letter, the function moves by s·B·A. None for the method's own: "keep" for descent,
-            "offset" for the others. r is the rank that trains in all of them. Methods
-            that start at B = 0 (lora, eva) keep the function as it is and need none of them: all write rank r.
-        num_batches: how many batches are read from the data, from its start; fewer if there are fewer. Where several
-            processes run, each reads so many of its own, and B of eq. 18 is their number together.
-        adaptive_ranks: variable adapter structure (eq. 19): ranks by the top-K rule instead of one r for all.
-        rank_budget: K; None for the sum of the ranks that the adapter has. Needs adaptive_ranks.
+            "keep": as printed in the paper, the function moves by s·B·A. None for the method's own: "keep" for
+            descent, "offset" for the others. r is the rank of `LoraConfig`. Methods that start at B = 0 (lora, eva)
+            keep the function anyway and write rank r with each of them.
+        num_batches: number of batches that are read from the start of the data; fewer if there are fewer. With several
+            processes each reads as many of its own, and B of eq. 18 is their total.
+        adaptive_ranks: variable adapter structure (eq. 19): ranks by the top-K rule instead of the same r for all.
+        rank_budget: K; None for the sum of the adapter's ranks. Needs adaptive_ranks.
         min_rank, max_rank: bounds of a site's rank with adaptive_ranks; None for no upper bound.
-        exact_svd: all singular values in float64; else the leading ones of a large layer come from a truncated
-            SVD with an error bound, in the model's precision (float32 at least): B·A is the same within 1e-3 of ‖ΔW‖.
+        exact_svd: compute all singular values in float64. Otherwise the leading ones of a large layer come from a
+            truncated SVD with an error bound, in the model's precision (float32 at least): B·A is the same within 1e-3
+            of ‖ΔW‖.
         fold_alpha: write the factors for scaling 1 (alpha = rank, no rsLoRA), so that a reader that ignores
             `rank_pattern` and `alpha_pattern` gets the same function. The scaling that trains is then 1.
-        seed: of what is random (the Gaussian C, lora's A).
+        seed: of everything random (the Gaussian C of shift mode, the A of lora).
 
     Raises:
-        ValueError, TypeError: for an unknown name or a value out of range; the message lists what is right.
+        ValueError, TypeError: for an unknown name or a value out of range; the message lists the valid ones.
     """
 
     method: Method

@@ -31,28 +31,30 @@ _KEY, _DIGEST = "cntlora_plan", "cntlora_digest"
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What one site gets.
+    """Factors of one site, and what they were computed from.
 
     Attributes:
         A, B: (file_rank, in) and (out, file_rank), exactly what is written into the layer, in its dtype;
             scaling·B·A is the function added at step 0 (zero for base "offset" and "paired").
-        rank: the rank that trains, which the budget counts; 0 takes the adapter off.
+        rank: the rank that trains, which the budget counts; with 0 the site loses its adapter.
         scaling, alpha, use_rslora: of the layer afterwards.
         found_rank, found_scaling: of the adapter that the plan was made for.
         singular_values: of the matrix that is factored, descending: ΔW, W (pissa, olora), W·C (corda), the gradient
-            (lora_ga) or the inputs (eva); all of them for a small layer, the leading ones for a large; none for lora.
+            (lora_ga) or the inputs (eva); all of them for a small layer, the leading ones for a large one; none for
+            lora.
         factored_norm: ‖·‖_F of that matrix, (Σ s²)^½ over all its singular values; None for lora.
         delta_norm, weight_norm: ‖ΔW‖_F, None where that matrix is not ΔW, and ‖W‖_F.
-        start_norm: scaling·‖B'·A'‖_F of the directions that train, the distance of the start if nothing cancels it.
-        slope: of descent, ⟨∂L/∂W, scaling·B'·A'⟩: how the mean loss changes along the start, to first order; else None.
-        sketch: uᵀWv for four fixed random pairs u, v: tells another pretrained weight from a rounded one.
-        tokens, batches: how many the site saw; masked: whether a mask was applied.
+        start_norm: scaling·‖B'·A'‖_F of the directions that train: the distance of the start if nothing cancels it.
+        slope: for descent ⟨∂L/∂W, scaling·B'·A'⟩, the first-order change of the mean loss along the start; else None.
+        sketch: uᵀWv for four fixed random pairs u, v, which distinguishes another pretrained weight from a rounded one.
+        tokens, batches: how many the site saw.
+        masked: whether a mask was applied.
         mask: the stream of tokens that it saw and where their mask comes from, as "decoder (labels)"; "" without one.
         unmasked: why no mask was applied, in some batch, though one was given; else "".
-        effective_rank: smallest numerical rank of G over the batches, or that of all inputs (corda, eva): directions
-            that the data determine; None where no inputs are read.
-        rtol: the tolerance of † there; None without †.
-        seconds: spent on the site's statistics (its share) and factors.
+        effective_rank: smallest numerical rank of G over the batches, or that of all inputs (corda, eva): the number of
+            directions that the data determine; None if no inputs are read.
+        rtol: the tolerance of the pseudo-inverse; None without one.
+        seconds: time for the site's part of the statistics and for its factors.
     """
 
     A: Tensor
@@ -81,12 +83,12 @@ class SitePlan:
 
     @property
     def file_rank(self) -> int:
-        """Rows of A: 2·rank for base "offset", else rank."""
+        """Number of rows of A: 2·rank for base "offset", else rank."""
         return self.A.shape[0]
 
     @property
     def captured(self) -> float | None:
-        """Share of Σ s² that the first `rank` of `singular_values` cover (base "paired" holds half as many)."""
+        """Fraction of Σ s² in the first `rank` of `singular_values` (base "paired" holds half as many)."""
         if self.factored_norm is None:
             return None
         first = float(self.singular_values[: self.rank].double().square().sum())
@@ -104,15 +106,15 @@ class InitPlan:
     Attributes:
         sites: in the order of the model.
         config: the configuration that made it.
-        skipped: sites left as plain LoRA, with the reason (only with `on_missing="warn"`).
+        skipped: sites left as plain LoRA → the reason (only with `on_missing="warn"`).
         batches: batches read; seconds: of the whole computation; forward_seconds: of its data pass.
         versions: of cntlora and torch.
         memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
-        step: where the size of the start was found by the loss: "size" (the largest ‖scaling·B·A‖/‖W‖ of all sites),
-            "loss_before", "loss_after" and the "batches" that they are the mean of, and "trials"; else empty.
-        shared: sites that have the factors of another one, with the name of that, where they were made.
-        unreached: sites that the loss of the first row does not depend on, so that they would not train. Empty where
-            it was not looked at: the output names no loss, hooks or `forward=` are the caller's, weights are sharded.
+        step: if the loss chose the size of the start: "size" (the largest ‖scaling·B·A‖/‖W‖ of all sites),
+            "loss_before" and "loss_after", the number of "batches" that they are means over, and "trials"; else empty.
+        shared: sites that have the factors of another site → the name of that site.
+        unreached: sites on which the loss of the first row does not depend, so that they would not train. Empty if this
+            was not checked: if the output names no loss, hooks or `forward=` are the caller's, or weights are sharded.
     """
 
     sites: Mapping[str, SitePlan]
@@ -128,17 +130,17 @@ class InitPlan:
     unreached: Sequence[str] = field(default_factory=list)
 
     def far_starts(self) -> dict[str, float]:
-        """Site → ‖scaling·B·A‖/‖W‖ of the directions that train where that is above `FAR`, the largest first."""
+        """List the sites whose ‖scaling·B·A‖/‖W‖ of the directions that train is above `FAR`, the largest first."""
         sizes = {name: s.start_norm / s.weight_norm for name, s in self.sites.items() if s.rank and s.weight_norm}
         far = {name: size for name, size in sizes.items() if size > FAR}
         return dict(sorted(far.items(), key=lambda item: -item[1]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, first under a temporary name. No pickle, no path inside."""
+        """Save as one safetensors file, written under a temporary name first; no pickle, no path inside."""
         write_atomically(Path(path), self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The file as bytes."""
+        """Serialise to the bytes of the file."""
         tensors = {
             f"{name}::{key}": getattr(site, key).detach().cpu().contiguous().clone()
             for name, site in self.sites.items()
@@ -164,11 +166,11 @@ class InitPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InitPlan:
-        """Reads a plan.
+        """Load a plan.
 
         Raises:
-            ValueError: if the file is cut short, edited, no plan, or of a newer format; says which.
-            FileNotFoundError: if there is none.
+            ValueError: if the file is cut short, edited, not a plan, or of a newer format; says which.
+            FileNotFoundError: if there is no such file.
         """
         try:
             data = Path(path).read_bytes()
@@ -178,7 +180,7 @@ class InitPlan:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "plan") -> InitPlan:
-        """Reads what `to_bytes` made."""
+        """Load from the bytes that `to_bytes` made."""
         head, tensors = _read(data, source)
         try:
             _check_digests(head["digests"], tensors, source)
@@ -188,7 +190,7 @@ class InitPlan:
             raise ValueError(f"{source}: no plan as this cntlora writes it ({error!r}); make the plan again") from error
 
     def check(self, sites: Iterable[Site]) -> None:
-        """Whether the plan was made for a model with these sites.
+        """Check that the plan was made for a model with these sites.
 
         Raises:
             ValueError: names the first site that differs, what the plan has and what the model has.

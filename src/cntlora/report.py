@@ -1,4 +1,4 @@
-"""`InitReport`: what happened at every site, as a table to read and a dict to keep."""
+"""`InitReport`: the outcome at every site, as a table to read and a dict to keep."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ _UNREACHED = "the loss of the first row does not depend on it, so that it would 
 
 @dataclass(frozen=True)
 class InitReport:
-    """The report of `initialize`; `print(report)` shows it.
+    """Report of `initialize`; `print(report)` shows it as a table.
 
     Attributes:
         config: the configuration in force.
         sites: per site rank (that trains), file_rank, scaling, tokens, batches, masked, mask (the stream of tokens, and
             where their mask comes from), unmasked (why a mask that was given was not applied), effective_rank, rtol,
             delta_norm, weight_norm, start_norm, captured (share of the squared spectrum that the rank covers), seconds.
-        skipped: sites left as plain LoRA, and why.
-        batches: batches read. seconds, forward_seconds: of the whole, and of the data pass with its statistics.
+        skipped: sites left as plain LoRA → the reason.
+        batches: number of batches read.
+        seconds, forward_seconds: of the whole computation, and of the data pass with its statistics.
         memory: passes over the batches, and the most bytes of statistics on the "device", the "cpu" and the "disk".
-        step: of descent, see `InitPlan`; else empty.
-        shared: sites that have the factors of another one, with the name of that, where they were made.
-        unreached: sites that the loss of the first row does not depend on, see `InitPlan`.
+        step: for descent, see `InitPlan`; else empty.
+        shared: sites that have the factors of another site → the name of that site.
+        unreached: sites on which the loss of the first row does not depend, see `InitPlan`.
         far: sites whose start is far beyond what trained adapters reach, see `InitPlan.far_starts`.
     """
 
@@ -50,7 +51,7 @@ class InitReport:
 
     @classmethod
     def of(cls, plan: InitPlan) -> InitReport:
-        """The report of a plan."""
+        """Make the report of a plan."""
         sites = {name: site_dict(site) for name, site in plan.sites.items()}
         rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory), dict(plan.step))
         return cls(
@@ -58,7 +59,7 @@ class InitReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Convert to plain values, ready for JSON."""
         return {
             "config": self.config.to_dict(),
             "sites": {name: dict(site) for name, site in self.sites.items()},

@@ -31,23 +31,23 @@ class Options:
         forward: how to call the model, `forward(model, batch)`; None for model(**batch), (*batch) or (batch).
         loss: for the methods that read gradients (descent, lora_ga, lora_one): `loss(model, batch)`, a scalar; None for
             the loss in the model's own output, which transformers models give when the batch has labels.
-        token_mask: which tokens count. None for the masks in the batch, each for its own stream of tokens; without one,
-            the decoder of an encoder-decoder model counts tokens with a label other than −100. "labels" for those with
-            a label besides, "none" for all. Or a function of the batch that returns a (batch, tokens) mask, or a
-            mapping from streams ("text", "decoder", "encoder", "frames") or site names to masks (None: all count).
-            For methods that read gradients, tokens that the loss does not reach do not count either, where the labels
-            tell them: with the model's own loss, not with `loss`, where the masks alone decide.
-        adapter_name: of the adapter, where the model has several.
-        on_missing: "raise" if a target cannot be initialised, or "warn" and leave it plain LoRA. With methods that
+        token_mask: which tokens count. None for the masks in the batch, each for its own stream of tokens; without a
+            mask, the decoder of an encoder-decoder model counts tokens with a label other than −100. "labels" for
+            those that also have a label, "none" for all tokens. Or a function of the batch that returns a
+            (batch, tokens) mask, or a mapping from streams ("text", "decoder", "encoder", "frames") or site names to
+            masks (None: all tokens count). For methods that read gradients, tokens that the loss does not reach do not
+            count either, if the labels tell which: with the model's own loss; with `loss` the masks alone decide.
+        adapter_name: of the adapter, if the model has several.
+        on_missing: "raise" if a site cannot be initialised, or "warn" and leave it as plain LoRA. With methods that
             read gradients, sites without one stay plain LoRA with a warning in either case, unless they are most.
-        progress: show a bar on a terminal.
-        max_memory: bound on the memory of the statistics beside the model and its forward pass: bytes or "6GiB" on the
-            model's device, or {"device": …, "cpu": …, "disk": …}. What does not fit on the device goes to the
-            CPU's memory, then into a temporary file (only if "disk" is named), and else waits for another pass
-            over the same batches, which are kept for that. The plan is the same: every sum has the same terms in the
-            same order. None for no bound.
-        weights: a safetensors file, or a folder of them, that W is read from, one layer at a time, in place of the
-            model: that of the unquantised model where this one is quantised. None to take the model's own.
+        progress: whether to show a progress bar on a terminal.
+        max_memory: bound on the memory of the statistics, besides the model and its forward pass: bytes or "6GiB" on
+            the model's device, or {"device": …, "cpu": …, "disk": …}. Statistics that do not fit on the device go to
+            the CPU's memory, then into a temporary file (only if "disk" is named); the rest waits for another pass over
+            the same batches, which are kept for that. The plan is the same: every sum has the same terms in the same
+            order. None for no bound.
+        weights: a safetensors file, or a folder of them, from which W is read, one layer at a time: those of the
+            unquantised model if this one is quantised. None to use the model's own weights.
     """
 
     forward: Forward | None = None
@@ -72,7 +72,7 @@ class Request(Options):
         model: carries LoRA layers with the adapter `adapter_name`, freshly made (B = 0).
         batches: iterable of mappings, tuples or tensors, of any batch size; only its first batches are read. May be
             None for the methods that read the weights alone (lora, pissa, olora), which never look at it.
-        config: the choices; None for the defaults.
+        config: the method and its options; None for the defaults.
     """
 
     model: nn.Module
@@ -86,7 +86,7 @@ class TrainerRequest(Options):
 
     Attributes:
         trainer: has `.model`, `.get_train_dataloader()` and no optimizer yet.
-        config: the choices; None for the defaults.
+        config: the method and its options; None for the defaults.
     """
 
     trainer: Any
