@@ -7,7 +7,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 TESTS := -n auto --dist loadfile
 KERNELS =
 
-.PHONY: setup demo test test-all test-kernels test-peft lint bench results docs clean
+.PHONY: setup demo test test-all test-kernels test-peft test-oldest test-dist dist lint bench results docs clean
 setup: $(STAMP)  ## make .venv and install the project with everything the tests need
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,6 +37,25 @@ test-peft: setup  ## PEFT's own tests on adapters that we initialised: make test
 	$(INSTALL) '.[dev,peft-tests]'
 	$(BIN)/python -W ignore benchmarks/peft_suite $(PEFT) $(OPTIONS)
 
+LIBRARY := $(addprefix tests/,linalg methods data model execution files analysis cli test_config.py test_plan.py test_hygiene.py test_errors.py)
+OLDEST := build/oldest
+
+test-oldest:  ## the tests of the library with the oldest versions that pyproject.toml admits: make test-oldest PYTHON=python3.10
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[diffusion,lab,samples,vlm]' pytest pytest-xdist hypothesis
+	$(OLDEST)/bin/python -m pytest $(TESTS) $(LIBRARY)
+
+dist:  ## the archives for a package index, in dist/, checked
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
+test-dist: dist  ## the wheel in an empty environment: alone, with the example of README.md, and the command
+	$(BIN)/python -m tests.wheel dist
+
 lint: setup  ## ruff, mypy, and the contract between the rooms of the package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +77,4 @@ docs: setup  ## the docs as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv build demo-output
+	rm -rf .venv build dist demo-output

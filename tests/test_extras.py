@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 """Distribution → module, where the names differ."""
-OF_DEVELOPERS = {"dev", "docs", "oldest", "peft-tests"}
+OF_DEVELOPERS = {"dev", "docs", "peft-tests"}
 """Extras that no code of the package imports."""
 OPTIONAL = sorted({module for modules in EXTRAS.values() for module in modules})
 HIDE = """

@@ -12,9 +12,8 @@ import peft
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
-from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
-from peft.tuners.lora.loraga import preprocess_loraga
 from tests import bounds
 from tests.cases import recorded
 from torch import Tensor
@@ -200,15 +199,16 @@ def test_eva_in_peft_cannot_read_labels_of_a_classifier(task: SentimentTask, bat
 
 
 def loraga_of_peft(task: SentimentTask, batches: list[Batch], factor: float = 1.0) -> dict[str, Site]:
+    loraga = pytest.importorskip("peft.tuners.lora.loraga", reason="this PEFT has no LoRA-GA")
     base = task.build_model(0)
-    config = lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    config = lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
 
     def step() -> None:
         base.eval()
         for batch in batches:
             (factor * base(**batch).loss).backward()
 
-    preprocess_loraga(base, config, step)
+    loraga.preprocess_loraga(base, config, step)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return sites(get_peft_model(base, config))

@@ -43,6 +43,7 @@ def quantised(kind: str, folder: Path) -> Any:
     """The model of `folder` as transformers loads it with a quantisation."""
     from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 
+    pytest.importorskip(kind.partition(" ")[0])
     if kind.startswith("bitsandbytes"):
         few = kind != "bitsandbytes 8-bit"
         options: Any = BitsAndBytesConfig(
@@ -219,11 +220,12 @@ def test_quantised_weights_that_are_not_known_are_refused_with_the_way_out() -> 
 
 def in_float8(folder: Path) -> Any:
     """Linear weights in float8_e4m3fn, cast for each call by diffusers' hooks."""
-    from diffusers.hooks import apply_layerwise_casting
     from transformers import LlamaForCausalLM
 
+    hooks = pytest.importorskip("diffusers.hooks", reason="this diffusers casts no layers")
+
     model = LlamaForCausalLM.from_pretrained(folder).eval()
-    apply_layerwise_casting(
+    hooks.apply_layerwise_casting(
         model.model.layers,
         storage_dtype=torch.float8_e4m3fn,
         compute_dtype=torch.float32,
@@ -249,9 +251,8 @@ def test_an_adapter_in_8_bit_floats_is_refused(folder: Path) -> None:
 
 
 def test_scales_of_transformers_fp8_layers_are_applied() -> None:
-    from transformers.integrations.finegrained_fp8 import FP8Linear
-
-    layer = FP8Linear(20, 12, block_size=(8, 8))
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    layer = fp8.FP8Linear(20, 12, block_size=(8, 8))
     layer.weight.data = torch.randn(12, 20).to(torch.float8_e4m3fn)
     layer.weight_scale_inv.data = torch.rand(2, 3) + 0.5
     W = cntlora.model.layouts.weight_matrix(layer)

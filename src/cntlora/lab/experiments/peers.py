@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft import AdaLoraConfig, EvaConfig, LoraConfig, LoraGAConfig, get_peft_model
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_peft_model
 from peft import initialize_lora_eva_weights as eva_weights
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -124,6 +123,9 @@ def _sequences(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _lora_ga(model: nn.Module, options: Mapping[str, Any], batches: Batches, steps: int) -> nn.Module:
+    from peft.tuners.lora.config import LoraGAConfig  # not in older releases
+    from peft.tuners.lora.loraga import preprocess_loraga
+
     config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **options)
 
     def train_step() -> None:
