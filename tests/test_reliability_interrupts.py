@@ -91,7 +91,7 @@ def test_a_real_signal_in_the_data_pass(tmp_path: Path) -> None:
     assert heard == 2 and not changed(before, model)
 
 
-def test_what_is_held_back_comes_at_the_end() -> None:
+def test_what_is_deferred_comes_at_the_end() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt):
         with interrupts_deferred():

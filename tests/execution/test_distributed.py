@@ -84,6 +84,8 @@ def job_ddp(rank: int, world: int, folder: Path) -> Any:
     model = adapted()  # the control: a plan of its own on every rank
     apply_plan(model, compute_plan(model, mine))
     results["own plans"] = {"same start": same(model)}
+    if rank == 0:  # compute_plan is the work of one process, also where the loss finds the size
+        results["one rank"] = dict(compute_plan(adapted(), mine, InitConfig(method="descent")).step)
     results["offset after wrapping"] = outcome(lambda: initialize(DistributedDataParallel(adapted()), mine))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -205,6 +207,11 @@ def test_all_ranks_start_and_end_identical(results: Any, name: str) -> None:
 def test_plans_of_their_own_differ(results: Any) -> None:
     """The control: the ranks see other data, and without sharing they would start apart."""
     assert not any(rank["own plans"]["same start"] for rank in results["job_ddp"])
+
+
+def test_a_plan_is_computed_without_the_other_processes(results: Any) -> None:
+    zero, one = results["job_ddp"]
+    assert zero["one rank"]["batches"] == 4 and zero["one rank"]["trials"] > 0 and "one rank" not in one
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
