@@ -269,6 +269,20 @@ def squares(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).square().mean()
 
 
+def output_squares(base: nn.Module, batches: list[Tensor]) -> dict[str, np.ndarray]:
+    """The mean over tokens of (b·∂L/∂y)² (k,), b samples a batch, on the bare base model, by autograd alone."""
+    base = copy.deepcopy(base)
+    outputs: dict[str, list[Tensor]] = {name: [] for name in Mlp.targets}
+    for name in Mlp.targets:
+        base.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: (output.retain_grad(), outputs[name].append(output))[0]
+        )
+    for batch in batches:
+        squares(base, batch).backward()
+    each = {name: [array(len(y) * y.grad).reshape(-1, y.shape[-1]) for y in found] for name, found in outputs.items()}
+    return {name: np.mean(np.vstack(rows) ** 2, axis=0) for name, rows in each.items()}
+
+
 def gradients(base: nn.Module, batches: list[Tensor]) -> dict[str, np.ndarray]:
     """The mean over batches of ∂L/∂W (k, d) on the bare base model, by autograd alone."""
     base = copy.deepcopy(base)

@@ -367,3 +367,46 @@ def lora_one_delta(G: np.ndarray, gamma: float = 128.0) -> np.ndarray:
     """LoRA-One, algorithm 1: Delta W = -G / (gamma s_1), s_1 the largest singular value of the gradient G (k, d)."""
     G = _f64(G)
     return -G / (gamma * np.linalg.norm(G, 2))
+
+
+def lora_da_factors(
+    G: np.ndarray,
+    X: np.ndarray,
+    f: np.ndarray,
+    r: int,
+    damping: float = 0.01,
+    variance: float = 0.03,
+    samples: int = 100_000,
+    gamma: float = 1024.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """LoRA-DA (Zhang et al. 2025): B (k, r) and A (r, d), with damping relative to the means.
+
+    G (k, d) is the gradient by W, X (d, b) the inputs, f (k,) the mean over tokens of the squared gradient of one
+    sample's loss by the outputs.
+    """
+    G, X, f = _f64(G), _f64(X), _f64(f)
+    C = X @ X.T / X.shape[1]
+    inverse = np.linalg.inv(C + damping * np.trace(C) / len(C) * np.eye(len(C)))
+    fisher = f + damping * np.mean(f)
+    step = -np.diag(1 / fisher) @ G @ inverse
+    size = np.linalg.norm(step, 2)
+    guidance = variance * np.sum(1 / fisher) / (samples * size**2) * inverse - step.T @ step / size**2
+    directions = np.linalg.eigh(guidance)[1][:, :r]
+    return step @ directions / size / np.sqrt(gamma), directions.T / np.sqrt(gamma)
+
+
+def gora_factor(G: np.ndarray, A: np.ndarray, gamma: float = 0.05) -> np.ndarray:
+    """GoRA (He et al. 2025): B (k, r) for A (r, d) with B·A = -gamma sqrt(d/r) G P, P the projector on A's rows."""
+    G, A = _f64(G), _f64(A)
+    r, d = A.shape
+    return -gamma * np.sqrt(d / r) * G @ A.T @ np.linalg.inv(A @ A.T)
+
+
+def gora_ranks(
+    importance: dict[str, float], shapes: dict[str, tuple[int, int]], reference: float, low: int, high: int
+) -> dict[str, int]:
+    """GoRA: rank of each site, of a budget of reference * sum sqrt(k + d) shared out by importance, then bounded."""
+    cost = {name: float(np.sqrt(k + d)) for name, (k, d) in shapes.items()}
+    budget, total = reference * sum(cost.values()), sum(importance.values())
+    wanted = {name: round(budget * importance[name] / total / cost[name]) for name in shapes}
+    return {name: int(min(max(rank, low), high, *shapes[name])) for name, rank in wanted.items()}

@@ -15,7 +15,7 @@ from cntlora.lab.experiments.arms import Arm, parse_arm
 
 TARGETS = ["query", "key", "value", "attention.output.dense"]
 MODES = ("cross", "self", "shift")
-PEERS = ("pissa", "olora", "corda", "lora_ga", "lora_one", "eva")
+PEERS = ("pissa", "olora", "corda", "lora_ga", "lora_one", "lora_da", "gora", "eva")
 MORE = ("", "+vas", "+qr", "+dora", "+rslora", "+vas+dora", "+vas+rslora")
 COMBINATIONS = (
     *(f"{mode}{more}" for mode in MODES for more in MORE),

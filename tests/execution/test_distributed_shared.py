@@ -18,7 +18,7 @@ from cntlora.execution.distributed import distribute, linked_names
 from cntlora.execution.step_size import TRIED
 from cntlora.model.sites import find_sites
 
-METHODS = ("cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one", "pissa", "descent")
+METHODS = ("cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one", "lora_da", "gora", "pissa", "descent")
 UNSEEN = "bert.encoder.layer.1.attention.self.value"
 Batch = dict[str, Any]
 
@@ -46,7 +46,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def call(method: str) -> dict[str, Any]:
-    return {"loss": loss} if method in ("lora_ga", "lora_one", "descent") else {"forward": forward}
+    return {"loss": loss} if method in ("lora_ga", "lora_one", "lora_da", "gora", "descent") else {"forward": forward}
 
 
 def products(plan: Any) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from cntlora.execution import distributed
 from cntlora.model import layouts, sharded
 from cntlora.model.sites import find_sites
 
-METHODS = ("cross", "self", "shift", "descent", "eva", "corda", "lora_ga", "pissa", "lora")
+METHODS = ("cross", "self", "shift", "descent", "eva", "corda", "lora_ga", "lora_da", "gora", "pissa", "lora")
 VARIANTS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
     "paired": {"base": "paired"},

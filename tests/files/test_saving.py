@@ -110,7 +110,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "some plain": ({"target_modules": ["query", "word_embeddings"], "use_rslora": True}, {"fold_alpha": True}),
     "added": ({"route": "add_adapter", "target_modules": DENSE}, ADAPTIVE),
 }
-PEERS = ("lora", "pissa", "olora", "eva", "corda", "lora_ga", "lora_one")
+PEERS = ("lora", "pissa", "olora", "eva", "corda", "lora_ga", "lora_one", "lora_da", "gora")
 VARIANTS |= {method: ({}, {"method": method}) for method in PEERS}
 VARIANTS["eva dora"] = ({"use_dora": True}, {"method": "eva"})
 VARIANTS["adaptive eva"] = ({"target_modules": DENSE}, {"method": "eva", **ADAPTIVE})

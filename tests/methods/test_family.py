@@ -19,6 +19,7 @@ from tests.cases import (
     inputs_of,
     lora,
     mlp,
+    output_squares,
     relative_error,
     squares,
     token_batches,
@@ -33,14 +34,16 @@ from cntlora.data.gradients import scalar_loss
 from cntlora.methods.method import METHODS, all_options
 from cntlora.methods.options import option_names
 
-PRODUCT = ("pissa", "olora", "corda", "lora_ga", "lora_one")
+PRODUCT = ("pissa", "olora", "corda", "lora_ga", "lora_one", "lora_da", "gora")
 ZERO = ("lora", "eva")
 PEERS = (*PRODUCT, *ZERO)
 R, ALPHA = 3, 6.0  # of `cases.lora`: s = 2
 
 
-def expected(method: str, W: np.ndarray, X: list[np.ndarray], G: np.ndarray, s: float) -> np.ndarray:
-    """s·B·A (k, d) as the papers have it, at the strength that is the method's own."""
+def expected(
+    method: str, W: np.ndarray, X: list[np.ndarray], G: np.ndarray, f: np.ndarray, s: float, A: np.ndarray
+) -> np.ndarray:
+    """s·B·A (k, d) as the papers have it, at the strength that is the method's own; A is what was drawn for GoRA."""
     everything = np.hstack(X)
     if method == "pissa":
         B, A = reference.pissa_factors(W, R)
@@ -52,6 +55,11 @@ def expected(method: str, W: np.ndarray, X: list[np.ndarray], G: np.ndarray, s: 
     elif method == "lora_ga":
         B, A = reference.lora_ga_factors(G, R)
         B = s * B
+    elif method == "lora_da":
+        B, A = reference.lora_da_factors(G, everything, f, R)
+        B = s * B
+    elif method == "gora":
+        B = reference.gora_factor(G, A)
     else:
         B, A = reference.svd_factors(reference.lora_one_delta(G), R)
         B = s * B
@@ -63,14 +71,16 @@ def expected(method: str, W: np.ndarray, X: list[np.ndarray], G: np.ndarray, s: 
 def test_the_product_is_that_of_the_paper(method: str, dtype: torch.dtype) -> None:
     base = mlp(dtype=dtype)
     batches = token_batches(SIZES, dtype=dtype)
-    X, G = inputs_of(base, batches), gradients(base, batches)
+    X, G, f = inputs_of(base, batches), gradients(base, batches), output_squares(base, batches)
     W = {name: array(base.get_submodule(name).weight) for name in Mlp.targets}
     plan = compute_plan(wrapped(base), batches, InitConfig(method=method, base="keep"), loss=squares, progress=False)
     tolerance = 1e-8 if dtype == torch.float64 else 2e-4
     for name, site in plan.sites.items():
-        want = expected(method, W[name], X[name], G[name], ALPHA / R)
+        A = array(site.A)
+        want = expected(method, W[name], X[name], G[name], f[name], ALPHA / R, A)
         assert relative_error(added(site), want) < tolerance, name
-        other = expected(method, draw(5, *W[name].shape).numpy(), X[name], draw(6, *W[name].shape).numpy(), ALPHA / R)
+        wrong = [draw(seed, *W[name].shape).numpy() for seed in (5, 6)]
+        other = expected(method, wrong[0], X[name], wrong[1], f[name], ALPHA / R, A)
         assert relative_error(added(site), other) > 0.3  # the control: another weight and gradient
 
 
@@ -142,7 +152,7 @@ def test_methods_of_the_weights_alone_need_no_data(method: str) -> None:
     assert "–" in str(cntlora.InitReport.of(plans[0]))
 
 
-@pytest.mark.parametrize("method", ["self", "descent", "eva", "corda", "lora_ga", "lora_one"])
+@pytest.mark.parametrize("method", ["self", "descent", "eva", "corda", "lora_ga", "lora_one", "lora_da", "gora"])
 def test_methods_that_read_data_say_so(method: str) -> None:
     with pytest.raises(ValueError, match=f"method '{method}' reads (inputs|gradients)"):
         compute_plan(wrapped(mlp()), None, InitConfig(method=method))
@@ -168,7 +178,10 @@ def test_how_rows_are_split_into_batches_changes_nothing(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "side"),  # BERT's pooler reads position 0, which padding on the left hides: gradients differ by right
-    [("eva", "left"), ("corda", "left"), *((m, "right") for m in ("eva", "corda", "descent", "lora_ga", "lora_one"))],
+    [
+        *(("eva", "left"), ("corda", "left")),
+        *((m, "right") for m in ("eva", "corda", "descent", "lora_ga", "lora_one", "lora_da", "gora")),
+    ],
 )
 def test_padding_changes_nothing(method: str, side: str) -> None:
     """BERT's own masking hides padding from the loss; the statistics have to do the same."""
@@ -293,7 +306,7 @@ def test_an_option_without_effect_is_an_error_and_one_with_an_effect_has_it(meth
     values: dict[str, Any] = {
         "decomposition": "qr_pivoted", "p": 0.9, "strength": 3.0, "rtol": 0.3, "gram": "mean", "initial_weight": "zero",
         "batch_weights": (1.0, 0.2, 3.0, 0.5), "root": "symmetric", "shift_constant": 3.0, "center": False,
-        "damping": 2.0,
+        "damping": 2.0, "variance": 300.0, "samples": 7,
     }  # fmt: skip
     assert set(values) == set(all_options())
     batches = [batch + 0.3 for batch in token_batches(SIZES)]
@@ -352,9 +365,8 @@ def test_half_precision(method: str, dtype: torch.dtype) -> None:
 def test_dora_starts_as_w_plus_the_product(method: str) -> None:
     """With `keep` DoRA's function is that of W + s·B·A; with magnitudes left at ‖W‖ it is another (the control)."""
     batches, batch = text_batches(), text_batches(seed=9)[0]
-    config = InitConfig.from_dict(
-        {"method": method, "base": "keep", **({} if method == "lora_ga" else {"strength": 1.5})}
-    )
+    strength = {"lora_ga": None, "lora_da": 300.0}.get(method, 1.5)  # LoRA-DA's own start is very small
+    config = InitConfig.from_dict({"method": method, "base": "keep", "strength": strength})
     plain, dora = adapted("bert"), adapted("bert", use_dora=True)
     for model in (plain, dora):
         initialize(model, batches, config, progress=False)

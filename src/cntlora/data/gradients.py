@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..linalg.parallel import read_back
 from ..model.layouts import as_matrix
+from ..model.patches import is_convolution
 from ..model.sharded import full
 
 if TYPE_CHECKING:
@@ -38,17 +39,47 @@ def gradients_of(parameters: Iterable[nn.Parameter], model: nn.Module) -> Iterat
             p.grad = gradient
 
 
+class _OutputSquares:
+    """Σ over tokens of (b·∂L/∂y)² (k,) of every site, in the backward pass of one batch of b samples.
+
+    L is the mean over the samples of a batch, so that b·∂L/∂y is the gradient of the loss of a single one.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def hook(self, site: Site) -> Callable[..., Any]:
+        def see(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, Tensor) and output.requires_grad:
+                # a view loses its hooks where the model edits it in place (Longformer's global queries)
+                output = output.clone() if output._is_view() else output
+                output.register_hook(add)
+            return output
+
+        def add(gradient: Tensor) -> None:
+            rows = gradient.movedim(1, -1) if is_convolution(site.base) else gradient
+            each = rows.detach().to(torch.promote_types(rows.dtype, torch.float32)).reshape(-1, rows.shape[-1])
+            found = (len(gradient) * each).square().sum(dim=0)
+            self.sums[site.name] = self.sums[site.name] + found if site.name in self.sums else found
+
+        return see
+
+
 @contextmanager
-def weight_gradients(model: nn.Module, sites: list[Site], sink: OnGradient) -> Iterator[Callable[[int, Any], None]]:
+def weight_gradients(
+    model: nn.Module, sites: list[Site], sink: OnGradient, output_sink: OnGradient | None = None
+) -> Iterator[Callable[[int, Any], None]]:
     """Inside, the weights of the sites are the only parameters with gradients; the yielded function runs backward.
 
-    It takes the index of the batch and what the model gave for it, and hands ∂L/∂W of every site to `sink`. The
-    gradients and the `requires_grad` of all parameters are as before afterwards, also after an exception.
+    It takes the index of the batch and what the model gave for it. It hands ∂L/∂W of every site to `sink`, and to
+    `output_sink` the sum (k,) over tokens of (∂ℓ/∂y)², ℓ being the loss of one sample. The gradients and the
+    `requires_grad` of all parameters are as before afterwards, also after an exception.
     """
     weights = {site.name: site.stored for site in sites}
+    squares = _OutputSquares()
 
     def backward(index: int, output: Any) -> None:
-        scale = _backward(scalar_loss(output, index), list(weights.values()))
+        scale = _backward(scalar_loss(output, index), list(weights.values()), squares.sums.clear)
         reached = [site for site in sites if weights[site.name].grad is not None]
         _check_finite([site.name for site in reached], weights, index)
         for site in reached:
@@ -56,10 +87,15 @@ def weight_gradients(model: nn.Module, sites: list[Site], sink: OnGradient) -> I
             assert gradient is not None
             unscaled = gradient if scale == 1.0 else gradient.float() / scale
             sink(index, site.name, as_matrix(site.base, unscaled))
+            if output_sink is not None and site.name in squares.sums:  # not where the loss leaves a layer out
+                output_sink(index, site.name, squares.sums[site.name] / scale**2)
         for weight in weights.values():
             weight.grad = None
 
-    with gradients_of(weights.values(), model):
+    with ExitStack() as stack:
+        stack.enter_context(gradients_of(weights.values(), model))
+        for site in sites if output_sink is not None else ():
+            stack.callback(site.layer.register_forward_hook(squares.hook(site)).remove)
         yield backward
 
 
@@ -71,15 +107,21 @@ def _check_finite(names: list[str], weights: Mapping[str, nn.Parameter], index: 
             raise ValueError(f"site {name}, batch {index}: its gradient has NaN or Inf; check the batch and the dtype")
 
 
-def _backward(loss: Tensor, weights: list[Tensor]) -> float:
-    """Backward of the loss times a power of two, which it returns: float16 gradients under 6e-8 would vanish."""
+def _backward(loss: Tensor, weights: list[Tensor], begin: Callable[[], None]) -> float:
+    """Backward of the loss times a power of two, which it returns: float16 gradients under 6e-8 would vanish.
+
+    Args:
+        begin: called before each attempt.
+    """
     half = any(weight.dtype == torch.float16 for weight in weights)
     for power in (14, 10, 6, 3) if half else ():
+        begin()
         (loss.float() * 2.0**power).backward(retain_graph=True)  # type: ignore[no-untyped-call]
         if all(bool(w.grad.isfinite().all()) for w in weights if w.grad is not None):
             return 2.0**power
         for weight in weights:
             weight.grad = None
+    begin()
     loss.backward()  # type: ignore[no-untyped-call]
     return 1.0
 

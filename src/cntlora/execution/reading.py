@@ -21,7 +21,7 @@ from ..data.memory import Budget, parse_limits
 from ..data.reach import has_loss, is_watched, unreached
 from ..linalg.moments import Moments
 from ..messages import quoted
-from ..methods.estimator import GradientReader, InputReader
+from ..methods.estimator import GradientReader, InputReader, OutputGradientReader
 from ..methods.facts import Facts
 from ..methods.statistics import GradientSums
 from ..model.checks import check_adapter, usable_sites
@@ -127,7 +127,8 @@ class Statistics:
             call = self.executor.model_call(call, scalar_loss if gradients else None)
             backward = None
             if gradients:
-                backward = stack.enter_context(weight_gradients(request.model, sites, self._add_gradient))
+                outputs = self._add_output_gradient if isinstance(self.estimator, OutputGradientReader) else None
+                backward = stack.enter_context(weight_gradients(request.model, sites, self._add_gradient, outputs))
                 self.losses = Losses()
                 call = self.losses.recording(call) if method.sized else call
             collect(
@@ -156,6 +157,10 @@ class Statistics:
     def _add_gradient(self, index: int, name: str, G: Tensor) -> None:
         assert isinstance(self.estimator, GradientReader)
         self.estimator.add_gradient(name, G, self.weight(index))
+
+    def _add_output_gradient(self, index: int, name: str, squares: Tensor) -> None:
+        assert isinstance(self.estimator, OutputGradientReader)
+        self.estimator.add_output_gradient(name, squares, self.weight(index))
 
     def _kept_batches(self) -> Iterable[Any]:
         """The batches; kept where they are needed again, since a loader that shuffles would give others then."""

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..linalg.allocation import allocate
 from ..linalg.factors import Spectrum, offset, paired, product_norm, spectrum
 from ..methods.statistics import InputEstimator
-from ..methods.target import SiteTarget, Target
+from ..methods.target import RankFacts, SiteTarget, Target
 from ..plan import SitePlan, weight_sketch
 
 if TYPE_CHECKING:
@@ -37,11 +36,11 @@ def plan_sites(sites: list[Site], statistics: Statistics) -> dict[str, SitePlan]
     )
     budget = sum(site.rank for site in sites) if config.rank_budget is None else config.rank_budget
     while True:
-        known = statistics.merged({name: (found.variances, found.may_have_more) for name, found in spectra.items()})
-        variances = {site.name: known[site.name][0] for site in sites}
-        ranks = allocate(variances, budget, config.min_rank, config.max_rank)
+        known = statistics.merged({name: (found.facts, found.may_have_more) for name, found in spectra.items()})
+        facts = {site.name: known[site.name][0] for site in sites}
+        ranks = config.method.ranks(facts, budget, config.min_rank, config.max_rank)
         # all that such a site holds has won, so that what is not known of it yet might win too
-        short = [s for s in sites if known[s.name][1] and ranks[s.name] >= len(variances[s.name])]
+        short = [s for s in sites if known[s.name][1] and ranks[s.name] >= len(facts[s.name].variances)]
         if not short:
             break
         longer = partial(_longer_spectrum, statistics, {site.name: 2 * ranks[site.name] for site in short})
@@ -56,13 +55,13 @@ class _SiteSpectrum:
     """What is kept of a site between the sharing out of ranks and its factors: no matrix of its size.
 
     Attributes:
-        variances: v_m of eq. 19, of those singular values that are known.
+        facts: by which ranks are shared out.
         may_have_more: whether there are singular values that are not.
     """
 
     spectrum: Spectrum
     target: Target | None
-    variances: list[float]
+    facts: RankFacts
     may_have_more: bool
 
 
@@ -80,7 +79,9 @@ def _site_spectrum(site: Site, statistics: Statistics, r: int) -> _SiteSpectrum:
     most = min(site.in_features, site.out_features) // width
     variances = known.relative_variance().tolist()[:most]
     statistics.facts[site.name].seconds += time.perf_counter() - start
-    return _SiteSpectrum(known, _without_matrix(target, config), variances, len(variances) < most)
+    ranked = RankFacts((site.out_features, site.in_features), variances, target.importance)
+    more = target.importance is None and len(variances) < most
+    return _SiteSpectrum(known, _without_matrix(target, config), ranked, more)
 
 
 def _without_matrix(target: Target, config: InitConfig) -> Target | None:

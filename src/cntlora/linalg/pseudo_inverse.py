@@ -23,6 +23,22 @@ def damped(C: Tensor, damping: float) -> Tensor:
     return C + damping * C.diagonal().mean() * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
 
 
+def damped_inverse(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """C̃ = C + damping·mean(diag C)·I and its inverse.
+
+    Raises:
+        ValueError: if C̃ is singular.
+    """
+    regular = damped(C, damping)
+    L, info = torch.linalg.cholesky_ex(regular)
+    if int(info) != 0:
+        raise ValueError(
+            f"damping: C + {damping:g}·mean(diag C)·I is singular, so that it has no inverse; raise damping, or read "
+            "more tokens"
+        )
+    return regular, torch.cholesky_inverse(L)
+
+
 ENTRIES, SUMS = 8.0, 32.0
 """Rounding of activations, in unit roundoffs: of the entries by themselves, and of the sums that they come from.
 

@@ -7,7 +7,9 @@ from .corda import Corda
 from .cross import Cross
 from .descent import Descent
 from .eva import Eva
+from .gora import Gora
 from .lora import Lora
+from .lora_da import LoraDa
 from .lora_ga import LoraGa
 from .lora_one import LoraOne
 from .method import METHODS
@@ -28,6 +30,8 @@ __all__ = [  # noqa: RUF022
     "Corda",
     "LoraGa",
     "LoraOne",
+    "LoraDa",
+    "Gora",
 ]
 
 METHODS.update((cls.name, cls) for cls in map(globals().__getitem__, __all__))

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from ..linalg.pseudo_inverse import damped
+from ..linalg.pseudo_inverse import damped_inverse
 from .estimator import Estimator
 from .method import Method, Settings, WeightOf
 from .statistics import InputEstimator
@@ -26,7 +25,8 @@ class Corda(Method):
         decomposition: "svd", "qr" or "qr_pivoted" (column pivoting, reveals the rank).
         p: share of the singular values that goes to A (B gets 1 − p), in [0, 1]. SVD only.
         strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say.
-        damping: C̃ = C + damping·mean(diag C)·I.
+        damping: C̃ = C + damping·mean(diag C)·I. The paper's C⁻¹ does not exist for a rank-poor C. PEFT damps in the
+            same way, by 0.01, and doubles it while a float32 inverse is off by more than 0.05. In float64 it never is.
         batch_weights: one a batch, in the sums over tokens; None for 1 each.
     """
 
@@ -49,25 +49,6 @@ class Corda(Method):
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
         return product_factors(site, self.decomposition, self.p)
-
-
-def damped_inverse(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """C̃ = C + damping·mean(diag C)·I and its inverse, for `corda_target`.
-
-    The paper's C⁻¹ does not exist for a rank-poor C. PEFT damps in the same way, by 0.01, and doubles it while a
-    float32 inverse is off by more than 0.05. In float64 it never is.
-
-    Raises:
-        ValueError: if C̃ is singular.
-    """
-    whole = damped(C, damping)
-    L, info = torch.linalg.cholesky_ex(whole)
-    if int(info) != 0:
-        raise ValueError(
-            f"damping: C + {damping:g}·mean(diag C)·I is singular, so that CorDA has no inverse; raise damping, or "
-            "read more tokens"
-        )
-    return whole, torch.cholesky_inverse(L)
 
 
 def corda_target(W: Tensor, C: Tensor, inverse: Tensor) -> Target:

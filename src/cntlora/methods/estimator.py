@@ -94,6 +94,14 @@ class GradientReader(Estimator, Protocol):
 
 
 @runtime_checkable
+class OutputGradientReader(GradientReader, Protocol):
+    """An estimator that reads the gradient of the loss by the outputs of the layers besides."""
+
+    def add_output_gradient(self, name: str, squares: Tensor, weight: float) -> None:
+        """Adds Σ over tokens of (∂ℓ/∂y)² (k,) of one batch, times w_j, ℓ being the loss of one sample."""
+
+
+@runtime_checkable
 class WeightReader(InputReader, Protocol):
     """An estimator that may need W of a site while it reads the inputs.
 

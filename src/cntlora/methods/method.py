@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from torch import Tensor
 
+from ..linalg.allocation import allocate
 from ..messages import quoted, unknown_name
 from .options import at_earlier_default, check_options, choices, option_names
 
 if TYPE_CHECKING:
     from .estimator import Estimator
-    from .target import SiteTarget
+    from .target import RankFacts, SiteTarget
 
 WeightOf = Callable[[str], Tensor]
 """Site name → its weight W (k, d), float32 or float64, made on demand."""
@@ -92,6 +93,14 @@ class Method(Protocol):
         """
         strength: float | None = getattr(self, "strength", 1.0)
         return scaling if strength is None else float(strength)
+
+    def ranks(self, sites: Mapping[str, RankFacts], budget: int, low: int, high: int | None) -> dict[str, int]:
+        """The rank of every site with adaptive ranks: by the top-K rule of eq. 19.
+
+        Args:
+            budget: sum of all ranks. low, high: `min_rank` and `max_rank`.
+        """
+        return allocate({name: site.variances for name, site in sites.items()}, budget, low, high)
 
     def rtol_at(self, k: int, d: int, tokens: int) -> float | None:
         """The tolerance of † at a site; None where there is no †, or where it follows from the inputs.

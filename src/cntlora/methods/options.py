@@ -14,6 +14,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "p": (0.0, 1.0, "0.5 balances A and B, 1 gives the whole spectrum to A"),
     "rtol": (0.0, 1.0, "0 takes max(d, b)·eps"),
     "damping": (0.0, math.inf, "0.01 is CorDA's own"),
+    "variance": (0.0, math.inf, "0.03 is LoRA-DA's own, 0 leaves the term out"),
     "shift_constant": (-math.inf, math.inf, "1 is the identity"),
 }
 """Option → least and largest value, and a hint for the message."""
@@ -73,6 +74,8 @@ def check_options(method: Any) -> None:
             check_flag(name, value)
         elif name == "strength":
             check_number(name, value, 0.0, math.inf, "1 starts at [ΔW]_r itself", open_low=True)
+        elif isinstance(option.default, int):
+            check_integer(name, value, 1)
         elif name == "shift_constant" and isinstance(value, str):
             if value != "gaussian":
                 raise ValueError(unknown_name(name, value, ["gaussian", "or a number"]))

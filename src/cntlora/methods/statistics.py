@@ -208,6 +208,27 @@ class GradientSums:
         return total / batches
 
 
+class OutputGradientSums:
+    """Σ over tokens of (∂ℓ/∂y)² of every site, summed over batches (for an `OutputGradientReader`)."""
+
+    def __init__(self) -> None:
+        self.squares = SharedSums()
+
+    def add_output_gradient(self, name: str, squares: Tensor, weight: float) -> None:
+        """Adds the sum (k,) of one batch, times w_j."""
+        self.squares.add([name], squares, weight)
+
+    def mean_square(self, name: str, tokens: float) -> Tensor:
+        """The mean (k,) over so many tokens."""
+        total = self.squares.get(name)
+        if total is None:
+            raise ValueError(
+                f"site {name}: its weight has a gradient, and what its layer gives has none (is the weight used "
+                "without a call of the layer?); take a method that reads no output gradients"
+            )
+        return total / tokens
+
+
 class GradientEstimator(GradientSums):
     """Methods of the gradient of the loss by W, its mean over batches (LoRA-GA, LoRA-One)."""
 

@@ -21,12 +21,29 @@ class Target:
         right: (d, d) that A is multiplied with after the factorisation of M; None for the identity.
         known: the first q singular triplets, where the method has its own way to them.
         is_delta: whether M is ΔW itself, so that its norm may be compared with that of W.
+        importance: of the site, for a method that shares ranks out by it.
     """
 
     M: Tensor | None = None
     right: Tensor | None = None
     known: Callable[[int], Spectrum] | None = None
     is_delta: bool = False
+    importance: float | None = None
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What is known of a site when adaptive ranks are shared out.
+
+    Attributes:
+        shape: (k, d).
+        variances: v_m = s_m²/Σ s² of eq. 19, of those singular values that are known, descending.
+        importance: see `Target`.
+    """
+
+    shape: tuple[int, int]
+    variances: list[float]
+    importance: float | None = None
 
 
 @dataclass(frozen=True)

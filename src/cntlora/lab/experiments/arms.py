@@ -27,6 +27,8 @@ LABELS = {
     "corda": "CorDA",
     "lora_ga": "LoRA-GA",
     "lora_one": "LoRA-One",
+    "lora_da": "LoRA-DA",
+    "gora": "GoRA",
 }
 """Labels as in the paper; a method that is not here is labelled by its name."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 PEERS = (
     *("full", "lora", "adalora", "pissa", "olora", "eva", "corda", "lora_ga", "lora_one"),
+    *("lora_da", "gora"),
     *("dora", "rslora", "eva+dora"),
 )
 OURS = ("cross", "self", "shift", "descent")
