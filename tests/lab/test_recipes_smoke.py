@@ -21,7 +21,7 @@ from cntlora.lab.experiments.tasks import TASKS, task_kind
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "studies").rglob("*.toml"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
-DOCS = ROOT / "docs" / "experiments.md"
+DOCS = ROOT / "docs" / "experiments" / "files.md"
 
 
 def few(experiment: Experiment) -> list[str]:
