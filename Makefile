@@ -68,13 +68,15 @@ bench: setup  ## cost, scaling, accuracy and memory of the initialisation; an ho
 	$(BIN)/python -W ignore benchmarks/accuracy.py
 	$(BIN)/python -W ignore benchmarks/memory.py
 
-results: setup  ## tables, figures and an interactive page of every study, from its table of runs, into build/results
+results: setup  ## tables, figures and an interactive page of every study into build/results, and the pages of docs/results
 	for table in studies/runs/*.parquet; do \
-		$(BIN)/cntlora report $$table --into docs/results.md --out build/results/$$(basename $$table .parquet) || exit 1; done
-	$(BIN)/python benchmarks/overview.py
+		$(BIN)/cntlora report $$table --out build/results/$$(basename $$table .parquet) || exit 1; done
+	$(BIN)/python -W ignore benchmarks/overview.py
+	$(BIN)/python -W ignore benchmarks/study_pages.py
 
 docs: setup  ## the docs as a site, in build/site
+	$(BIN)/python -W ignore benchmarks/study_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv build dist demo-output
+	rm -rf .venv build dist demo-output docs/results

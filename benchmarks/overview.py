@@ -1,6 +1,6 @@
-"""Tables over several studies, put between their marks: the comparisons of docs/evidence.md, the starts of results.md.
+"""Tables over several studies, put between their marks in docs/evidence.md.
 
-python benchmarks/overview.py    # from studies/runs/ and benchmarks/records/starts.json
+python benchmarks/overview.py    # from studies/runs/
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import RESULTS as RECORDS
 from benchmarks.tables import inputs_table, starts_table, table
 
 from cntlora.atomic import write_atomically
@@ -24,7 +23,7 @@ from cntlora.lab.report.study import Estimate, Group, Study
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "studies" / "runs"
 """The tables of runs, one a study."""
-EVIDENCE, MEASURED = ROOT / "docs" / "evidence.md", ROOT / "docs" / "results.md"
+EVIDENCE = ROOT / "docs" / "evidence.md"
 TASKS = (
     ("tweets", "tweets, MiniLM (40 steps)", "macro_f1", "macro F1 ↑"),
     ("vision_emoji", "emoji pictures, DINOv2-S (40)", "accuracy", "accuracy ↑"),
@@ -157,27 +156,18 @@ def starts(record: Path) -> str:
     return "\n\n".join([inputs_table(tasks), *(f"{t['title']}:\n\n{starts_table(t)}" for t in tasks.values())])
 
 
-def filled(document: Path, results: Path, records: Path = RECORDS) -> str:
-    """The text of a document with its tables between their marks."""
+def filled(document: Path, results: Path) -> str:
+    """The text of docs/evidence.md with its tables between their marks."""
     text = document.read_text()
     tables = {
-        EVIDENCE: lambda: {
-            "training loss": comparison(results, TRAINING),
-            "held-out": comparison(results, HELD_OUT),
-            "halves": halves(results),
-        },
-        MEASURED: lambda: {"starts": starts(records / "starts.json")},
+        "training loss": comparison(results, TRAINING),
+        "held-out": comparison(results, HELD_OUT),
+        "halves": halves(results),
     }
-    for name, content in tables[document]().items():
+    for name, content in tables.items():
         text = between(document, text, name, content)
     return text
 
 
-def main() -> None:
-    """Command line."""
-    for document in (EVIDENCE, MEASURED):
-        write_atomically(document, filled(document, RUNS).encode())
-
-
 if __name__ == "__main__":
-    main()
+    write_atomically(EVIDENCE, filled(EVIDENCE, RUNS).encode())

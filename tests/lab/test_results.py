@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from importlib.metadata import version
@@ -14,16 +13,16 @@ import pytest
 pytest.importorskip("plotly", reason="the page needs the extra `lab`")
 pytest.importorskip("pyarrow", reason="tables of runs need the extra `lab`")
 from benchmarks import overview
+from benchmarks.machine import RESULTS as RECORDS
 
 from cntlora.lab.record import RunRecord, check_digest
-from cntlora.lab.report import load_records, studies, write_into, write_report
+from cntlora.lab.report import load_records, studies, write_report
 from cntlora.lab.report.bases import strangers
 from cntlora.lab.report.page import build_page
 from cntlora.lab.report.tables import brief_tables
 from cntlora.lab.run_table import write_table
 
 ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs" / "results.md"
 TABLES = sorted(overview.RUNS.glob("*.parquet"))
 CHECKSUMS = dict(reversed(line.split("  ")) for line in (ROOT / "studies" / "checksums.txt").read_text().splitlines())
 """SHA-256 of every table and figure, made from the JSON records before they were packed."""
@@ -83,20 +82,11 @@ def test_tables_are_those_of_the_records_before_they_were_packed(table: Path, tm
 
 def test_overviews_are_those_of_the_records_before_they_were_packed(tmp_path: Path) -> None:
     made = {"comparison.md": overview.comparison(overview.RUNS), "halves.md": overview.halves(overview.RUNS)}
+    made |= {"starts.md": overview.starts(RECORDS / "starts.json")}
     assert {name: checksum(text.encode()) for name, text in made.items()} == {n: CHECKSUMS[n] for n in made}
     shutil.copytree(overview.RUNS, tmp_path / "runs")
     edited(overview.RUNS / "pairs.parquet", tmp_path / "runs", "descent", 0.001)
     assert checksum(overview.comparison(tmp_path / "runs").encode()) != CHECKSUMS["comparison.md"]
-
-
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.stem)
-def test_the_tables_of_the_docs_are_those_of_the_records(table: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "results.md"
-    shutil.copy(DOCS, copy)
-    write_into(copy, table)
-    assert copy.read_bytes() == DOCS.read_bytes()
-    write_into(copy, edited(table, tmp_path / "runs", "lora"))  # the control: one changed record changes the tables
-    assert copy.read_bytes() != DOCS.read_bytes()
 
 
 def test_the_tables_of_the_advice_are_those_of_the_records(tmp_path: Path) -> None:
@@ -105,15 +95,6 @@ def test_the_tables_of_the_advice_are_those_of_the_records(tmp_path: Path) -> No
     shutil.copytree(overview.RUNS, tmp_path / "runs")  # the control: one changed record changes the tables
     edited(overview.RUNS / "pairs.parquet", tmp_path / "runs", "descent", 0.001)
     assert overview.filled(overview.EVIDENCE, tmp_path / "runs") != text
-
-
-def test_the_tables_of_the_starts_are_those_of_their_record(tmp_path: Path) -> None:
-    text = overview.MEASURED.read_text()
-    assert overview.filled(overview.MEASURED, overview.RUNS) == text
-    record = json.loads((overview.RECORDS / "starts.json").read_text())
-    record["tasks"]["pairs"]["starts"]["self"]["size"] = 9.87  # the control
-    (tmp_path / "starts.json").write_text(json.dumps(record))
-    assert overview.filled(overview.MEASURED, overview.RUNS, tmp_path) != text
 
 
 @pytest.mark.parametrize("study", sorted({n.partition("/")[0] for n in CHECKSUMS if n.endswith(".svg")}))

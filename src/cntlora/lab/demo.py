@@ -27,7 +27,7 @@ from .recipes.text.sentiment import TARGET_MODULES, SentimentTask
 from .recipes.training import Curve, train
 
 LEARNING_RATES = {"plain LoRA": 3e-3, "cntlora": 3e-3}
-"""Of 1e-3, 3e-3, 6e-3 and 1e-2 the best for each in docs/results.md (mean training loss, 3 seeds)."""
+"""Of 1e-3, 3e-3, 6e-3 and 1e-2 the best for each in the study tweets_100 (mean training loss, 3 seeds)."""
 
 # Runs without cntlora: plain transformers and PEFT, a pristine base, the saved folder.
 RELOAD = """

@@ -16,7 +16,7 @@ from .formats import Table
 from .study import MEAN_LOSS, Study, load_records, studies
 from .tables import brief_tables
 
-__all__ = ["between", "load_records", "studies", "write_into", "write_report"]
+__all__ = ["between", "load_records", "studies", "study_tables", "write_into", "write_report"]
 _LATEX_HEAD = "% needs \\usepackage{booktabs,graphicx}; made by cntlora report\n"
 
 
@@ -58,7 +58,7 @@ def write_report(
     found = studies(records, criterion)
     page = Path(out) if Path(out).suffix in (".html", ".htm") else Path(out) / "page.html"
     tables = {f"By {by}": tables_by(found, by)} if by else {}
-    tables |= {study.name: _of_document(study, loss) for study in found}
+    tables |= {study.name: study_tables(study, loss) for study in found}
     every = [table for same in tables.values() for table in same]
     markdown = (f"## {name}\n\n" + "\n".join(t.to_markdown() for t in same) for name, same in tables.items())
     texts = {
@@ -102,7 +102,7 @@ def write_into(
         text = between(document, text, f"{Path(results).resolve().stem} by {by}", _markdown(tables_by(found, by)))
     for study in found if not by else ():
         brief = f"<!-- {study.name}: begin brief -->" in text
-        tables = brief_tables(study, loss) if brief else _of_document(study, loss)
+        tables = brief_tables(study, loss) if brief else study_tables(study, loss)
         text = between(document, text, study.name, _markdown(tables), "begin brief" if brief else "begin")
     write_atomically(document, text.encode())
 
@@ -125,8 +125,8 @@ def _markdown(tables: list[Table]) -> str:
     return "\n".join(table.to_markdown() for table in tables)
 
 
-def _of_document(study: Study, loss: float | None) -> list[Table]:
-    """The tables of a study with its texts, which the page shows as a gallery."""
+def study_tables(study: Study, loss: float | None = None) -> list[Table]:
+    """Makes all tables of a study, with its texts, which the page shows as a gallery."""
     from .gallery import caption_tables
     from .tables import all_tables
 
