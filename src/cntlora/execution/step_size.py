@@ -3,7 +3,7 @@
 The loss at zero and its slope along the step come with the backward pass, so that one trial places the minimum, and a
 second one is made only where that lies far from the first. Those batches gave the directions too, so that the loss
 falls further on them than on others; but where it is lowest depends on the curvature of the loss, and was found at the
-same size on others (docs/math.md).
+same size on others (docs/math/descent.md).
 """
 
 from __future__ import annotations

@@ -48,6 +48,6 @@ class LoraOne(Method):
 def lora_one_target(G: Tensor, gamma: float = 128.0) -> Target:
     """ΔW = −G/(γ·σ_1(G)) (LoRA-One, Zhang et al. 2025, algorithm 1): one step of gradient descent, factored by SVD.
 
-    Its letter is `base="keep"`: the step is taken. γ = 128 is its authors'; `strength` scales it.
+    As published it takes the step: `base="keep"`. γ = 128 is its authors'; `strength` scales it.
     """
     return Target(M=-G / (gamma * torch.linalg.matrix_norm(G, 2)), is_delta=True)

@@ -36,8 +36,8 @@ class Self(Method):
         p: share of the singular values that goes to A (B gets 1 − p), in [0, 1]. SVD only.
         strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say; 2 is the α = 2r of the paper's runs.
         rtol: singular values at or under rtol·σ_max are dropped by †. None for whatever may be rounding of the inputs,
-            by the dtype that they come in (docs/math.md). 0 for max(d, b)·eps of the statistics' dtype, as NumPy has
-            it: the paper's letter.
+            by the dtype that they come in (docs/math/rounding.md). 0 for max(d, b)·eps of the statistics' dtype, as
+            NumPy has it: as printed in the paper.
         gram: G as the "sum" over tokens (the paper) or the "mean".
         root: square root of G, "paper" (D^(−½) Pᵀ), "symmetric" (P D^(−½) Pᵀ) or "cholesky" (L⁻¹ of G = L Lᵀ, the
             fastest).

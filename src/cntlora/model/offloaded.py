@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps on the processor or the disk between calls, and on the meta device in the model."""
+"""Weights that accelerate keeps on the CPU or the disk between calls, and on the meta device in the model."""
 
 from __future__ import annotations
 

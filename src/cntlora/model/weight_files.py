@@ -52,7 +52,7 @@ class WeightFiles:
         return ends[0]
 
     def read(self, key: str) -> Tensor:
-        """One tensor, on the processor."""
+        """One tensor, on the CPU."""
         with safetensors.safe_open(self.files[key], framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
