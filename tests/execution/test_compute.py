@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tests import reference
 from tests.cases import (
     MODES,
@@ -41,6 +42,7 @@ import cntlora.execution.site_plans as site_plans
 from cntlora import InitConfig, InitPlan, compute_plan
 from cntlora.data.batches import to_device
 from cntlora.data.collect import collect
+from cntlora.linalg.low_rank import LowRank
 from cntlora.linalg.moments import Moments
 from cntlora.linalg.pseudo_inverse import default_rtol
 from cntlora.model.sites import find_sites
@@ -784,7 +786,7 @@ def test_a_site_that_wins_more_than_twice_its_rank_gets_the_factors_of_a_full_sv
     )
     asked: list[int] = []
     plain = site_plans.spectrum
-    monkeypatch.setattr(site_plans, "spectrum", lambda M, q, exact: asked.append(q) or plain(M, q, exact))
+    monkeypatch.setattr(site_plans, "spectrum", lambda M, q, exact, **o: asked.append(q) or plain(M, q, exact, **o))
     W = {name: array(base.get_submodule(name).weight) for name in ("flat", "steep", "other")}
     plan = plan_of(wrapped(base, lora(r=2, targets=["flat", "steep", "other"])), batches, config)
     X = [array(batches[0].reshape(-1, 16)).T]
@@ -1031,3 +1033,42 @@ def test_every_batch_reaches_the_progress_and_no_more() -> None:
     )  # fmt: skip
     assert seen.batches == len(steps) == 2
     assert groups == [(i, names) for i in (0, 1) for names in (("q", "k", "v"), ("up",), ("down",))]
+
+
+class _Wide(nn.Module):
+    """Two layers of 64 features, for batches of fewer tokens than that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.tanh(self.up(x)))
+        return y
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive_ranks": True}, {"decomposition": "qr"}], ids=str)
+@pytest.mark.parametrize("method", ["cross", "self"])
+def test_few_tokens_give_the_plan_of_sums_that_are_formed(
+    method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(_Wide(), LoraConfig(r=4, target_modules=["up", "down"]))
+    batches = [(draw(seed, 9, 64).float(),) for seed in range(3)]
+    config = InitConfig.from_dict({"method": method, **options})
+    formed = compute_plan(model, batches, config)
+    monkeypatch.setattr("cntlora.linalg.low_rank.LARGE", 8)
+    terms: list[int] = []
+    plain = LowRank.dense
+    monkeypatch.setattr(LowRank, "dense", lambda self: (terms.append(self.rank), plain(self))[1])
+    held = compute_plan(model, batches, config)
+    assert not terms  # no sum was formed
+    for name, site in formed.sites.items():
+        other = held.sites[name]
+        assert other.rank == site.rank and other.tokens == site.tokens == 27
+        assert other.delta_norm == pytest.approx(site.delta_norm, rel=1e-4)
+        half = other.rank
+        assert relative_error(other.B[:, :half] @ other.A[:half], site.B[:, :half] @ site.A[:half]) < 1e-4
+    fewer = compute_plan(model, batches[:2], config)  # control
+    one, two = (plan.sites["down"] for plan in (fewer, held))
+    assert relative_error(one.B[:, :4] @ one.A[:4], two.B[:, :4] @ two.A[:4]) > 1e-2

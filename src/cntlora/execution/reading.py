@@ -85,7 +85,7 @@ class Statistics:
             lambda name: working_weight(executor.with_weight(named[name])), self.config
         )
         for sums in estimator.accumulated:
-            sums.place = self.budget.place
+            sums.place, sums.forms = self.budget.place, self.budget.limited
         return estimator
 
     # --- passes over the batches -----------------------------------------------------------------------------

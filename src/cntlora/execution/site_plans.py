@@ -99,7 +99,7 @@ def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
         none = torch.zeros(0, dtype=DTYPE, device=site.adapter_device)
         return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
     try:
-        return spectrum(target.M, q, exact)
+        return spectrum(target.M, q, exact, product=target.is_delta)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(
             f"site {site.name}: the estimate has no singular values: it is too large or not finite; raise rtol, or "

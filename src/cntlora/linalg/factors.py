@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .low_rank import Matrix, formed, frobenius
 from .pseudo_inverse import eigh_descending, fix_signs
 from .truncated_svd import TOLERANCE, gram_triplets, leading_triplets
 
@@ -47,25 +48,28 @@ class Spectrum:
         return self.S.square() / total if total > 0 else self.S.square()
 
 
-def spectrum(M: Tensor, q: int, exact: bool = False) -> Spectrum:
+def spectrum(M: Matrix, q: int, exact: bool = False, product: bool = False) -> Spectrum:
     """The first q singular triplets of M (k, d), signs fixed by the rows of Vᵀ, and at least so many singular values.
 
     Where M is large and q small, they come in the precision of M: from its smaller Gram matrix, or from a block Krylov
     iteration with an error bound (`truncated`) where that is cheaper. ‖M‖_F, which eq. 19 divides by, costs no SVD.
     Else, or with `exact`, from float64.
+
+    Args:
+        product: the product of the factors is what counts, see `leading_triplets`.
     """
     q = min(q, *M.shape)
     if not exact and _pays(M, q):
-        small = M.dtype == torch.float32 and min(M.shape) <= GRAM_BELOW
-        found = (gram_triplets(M, q) if small else None) or leading_triplets(M, q)
+        small = isinstance(M, Tensor) and M.dtype == torch.float32 and min(M.shape) <= GRAM_BELOW
+        found = (gram_triplets(formed(M), q) if small else None) or leading_triplets(M, q, product=product)
         if found is not None:
             U, S, Vh = found
             signs = fix_signs(Vh.mT)
-            return Spectrum(U * signs, S, Vh * signs[:, None], float(torch.linalg.matrix_norm(M)))
-    return _whole_spectrum(M.double(), q)
+            return Spectrum(U * signs, S, Vh * signs[:, None], frobenius(M))
+    return _whole_spectrum(formed(M).double(), q)
 
 
-def _pays(M: Tensor, q: int) -> bool:
+def _pays(M: Matrix, q: int) -> bool:
     """Whether the leading triplets alone are cheaper than all."""
     return 0 < q <= min(M.shape) // 8 and min(M.shape) > EXACT_BELOW
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .low_rank import LowRank
+
 
 class SharedSums:
     """One running sum a name; names whose sums have had the same terms hold the same tensor.
@@ -16,24 +18,31 @@ class SharedSums:
 
     Attributes:
         place: gives the tensor in which a new sum is held: itself, or a copy in memory that is less scarce.
+        forms: whether every sum is formed; else one of low rank is held by its rows while that pays.
     """
 
     def __init__(self) -> None:
         self.place: Callable[[Tensor], Tensor] = lambda total: total
-        self._sums: dict[str, Tensor] = {}
+        self.forms = False
+        self._sums: dict[str, Tensor | LowRank] = {}
         self._homes: dict[str, torch.device] = {}  # where its terms came from
 
-    def add(self, names: Sequence[str], term: Tensor, weight: float = 1.0) -> None:
+    def add(self, names: Sequence[str], term: Tensor | LowRank, weight: float = 1.0) -> None:
         """Adds weight·`term` to each name's sum, once for all that share it; a sum that others hold too is not edited.
 
         The first `term` of a sum may become that sum: it is not to be used afterwards.
         """
-        groups: dict[int, tuple[Tensor | None, list[str]]] = {}
+        groups: dict[int, tuple[Tensor | LowRank | None, list[str]]] = {}
         for name in names:
             old = self._sums.get(name)
             groups.setdefault(id(old), (old, []))[1].append(name)
+        if isinstance(term, LowRank):
+            self._add_low_rank(list(groups.values()), term.scaled(weight))
+            return
         for old, sharing in groups.values():
-            if old is None:
+            if isinstance(old, LowRank):
+                new = self.place(old.dense().to(term).add_(term, alpha=weight))
+            elif old is None:
                 new = term.clone(memory_format=torch.contiguous_format) if len(groups) > 1 else term.contiguous()
                 new = self.place(new.mul_(weight) if weight != 1.0 else new)
             elif sum(held is old for held in self._sums.values()) == len(sharing):
@@ -43,19 +52,39 @@ class SharedSums:
             self._sums.update(dict.fromkeys(sharing, new))
             self._homes.update(dict.fromkeys(sharing, term.device))
 
+    def _add_low_rank(self, groups: Sequence[tuple[Tensor | LowRank | None, list[str]]], term: LowRank) -> None:
+        """Adds a term that is known by its rows, which stays so while the sum pays."""
+        formed: Tensor | None = None
+        for old, sharing in groups:
+            total = old.plus(term) if isinstance(old, LowRank) else term
+            if not isinstance(old, Tensor) and total.pays and not self.forms:
+                self._sums.update(dict.fromkeys(sharing, total))
+                self._homes.update(dict.fromkeys(sharing, term.terms[0].rows.device))
+            else:
+                formed = term.dense() if formed is None else formed
+                self.add(sharing, formed.clone() if len(groups) > 1 else formed)
+
+    def held(self, name: str) -> Tensor | LowRank | None:
+        """The sum of `name` as it is held, where its terms came from, or None before the first term."""
+        total = self._sums.get(name)
+        return None if total is None else total.to(device=self._homes[name])
+
     def get(self, name: str) -> Tensor | None:
         """The sum of `name` where its terms came from, or None before the first term. Not to be edited."""
-        held = self._sums.get(name)
-        return None if held is None else held.to(self._homes[name])
+        total = self.held(name)
+        return total.dense() if isinstance(total, LowRank) else total
 
     def same(self, one: str, other: str) -> bool:
         """Whether two names hold the same sum."""
         return self._sums.get(one) is self._sums.get(other)
 
     def groups(self) -> list[tuple[list[str], Tensor]]:
-        """The distinct sums, each with the names that hold it."""
+        """The distinct sums, each with the names that hold it; all are formed."""
+        for rows in {id(held): held for held in self._sums.values() if isinstance(held, LowRank)}.values():
+            self.put([name for name, held in self._sums.items() if held is rows], self.place(rows.dense()))
         found: dict[int, tuple[list[str], Tensor]] = {}
         for name, total in self._sums.items():
+            assert isinstance(total, Tensor)
             found.setdefault(id(total), ([], total))[0].append(name)
         return list(found.values())
 

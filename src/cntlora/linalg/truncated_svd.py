@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .low_rank import Matrix, frobenius
 from .pseudo_inverse import eigh_descending
 
 TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-7}
@@ -20,16 +21,23 @@ FIRST_LOOK = {"cuda": 6}
 """Steps before the first look at the triplets, by device; 2 elsewhere: a GPU must be waited for at each look."""
 
 
-def leading_triplets(M: Tensor, q: int, tolerance: float | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
+def leading_triplets(
+    M: Matrix, q: int, tolerance: float | None = None, product: bool = False
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """U (k, q), S (q,) and Vᵀ (q, d) of M (k, d), or None where they do not come out of a small Krylov space.
 
     Each triplet meets ‖Mᵀu_i − s_i v_i‖ ≤ tolerance·s_i (M v_i = s_i u_i holds to rounding), so that a singular value
     lies within tolerance·s_i of every s_i, and [M]_q is known up to the gap behind s_q.
+
+    Args:
+        product: [M]_q is what counts, and not each direction: ‖Mᵀu_i − s_i v_i‖ ≤ tolerance·‖M‖_F/√q will do where
+            that is larger. Then the residuals together are at most tolerance·‖M‖_F, also of a flat spectrum.
     """
     tolerance = TOLERANCE[M.dtype] if tolerance is None else tolerance
     wide = M.shape[0] < M.shape[1]
     tall = M.mT if wide else M  # (m, n) with m ≥ n
     space = _Krylov(tall, _width(tall.shape[1], q))
+    least = frobenius(M) / q**0.5 if product else 0.0
     look = FIRST_LOOK.get(M.device.type, 2)
     while True:
         residual = space.residual()
@@ -37,7 +45,7 @@ def leading_triplets(M: Tensor, q: int, tolerance: float | None = None) -> tuple
             D, W = eigh_descending(space.gram)
             S, W = D[:q].sqrt(), W[:, :q]
             norms = torch.linalg.vector_norm(residual @ W[-residual.shape[1] :], dim=0) / S
-            last, first, near = torch.stack([S[-1], S[0], (norms / S).amax()]).tolist()
+            last, first, near = torch.stack([S[-1], S[0], (norms / S.clamp_min(least)).amax()]).tolist()
             if last <= 1e-5 * first:
                 return None  # nothing, or what rounding leaves of it, lies behind the first triplets
             if near <= tolerance:
@@ -61,7 +69,7 @@ class _Krylov:
         gram: imagesᵀ·images (j, j), float64. steps: blocks so far.
     """
 
-    def __init__(self, tall: Tensor, block: int) -> None:
+    def __init__(self, tall: Matrix, block: int) -> None:
         self.tall, self.steps = tall, 1
         self.basis = torch.linalg.qr(_start(tall, block)).Q
         self._next, self._last = self.basis, tall @ self.basis
@@ -106,7 +114,7 @@ def gram_triplets(M: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor] | None:
     return (V, S, U.mT) if wide else (U, S, V.mT)
 
 
-def _start(tall: Tensor, block: int) -> Tensor:
+def _start(tall: Matrix, block: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(tall.shape[0], block, generator=generator, dtype=torch.float64)
-    return tall.mT @ drawn.to(tall)
+    return tall.mT @ drawn.to(device=tall.device, dtype=tall.dtype)

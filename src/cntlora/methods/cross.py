@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..linalg.low_rank import LowRank, low_rank
 from ..linalg.moments import Moments
 from ..linalg.pseudo_inverse import cholesky_inverse, default_rtol
 from .estimator import Estimator
@@ -60,7 +61,7 @@ class Cross(Method):
         return self.rtol or default_rtol(d, tokens, torch.float64)
 
 
-def cross_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, int]:
+def cross_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor | LowRank, Tensor, int]:
     """T = G† of eq. 4 by Cholesky, which holds only where † drops nothing; nothing is read back from the device.
 
     Returns:
@@ -73,14 +74,14 @@ def cross_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, 
         return inverse, holds, X.dim
     inverse, holds = cholesky_inverse(rows @ rows.mT, tolerance)
     half = inverse @ rows
-    return half.mT @ half, holds, rows.shape[0]
+    return low_rank(half, half.new_ones(len(half))), holds, rows.shape[0]
 
 
-def cross_map(X: Moments, rtol: float | None = None) -> tuple[Tensor, int]:
+def cross_map(X: Moments, rtol: float | None = None) -> tuple[Tensor | LowRank, int]:
     """T = G† of eq. 4, W_tar = W (X Xᵀ)†, from W X_src = W_tar X and X_src Xᵀ = I, by the eigenvalues of G.
 
     Returns:
         T (d, d) and the numerical rank of G.
     """
     pairs = X.eigenpairs(rtol or X.rtol)
-    return (pairs.P / pairs.D) @ pairs.P.mT, pairs.D.numel()
+    return low_rank(pairs.P.mT, 1.0 / pairs.D), pairs.D.numel()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..linalg.low_rank import LowRank
 from ..linalg.moments import Moments
 from ..linalg.parallel import full_precision, read_back, side_by_side
 from ..linalg.sums import SharedSums
@@ -35,7 +36,7 @@ class Contribution:
         precision: that of the inputs, where it is needed for the sum over batches.
     """
 
-    shared: Tensor | None = None
+    shared: Tensor | LowRank | None = None
     sharing: tuple[str, ...] | None = None
     own: Mapping[str, Tensor] = field(default_factory=dict)
     rank: int | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.factors import Spectrum
+from ..linalg.low_rank import formed
 from ..linalg.sums import SharedSums
 from .estimator import Estimator
 from .facts import Facts
@@ -50,8 +51,8 @@ class Gora(Method):
         return GoraEstimator(weight_of)
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
-        G = site.target.M
-        assert G is not None
+        assert site.target.M is not None
+        G = formed(site.target.M)
         A = lora_down(site.r, site.shape[1], site_generator(settings.seed, site.name)).to(G.device)
         return site.scale * gora_up(G.to(A), A), A
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..linalg.low_rank import LowRank, low_rank
 from ..linalg.moments import Moments
 from ..linalg.pseudo_inverse import (
     cholesky_inverse,
@@ -72,7 +73,7 @@ class Self(Method):
         return None if self.rtol is None else self.rtol or default_rtol(d, tokens, torch.float64)
 
 
-def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tuple[Tensor, int]:
+def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tuple[Tensor | LowRank, int]:
     """T = (P D^½)† of eq. 12, W_tar = W (P D^½)†, from equal output covariances and X_src X_srcᵀ = I.
 
     Args:
@@ -90,14 +91,14 @@ def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tupl
     pairs = X.eigenpairs(_root_rtol(X, rtol), _root_noise(X, rtol))
     half = (pairs.P / pairs.D.sqrt()).mT  # (n, d) = D^(−½) Pᵀ
     if root == "symmetric":
-        return pairs.P @ half, pairs.D.numel()
+        return low_rank(pairs.P.mT, pairs.D.rsqrt()), pairs.D.numel()
     if root == "cholesky":
         Q, R = torch.linalg.qr((pairs.P * pairs.D.sqrt()).mT)  # G = Rᵀ R, so that Rᵀ is L where G has full rank
         half = fix_diagonal(R)[:, None] * (Q.mT @ half)
-    return _padded(half, X.dim), pairs.D.numel()
+    return low_rank(half, None), pairs.D.numel()
 
 
-def self_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, int]:
+def self_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor | LowRank, Tensor, int]:
     """T = L⁻¹ of G = L Lᵀ (`self_map` with root "cholesky"), which holds only where † drops nothing.
 
     It solves eq. 8 as P D^½ does: W L⁻¹ G L⁻ᵀ Wᵀ = W Wᵀ. Where b ≤ d by the dual, T = (Rᵀ)† = Qᵀ (Xᵀ X)⁻¹ Xᵀ from
@@ -119,7 +120,7 @@ def self_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor, Tensor, i
     holds = holds & (S.diagonal().sum() * torch.linalg.matrix_norm(inverse) * noise**2 < 1.0)
     Q, R = torch.linalg.qr(rows)
     half = fix_diagonal(R)[:, None] * (Q.mT @ (inverse @ rows))
-    return _padded(half, X.dim), holds, rows.shape[0]
+    return low_rank(half, None), holds, rows.shape[0]
 
 
 def _root_rtol(X: Moments, rtol: float | None) -> float:
@@ -130,8 +131,3 @@ def _root_rtol(X: Moments, rtol: float | None) -> float:
 def _root_noise(X: Moments, rtol: float | None) -> float:
     """What of ‖X‖_F is taken for rounding of the inputs: none of it where a tolerance is given."""
     return X.noise if rtol is None else 0.0
-
-
-def _padded(half: Tensor, d: int) -> Tensor:
-    """(n, d) with zero rows below, (d, d)."""
-    return half if half.shape[0] == d else torch.cat([half, half.new_zeros(d - half.shape[0], d)])

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..linalg.low_rank import LowRank, Updated, updated
 from ..linalg.moments import Moments
 from ..linalg.pseudo_inverse import default_rtol, full_rank, numerical_rank, rounding_noise
 from ..linalg.sums import SharedSums
@@ -21,8 +22,8 @@ from .facts import Facts
 from .method import WeightOf
 from .target import Target
 
-Map = Callable[[Moments], tuple[Tensor, int]]
-QuickMap = Callable[[Moments], tuple[Tensor, Tensor, int]]
+Map = Callable[[Moments], tuple[Tensor | LowRank, int]]
+QuickMap = Callable[[Moments], tuple[Tensor | LowRank, Tensor, int]]
 
 
 def combine(W: Tensor, W_tar_sum: Tensor, batches: int, initial: str = "pretrained") -> Tensor:
@@ -39,6 +40,14 @@ def combine(W: Tensor, W_tar_sum: Tensor, batches: int, initial: str = "pretrain
     """
     W_0 = W if initial == "pretrained" else torch.zeros_like(W)
     return (W_0 + W_tar_sum) / (batches + 1) - W
+
+
+def combine_map(W: Tensor, T: Tensor | LowRank, batches: int, initial: str = "pretrained") -> Tensor | Updated:
+    """`combine` where W_tar,j = W·T_j: ΔW from Σ_j w_j T_j (d, d), which is not formed where it is held by its rows."""
+    if isinstance(T, Tensor):
+        return combine(W, W @ T.to(W), batches, initial)
+    share = 1.0 / (batches + 1)
+    return updated((share if initial == "pretrained" else 0.0) - 1.0, W, T.to(W.dtype, W.device), share)
 
 
 class MapEstimator:
@@ -81,7 +90,9 @@ class MapEstimator:
             self._failed.update(names)
             del prepared  # as large as what is made now
             T, rank = self.map(X)
-        return Contribution(shared=T.to(X.seen_dtype), rank=rank, rtol=None if self.rtol is None else self.rtol(X))
+        return Contribution(
+            shared=T.to(dtype=X.seen_dtype), rank=rank, rtol=None if self.rtol is None else self.rtol(X)
+        )
 
     def add(self, names: Sequence[str], contribution: Contribution, weight: float) -> None:
         assert contribution.shared is not None and contribution.rank is not None
@@ -89,10 +100,9 @@ class MapEstimator:
         self.facts.add(names, contribution)
 
     def target(self, name: str, batches: int) -> Target:
-        T = self.sums.get(name)
+        T = self.sums.held(name)
         assert T is not None, f"{name} saw no batch"
-        W = self.weight_of(name)
-        return Target(M=combine(W, W @ T.to(W), batches, self.initial_weight), is_delta=True)
+        return Target(M=combine_map(self.weight_of(name), T, batches, self.initial_weight), is_delta=True)
 
 
 class WeightEstimator:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.factors import Spectrum, qr_factors, svd_factors
+from ..linalg.low_rank import Matrix, formed
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Target:
         importance: of the site, for a method that shares ranks out by it.
     """
 
-    M: Tensor | None = None
+    M: Matrix | None = None
     right: Tensor | None = None
     known: Callable[[int], Spectrum] | None = None
     is_delta: bool = False
@@ -73,7 +74,7 @@ def product_factors(site: SiteTarget, decomposition: str = "svd", p: float = 0.5
         B, A = svd_factors(site.spectrum, site.r, p, site.scale)
     else:
         assert M is not None
-        B, A = qr_factors(M, site.r, decomposition == "qr_pivoted", site.scale)
+        B, A = qr_factors(formed(M), site.r, decomposition == "qr_pivoted", site.scale)
     return B, A if right is None else A @ right
 
 

@@ -1,0 +1,151 @@
+"""Matrices of low rank that are not formed: a sum over batches that has few directions, and W updated by one.
+
+Where the batches have fewer tokens than a layer has features, T (d, d) of cross and self mode has as few directions as
+there are tokens. Held by its rows it takes n·d numbers in place of d², and neither T nor W·T is ever formed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGE = 1024
+"""Features of an input at which products with a (d, d) matrix begin to cost more than those with its rows."""
+
+
+class Term(NamedTuple):
+    """A (d, d) matrix of rank n: rowsᵀ·diag(weights)·rows, or `rows` with zeros below where `weights` is None.
+
+    Attributes:
+        rows: (n, d). weights: (n,) or None.
+    """
+
+    rows: Tensor
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A (d, d) matrix, the sum of a few `Term`s."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def rank(self) -> int:
+        """n, of all terms together."""
+        return sum(len(term.rows) for term in self.terms)
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is cheaper to hold and to multiply with than the (d, d) matrix."""
+        d = self.terms[0].rows.shape[1]
+        return d >= LARGE and 2 * self.rank <= d
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LowRank:
+        """The same in another dtype or on another device."""
+        return LowRank(
+            tuple(
+                Term(term.rows.to(device, dtype), None if term.weights is None else term.weights.to(device, dtype))
+                for term in self.terms
+            )
+        )
+
+    def scaled(self, weight: float) -> LowRank:
+        """It times a number."""
+        if weight == 1.0:
+            return self
+        return LowRank(
+            tuple(
+                Term(t.rows * weight, None) if t.weights is None else Term(t.rows, t.weights * weight)
+                for t in self.terms
+            )
+        )
+
+    def plus(self, other: LowRank) -> LowRank:
+        """The sum of two."""
+        return LowRank(self.terms + other.terms)
+
+    def dense(self) -> Tensor:
+        """The (d, d) matrix."""
+        made: list[Tensor] = []
+        for rows, weights in self.terms:
+            n, d = rows.shape
+            padded = torch.cat([rows, rows.new_zeros(d - n, d)]) if weights is None and n < d else rows
+            made.append(padded if weights is None else (rows.mT * weights) @ rows)
+        return sum(made[1:], start=made[0])
+
+
+def low_rank(rows: Tensor, weights: Tensor | None) -> LowRank | Tensor:
+    """rowsᵀ·diag(weights)·rows, or `rows` with zeros below (`Term`): as its rows where that pays, else formed."""
+    found = LowRank((Term(rows, weights),))
+    return found if found.pays else found.dense()
+
+
+@dataclass(frozen=True)
+class Updated:
+    """M = a·W + Y·R (k, d) with Y (k, n) and R (n, d), which is multiplied with thin blocks and never formed.
+
+    Attributes:
+        inner: ⟨W, Y·R⟩, for the norm.
+    """
+
+    a: float
+    W: Tensor
+    Y: Tensor
+    R: Tensor
+    inner: float
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.W.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.W.device
+
+    @property
+    def mT(self) -> Updated:
+        return Updated(self.a, self.W.mT, self.R.mT, self.Y.mT, self.inner)
+
+    def __matmul__(self, block: Tensor) -> Tensor:
+        return torch.add(self.Y @ (self.R @ block), self.W @ block, alpha=self.a)
+
+    def norm(self) -> float:
+        """‖M‖_F, from ‖W‖, ⟨W, Y·R⟩ and the (n, n) products of Y and of R."""
+        of_update = ((self.Y.mT @ self.Y) * (self.R @ self.R.mT)).sum(dtype=torch.float64)
+        square = self.a**2 * float(torch.linalg.matrix_norm(self.W)) ** 2 + 2 * self.a * self.inner + float(of_update)
+        return max(square, 0.0) ** 0.5  # rounding may go below zero
+
+    def dense(self) -> Tensor:
+        """The (k, d) matrix."""
+        return torch.add(self.Y @ self.R, self.W, alpha=self.a)
+
+
+def updated(a: float, W: Tensor, T: LowRank, share: float) -> Updated:
+    """a·W + share·W·T (k, d)."""
+    left, inner = [], 0.0
+    for rows, weights in T.terms:
+        product = W @ rows.mT  # (k, n)
+        left.append(share * (W[:, : len(rows)] if weights is None else product * weights))
+        inner += float((product * left[-1]).sum(dtype=torch.float64))
+    return Updated(a, W, torch.cat(left, dim=1), torch.cat([term.rows for term in T.terms]), inner)
+
+
+Matrix = Tensor | Updated
+
+
+def formed(M: Matrix) -> Tensor:
+    """The matrix as a tensor."""
+    return M.dense() if isinstance(M, Updated) else M
+
+
+def frobenius(M: Matrix) -> float:
+    """‖M‖_F."""
+    return M.norm() if isinstance(M, Updated) else float(torch.linalg.matrix_norm(M))
