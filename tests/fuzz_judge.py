@@ -22,6 +22,7 @@ from tests.fuzz_cases import Case, adapted, base_of, cases, start
 from torch import Tensor, nn
 
 from cntlora import InitConfig, InitReport, save_adapter
+from cntlora.methods.method import all_options
 from cntlora.model.sites import Site, find_sites
 
 SECONDS = 20
@@ -99,7 +100,7 @@ def as_it_is(model: nn.Module, weights: bool) -> dict[str, Any]:
 
 def documented(error: Exception, case: Case, model: nn.Module) -> bool:
     """Whether an error is one line that names a site, a batch or an option."""
-    options = [f.name for f in fields(InitConfig)] + ["InitConfig option"]
+    options = [*(f.name for f in fields(InitConfig)), *all_options(), "InitConfig option"]
     sites = [n for n, m in model.named_modules() if hasattr(m, "lora_A")]
     names = [f"site {n.removeprefix('base_model.model.')}" for n in sites] + ["adapter '"]
     message = str(error)

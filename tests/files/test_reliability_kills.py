@@ -117,7 +117,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_the_real_command_is_ended_with_all_its_processes(tmp_path: Path) -> None:
     """Not a fork: with its server of processes, by SIGINT to the group as a terminal sends it, and by SIGKILL."""
-    script, experiment = tmp_path / "script.py", Path(__file__).parents[2] / "experiments" / "tweets.toml"
+    script, experiment = tmp_path / "script.py", Path(__file__).parents[2] / "studies" / "tweets.toml"
     script.write_text(SERVER)
     for number, (sent, wait) in enumerate(((signal.SIGINT, 0.1), (signal.SIGINT, 4.0), (signal.SIGKILL, 2.0))):
         out = tmp_path / f"out{number}"
