@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-TO_RESULTS = re.compile(r"\[([^\]]+)\]\((?:\.\./)*(results(?:\.md|/[^)#]*))(#[^)]*)?\)")
+TO_RESULTS = re.compile(r"\[([^\]]+)\]\((?:\.\./)*(results/[^)#]*)(#[^)]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

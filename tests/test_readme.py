@@ -64,3 +64,10 @@ def test_the_files_that_contributing_names_are_there() -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
     rooms = {path.name for path in (ROOT / "src" / "cntlora").iterdir() if (path / "__init__.py").is_file()}
     assert rooms == set(re.findall(r"`(\w+)/`", text.partition("## The rooms")[2].partition("Outside")[0]))
+
+
+def test_no_page_is_long() -> None:
+    """A page answers one question; those of results too, where they were made."""
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "docs").rglob("*.md")}
+    assert len(lines) > 30
+    assert [path.name for path, count in lines.items() if count > 250] == []
