@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable
+from types import GeneratorType
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
     made: Looks = []
     search = holders._holders
 
-    def counted() -> Iterator[Any]:
+    def counted() -> list[Any]:
         made.append(0)
         return search()
 
@@ -100,6 +102,21 @@ def test_every_optimizer_is_found(name: str) -> None:
         initialize(model, text_batches())
     del kept
     initialize(model, text_batches())  # the control: it is gone
+
+
+def test_a_refusal_leaves_no_search_half_done() -> None:
+    """A suspended generator held every object of the process, and Python 3.10 aborted when it was collected."""
+
+    def searches() -> list[object]:
+        return [
+            o for o in gc.get_objects() if isinstance(o, GeneratorType) and o.gi_code.co_filename == holders.__file__
+        ]
+
+    model = adapted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="already holds its parameters") as caught:
+        initialize(model, text_batches())
+    assert caught.tb is not None and optimizer and not searches()
 
 
 def test_ddp_counts_as_a_holder(process_group: None, looks: Looks) -> None:

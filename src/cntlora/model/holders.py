@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,15 +67,17 @@ def _references(owner: Any, name: str) -> int:
     return sys.getrefcount(getattr(owner, name))
 
 
-def _holders() -> Iterator[Any]:
-    """Every optimizer and DDP in this process."""
+def _holders() -> list[Any]:
+    """Every optimizer and DDP in this process; a list, since a generator that is left early holds every object."""
+    found = []
     known: dict[type, bool] = {}  # each type is looked at once: there are hundreds of thousands of objects
     for candidate in gc.get_objects():
         kind = type(candidate)
         if kind not in known:
             known[kind] = issubclass(kind, (torch.optim.Optimizer, nn.parallel.DistributedDataParallel))
         if known[kind]:
-            yield candidate
+            found.append(candidate)
+    return found
 
 
 def _concerns(holder: Any, ours: dict[int, str]) -> bool:
