@@ -14,6 +14,7 @@ import cntlora
 from cntlora.lab.demo import run_demo
 from cntlora.lab.recipes.scoring import evaluate_classifier
 from cntlora.lab.recipes.text.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
+from cntlora.lab.recipes.train_settings import TrainSettings
 from cntlora.lab.recipes.training import train
 
 pytestmark = pytest.mark.packages
@@ -72,7 +73,7 @@ def test_learns(task: SentimentTask) -> None:
     held_out = task.eval_batches()
     start, _, _ = evaluate_classifier(model, held_out)
     torch.manual_seed(0)
-    curve = train(model, task.train_batches(0), steps=30, learning_rate=3e-3)
+    curve = train(model, task.train_batches(0), TrainSettings(steps=30), learning_rate=3e-3)
     end, _, _ = evaluate_classifier(model, held_out)
     assert not curve.diverged
     assert end < start - 0.05

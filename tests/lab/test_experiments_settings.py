@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from cntlora.lab.experiments.run import resolve
 from cntlora.lab.experiments.runs import Run, runs_of
-from cntlora.lab.experiments.sections import LoraSettings, Override, SweepSettings, TrainSettings
+from cntlora.lab.experiments.sections import LoraSettings, Override, SweepSettings
 from cntlora.lab.experiments.settings import Experiment, from_dict, load_experiment, replaced, smoke
 from cntlora.lab.recipes.text.sentiment import TweetsSettings
+from cntlora.lab.recipes.train_settings import TrainSettings
 
 SECTIONS = [Experiment, TweetsSettings, LoraSettings, TrainSettings, SweepSettings, Override]
 
@@ -156,8 +156,9 @@ def test_smoke_is_one_short_run_a_method_on_a_tiny_model(tmp_path: Path) -> None
 )
 def test_epochs_become_updates(train: dict[str, Any], steps: int, warmup: int, eval_at: tuple[int, ...]) -> None:
     settings = from_dict({"train": {**train, "eval_at": [1] if eval_at else []}}).train
-    moments = resolve(settings, range(10))
-    assert (moments["steps"], moments["warmup"], moments["eval_at"]) == (steps, warmup, eval_at)
+    counted = settings.in_updates(range(10))
+    assert (counted.steps, counted.warmup, counted.eval_at) == (steps, warmup, eval_at)
+    assert (counted.epochs, counted.warmup_epochs) == (None, None) and counted.in_updates([]) == counted
 
 
 def test_changes_are_put_over_the_file(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from cntlora.lab.recipes import training
 from cntlora.lab.recipes.layer_decay import depth_of, layered_groups
 from cntlora.lab.recipes.scoring import classifier_metrics, evaluate_classifier
-from cntlora.lab.recipes.train_options import Evaluation, cycled
+from cntlora.lab.recipes.train_settings import Evaluation, TrainSettings, cycled
 from cntlora.lab.recipes.trainer import last_checkpoint
-from cntlora.lab.recipes.training import Curve, train
+from cntlora.lab.recipes.training import Curve
 
 
 class Tiny(nn.Module):
@@ -41,6 +42,12 @@ def tiny() -> Tiny:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Tiny()
+
+
+def train(model: nn.Module, batches: Iterable[Any], *, learning_rate: float, **options: Any) -> Curve:
+    """`training.train` with the fields of `TrainSettings` among its arguments."""
+    settings = {key: options.pop(key) for key in [*options] if key in TrainSettings.__dataclass_fields__}
+    return training.train(model, batches, TrainSettings(**settings), learning_rate=learning_rate, **options)
 
 
 def separable(count: int = 4, rows: int = 16) -> list[dict[str, Tensor]]:
@@ -147,7 +154,7 @@ def test_gradients_are_clipped_together() -> None:
     train(model, batches, steps=5, warmup=0, learning_rate=0.1, max_grad_norm=1e-14)
     moved = max(float((p.detach() - q).abs().max()) for p, q in zip(model.linear.parameters(), before, strict=True))
     assert moved < 1e-5
-    train(model, batches, steps=5, warmup=0, learning_rate=0.1, max_grad_norm=math.inf)
+    train(model, batches, steps=5, warmup=0, learning_rate=0.1, max_grad_norm=1e30)
     moved = max(float((p.detach() - q).abs().max()) for p, q in zip(model.linear.parameters(), before, strict=True))
     assert moved > 1e-2
 
@@ -308,7 +315,7 @@ class Layered(nn.Module):
 def test_layers_learn_slower_the_nearer_they_are_to_the_input() -> None:
     def moved(**options: Any) -> list[float]:
         model = Layered()
-        train(model, numbers(1), steps=1, warmup=0, learning_rate=0.1, max_grad_norm=math.inf, **options)
+        train(model, numbers(1), steps=1, warmup=0, learning_rate=0.1, max_grad_norm=1e30, **options)
         return [-p.item() for p in model.parameters()]
 
     assert moved(layer_decay=0.5) == pytest.approx([0.0125, 0.025, 0.05, 0.1], rel=1e-5)

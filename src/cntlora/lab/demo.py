@@ -24,6 +24,7 @@ from ..files.saving import save_adapter
 from .recipes.samples.models import minilm_folder
 from .recipes.scoring import classifier_metrics
 from .recipes.text.sentiment import TARGET_MODULES, SentimentTask
+from .recipes.train_settings import TrainSettings
 from .recipes.training import Curve, train
 
 LEARNING_RATES = {"plain LoRA": 3e-3, "cntlora": 3e-3}
@@ -109,11 +110,9 @@ def _run(
         curve = train(
             model,
             batches,
-            steps=steps,
+            TrainSettings(steps=steps, warmup=min(10, steps), eval_at=tuple(at)),
             learning_rate=LEARNING_RATES[name],
-            warmup=min(10, steps),
             evaluate=lambda m: classifier_metrics(m, held_out),
-            eval_at=at,
             progress=lambda step, loss: bar.update(line, completed=step),
         )
     for e in curve.evaluations:

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from ...data.batches import to_device
 from ...files.class_names import class_names, write_names
 from ..recipes.scoring import modes
 from ..recipes.task import Task
+from ..recipes.train_settings import TrainSettings
 from ..recipes.training import Curve, train
 from ..record import Outcome, RunRecord, Sample, StartLosses
 from .adapting import Adapted, adapt
 from .environment import machine
 from .runs import Run, checkpoints_of, frame, remove_checkpoints
-from .sections import TrainSettings
 from .sites import SiteWatch, trainable_parameters
 from .tasks import make_task
 
@@ -56,15 +56,15 @@ def run_kept(run: Run, out: Path) -> RunRecord:
     model = task.build_model(run.seed).to(device)
     first = to_device(next(iter(task.train_batches(run.seed))), device)
     batches = task.train_batches(run.seed)  # anew: what depends on the pass over the data begins with the first
-    moments = resolve(run.experiment.train, batches)
+    settings = run.experiment.train.in_updates(batches)
     before = _loss(model, first)
-    adapted = adapt(run, task, model, task.init_batches(run.seed), moments["steps"])
+    adapted = adapt(run, task, model, task.init_batches(run.seed), settings.steps or 0)
     start: StartLosses = {"loss_before": before, "loss_after": _loss(adapted.scored, first)}
     watch = SiteWatch.at_start(adapted.model, adapted.plan, first, run.arm)
     trained = trainable_parameters(adapted.model, adapted.plan)
     place = RunFolder(out, run)
     place.prepare()
-    curve = _train(run, task, adapted, batches, moments, place)
+    curve = _train(run, task, adapted, batches, settings, place)
     record: RunRecord = {
         **frame(run, machine()),
         "init_seconds": adapted.seconds,
@@ -120,29 +120,16 @@ class RunFolder:
         return [{**one, "file": one["file"] and f"{inside}/{one['file']}"} for one in made]
 
 
-def resolve(settings: TrainSettings, batches: Iterable[Any]) -> dict[str, Any]:
-    """Steps, warm-up and the moments of evaluations and samples in updates, which epochs are turned into."""
-
-    def updates(epochs: float) -> int:
-        return round(epochs * len(batches) / settings.gradient_accumulation)  # type: ignore[arg-type]
-
-    if settings.epochs is None:
-        steps = int(settings.steps or 0)
-        moments = {"eval_at": settings.eval_at, "sample_at": settings.sample_at}
-    else:
-        steps = max(1, updates(settings.epochs))
-        moments = {
-            name: tuple(min(steps, updates(e)) for e in getattr(settings, name)) for name in ("eval_at", "sample_at")
-        }
-    warmup = int(settings.warmup or 0) if settings.warmup_epochs is None else updates(settings.warmup_epochs)
-    return {"steps": steps, "warmup": min(warmup, steps), **moments}
-
-
 def _train(
-    run: Run, task: Task, adapted: Adapted, batches: Iterable[Any], moments: Mapping[str, Any], place: RunFolder
+    run: Run, task: Task, adapted: Adapted, batches: Iterable[Any], settings: TrainSettings, place: RunFolder
 ) -> Curve:
     """The training, the same for every arm."""
-    settings = run.experiment.train
+    settings = replace(
+        settings,
+        layer_decay=settings.layer_decay if run.arm.full else 0.0,
+        # AdaLoRA keeps its importance scores outside of the weights, so it begins anew
+        save_every=0 if adapted.adalora else settings.save_every,
+    )
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         with _same_random_state():
@@ -153,22 +140,11 @@ def _train(
         return train(
             adapted.model,
             batches,
-            evaluate=evaluate,
-            eval_at=moments["eval_at"],
-            sample=lambda model, step: place.sample(task, adapted.scored, step),
-            sample_at=moments["sample_at"],
-            folder=place.checkpoints,
-            steps=moments["steps"],
-            warmup=moments["warmup"],
+            settings,
             learning_rate=run.learning_rate,
-            schedule=settings.schedule,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            precision=settings.precision,
-            gradient_accumulation=settings.gradient_accumulation,
-            layer_decay=(settings.layer_decay or None) if run.arm.full else None,
-            # AdaLoRA keeps its importance scores outside of the weights, so it begins anew
-            save_every=0 if adapted.adalora else settings.save_every,
+            evaluate=evaluate,
+            sample=lambda model, step: place.sample(task, adapted.scored, step),
+            folder=place.checkpoints,
         )
 
 

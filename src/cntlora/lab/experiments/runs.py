@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ...config import InitConfig
+from ..recipes.train_settings import TrainSettings
 from ..record import SCHEMA, RunRecord, run_name
 from .arms import Arm, parse_arm
 from .digests import data_digests
 from .environment import git_state, versions, without_places
-from .sections import LoraSettings, TrainSettings
+from .sections import LoraSettings
 from .settings import Experiment
 from .tasks import make_task
 

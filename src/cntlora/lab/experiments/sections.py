@@ -1,4 +1,4 @@
-"""The sections of an experiment file that are the same for every task: `[lora]`, `[train]` and `[sweep]`."""
+"""The sections `[lora]` and `[sweep]` of an experiment file, the same for every task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..recipes.train_options import PRECISIONS, SCHEDULES
 from ..recipes.values import at_least, one_of, within
 from .arms import parse_arm
 
@@ -37,79 +36,6 @@ class LoraSettings:
         one_of("lora.bias", self.bias, ("none", "all", "lora_only"))
         if len(self.targets) > 1 and any(name.startswith("re:") for name in self.targets):
             raise ValueError("lora.targets: a regular expression (re:…) stands alone; join several with |")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """`[train]`: the training of every arm with AdamW.
-
-    Attributes:
-        steps: updates; 100 if neither this nor `epochs` is given.
-        epochs: passes over the training data, instead of `steps`.
-        eval_at: when the held-out data is scored: updates, or epochs where `epochs` is given; 0 is the start, and the
-            end always is one of them.
-        sample_at: when the task writes pictures or texts, counted as in `eval_at`.
-        warmup: updates of linear warm-up.
-        warmup_epochs: the same in epochs, instead of `warmup`.
-        schedule: after the warm-up: "linear" or "cosine" down to 0, or "constant".
-        weight_decay: AdamW's.
-        max_grad_norm: the norm of all gradients together is clipped to it.
-        precision: of the forward pass: "float32", or "bfloat16" by autocast.
-        gradient_accumulation: batches an update.
-        layer_decay: for full fine-tuning: the learning rate of a layer in terms of that of the layer above; 0 for none.
-        save_every: updates between checkpoints, from which an interrupted run goes on; 0 for none.
-    """
-
-    steps: int | None = None
-    epochs: float | None = None
-    eval_at: tuple[int, ...] = ()
-    sample_at: tuple[int, ...] = ()
-    warmup: int | None = None
-    warmup_epochs: float | None = None
-    schedule: str = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    precision: str = "float32"
-    gradient_accumulation: int = 1
-    layer_decay: float = 0.0
-    save_every: int = 0
-
-    def __post_init__(self) -> None:
-        self._check_length()
-        at_least("train", self, gradient_accumulation=1, save_every=0)
-        within("train.weight_decay", self.weight_decay, 0.0, math.inf, "0 for none")
-        within("train.max_grad_norm", self.max_grad_norm, 0.0, math.inf, "1 is usual", open_low=True)
-        within("train.layer_decay", self.layer_decay, 0.0, 1.0, "such as 0.75, 0 for none")
-        one_of("train.schedule", self.schedule, SCHEDULES)
-        one_of("train.precision", self.precision, PRECISIONS)
-
-    def _check_length(self) -> None:
-        """Steps or epochs, and the moments within them; the defaults depend on what is given."""
-        for one, other in (("steps", "epochs"), ("warmup", "warmup_epochs")):
-            if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise ValueError(f"train.{one}: train.{other} is there too; keep one of them")
-        if self.epochs is None and self.steps is None:
-            object.__setattr__(self, "steps", 100)  # what a record says, not "the default"
-        if self.warmup_epochs is None and self.warmup is None:
-            object.__setattr__(self, "warmup", 10)
-        for name, low in (("steps", 1), ("warmup", 0)):
-            if getattr(self, name) is not None:
-                at_least("train", self, **{name: low})
-        if self.epochs is not None:
-            within("train.epochs", self.epochs, 0.0, math.inf, "such as 30", open_low=True)
-        if self.warmup_epochs is not None:
-            within("train.warmup_epochs", self.warmup_epochs, 0.0, math.inf, "such as 3")
-        for name in ("warmup", "warmup_epochs"):
-            length = "steps" if name == "warmup" else "epochs"
-            value, end = getattr(self, name), getattr(self, length)
-            if value is not None and end is not None and value > end:
-                raise ValueError(f"train.{name}: expected at most train.{length}={end}, got {value}")
-        length, unit = ("steps", "updates") if self.epochs is None else ("epochs", "epochs")
-        for name in ("eval_at", "sample_at"):
-            outside = [step for step in getattr(self, name) if not 0 <= step <= getattr(self, length)]
-            if outside:
-                end = getattr(self, length)
-                raise ValueError(f"train.{name}: expected {unit} from 0 to train.{length}={end}, got {outside}")
 
 
 @dataclass(frozen=True)

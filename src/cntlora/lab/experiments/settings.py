@@ -13,8 +13,9 @@ from ...config import InitConfig
 from ...messages import unknown_name
 from ...methods.method import METHODS, all_options
 from ...methods.options import option_names
+from ..recipes.train_settings import TrainSettings
 from .arms import Arm, parse_arm
-from .sections import LoraSettings, Override, SweepSettings, TrainSettings
+from .sections import LoraSettings, Override, SweepSettings
 from .tasks import task_kind
 from .typed import build
 

@@ -31,7 +31,7 @@ from ...messages import quiet_transformers
 from ..record import SampleEntry
 from .layer_decay import layered_groups
 from .scoring import loss_of, modes
-from .train_options import SCHEDULES, Evaluate, Evaluation, MakeSamples, TrainOptions, cycled
+from .train_settings import SCHEDULES, Evaluate, Evaluation, MakeSamples, TrainSettings, cycled
 
 _WEIGHTS = "trained.safetensors"
 _STATE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint with it is whole
@@ -50,16 +50,14 @@ class Recorder(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def __init__(
         self,
+        settings: TrainSettings,
         evaluate: Evaluate | None,
-        eval_at: set[int],
         sample: MakeSamples | None,
-        sample_at: set[int],
         progress: Callable[[int, float], None] | None,
-        accumulation: int,
     ) -> None:
-        self.evaluate, self.eval_at = evaluate, eval_at
-        self.sample, self.sample_at = sample, sample_at
-        self.progress, self.accumulation = progress, accumulation
+        self.evaluate, self.eval_at = evaluate, {*settings.eval_at, settings.steps}
+        self.sample, self.sample_at = sample, set(settings.sample_at)
+        self.progress = progress
         self.losses: list[float] = []
         self.times: list[float] = []
         self.evaluations: list[Evaluation] = []
@@ -128,7 +126,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         rate, decay = self.args.learning_rate, self.own["layer_decay"]
         trained: list[Any] = [p for p in self.model.parameters() if p.requires_grad]
-        groups = trained if decay is None else layered_groups(self.model, rate, decay)
+        groups = layered_groups(self.model, rate, decay) if decay else trained
         self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=self.args.weight_decay)
         return self.optimizer
 
@@ -179,19 +177,24 @@ class _Ordered:
 
 
 def run_trainer(
-    model: nn.Module, batches: Iterable[Any], options: TrainOptions, recorder: Recorder, folder: Path | None
+    model: nn.Module,
+    batches: Iterable[Any],
+    settings: TrainSettings,
+    learning_rate: float,
+    recorder: Recorder,
+    folder: Path | None,
 ) -> bool:
-    """Trains; the curve is in the recorder. Returns whether the loss became not finite."""
-    checkpoint = last_checkpoint(folder) if folder and options.save_every else None
-    first = 0
+    """Train for `settings.steps` updates; the curve is in the recorder. Return whether the loss became not finite."""
+    checkpoint = last_checkpoint(folder) if folder and settings.save_every else None
+    first, accumulation = 0, settings.gradient_accumulation
     if checkpoint:
         recorder.restore(checkpoint)
-        first = len(recorder.losses) * options.gradient_accumulation
-    own = {"first": first, "count": options.steps * options.gradient_accumulation, "layer_decay": options.layer_decay}
+        first = len(recorder.losses) * accumulation
+    own = {"first": first, "count": (settings.steps or 0) * accumulation, "layer_decay": settings.layer_decay}
     with tempfile.TemporaryDirectory() as temporary, _left_as_found(model), quiet_transformers():
-        kept = folder if folder and options.save_every else Path(temporary)
+        kept = folder if folder and settings.save_every else Path(temporary)
         with _random_state():  # the Trainer seeds everything when it is made
-            trainer = _Trainer(model, _arguments(model, options, kept), batches, recorder, **own)
+            trainer = _Trainer(model, _arguments(model, settings, learning_rate, kept), batches, recorder, **own)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged:
@@ -201,20 +204,20 @@ def run_trainer(
     return False
 
 
-def _arguments(model: nn.Module, options: TrainOptions, folder: Path) -> TrainingArguments:
+def _arguments(model: nn.Module, settings: TrainSettings, learning_rate: float, folder: Path) -> TrainingArguments:
     device = next(model.parameters()).device
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=options.steps,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        warmup_steps=options.warmup,
-        lr_scheduler_type=SCHEDULES[options.schedule],
-        max_grad_norm=options.max_grad_norm,
-        bf16=options.precision == "bfloat16",
-        gradient_accumulation_steps=options.gradient_accumulation,
-        save_strategy="steps" if options.save_every else "no",
-        save_steps=max(1, options.save_every),
+        max_steps=settings.steps or 0,
+        learning_rate=learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup or 0,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bfloat16",
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=max(1, settings.save_every),
         save_total_limit=2,  # one stays if the process is killed while it writes the other
         ignore_data_skip=True,  # `_Ordered` skips
         use_cpu=device.type == "cpu",
