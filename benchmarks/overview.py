@@ -17,7 +17,7 @@ from benchmarks.tables import inputs_table, starts_table, table
 
 from cntlora.atomic import write_atomically
 from cntlora.lab.report import between, load_records, studies
-from cntlora.lab.report.seen import later_against
+from cntlora.lab.report.batches_read import later_against
 from cntlora.lab.report.study import Estimate, Group, Study
 
 ROOT = Path(__file__).parents[1]

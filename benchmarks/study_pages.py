@@ -27,8 +27,8 @@ from benchmarks.overview import ROOT, RUNS, starts, study_of
 
 from cntlora.atomic import write_atomically
 from cntlora.lab.report import load_records, studies, study_tables
+from cntlora.lab.report.batches_read import later_against
 from cntlora.lab.report.formats import Cell, Column, Row, Table
-from cntlora.lab.report.seen import later_against
 from cntlora.lab.report.study import Estimate, Group, Study
 from cntlora.lab.report.tables import metric_name, number_spec
 

@@ -18,7 +18,7 @@ from cntlora.lab.recipes.diffusion.data import open_photo
 from cntlora.lab.recipes.picture_files import is_dark, opaque, open_layered, open_picture
 from cntlora.lab.recipes.samples.pictures import Pictures
 from cntlora.lab.recipes.vision.images import LabelledImages, _open_row, read_images
-from cntlora.lab.report.pictures import read_picture
+from cntlora.lab.report.sample_images import read_picture
 from cntlora.lab.report.samples import Sample
 
 RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)

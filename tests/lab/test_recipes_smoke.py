@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cntlora.lab.experiments.own import check_data
 from cntlora.lab.experiments.run import run_one
 from cntlora.lab.experiments.runs import runs_of
 from cntlora.lab.experiments.settings import Experiment, load_experiment, replaced, smoke, tomllib
 from cntlora.lab.experiments.tasks import TASKS, task_kind
+from cntlora.lab.experiments.user_data import check_data
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "studies").rglob("*.toml"))

@@ -19,7 +19,7 @@ from cntlora.lab.report import load_records, write_report
 from cntlora.lab.report.gallery import caption_tables, gallery_part
 from cntlora.lab.report.grids import save_grids
 from cntlora.lab.report.page import build_page
-from cntlora.lab.report.pictures import SIDE, data_uri, read_picture
+from cntlora.lab.report.sample_images import SIDE, data_uri, read_picture
 from cntlora.lab.report.samples import Sample, gallery_of, spread_over
 from cntlora.lab.report.study import Study, studies
 

@@ -19,7 +19,7 @@ from tests import report_cases as cases
 
 from cntlora.lab.report import load_records, write_report
 from cntlora.lab.report.page import build_page
-from cntlora.lab.report.words import provenance
+from cntlora.lab.report.sentences import provenance
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from cntlora.cli.app import app
 from cntlora.lab.record import write_record
 from cntlora.lab.report import load_records, studies
+from cntlora.lab.report.batches_read import steps_on_read_batches
 from cntlora.lab.report.curves import loss_curve, metric_curve, smooth, steps_to_reach
 from cntlora.lab.report.formats import BEST, SECOND, Cell, Column, Row, Table
 from cntlora.lab.report.methods import GROUNDS, LEGIBLE, PEERS, contrast, ordered, styles
-from cntlora.lab.report.seen import seen_steps
 from cntlora.lab.report.study import Estimate, Study
 from cntlora.lab.report.tables import (
     all_tables,
@@ -450,11 +450,11 @@ def test_later_leaves_out_the_batches_that_the_initialisation_had_seen() -> None
     whole, later = (row_of(table, "eva")[column_of(table, head)].mean for head in ("against LoRA", "later"))
     assert whole == pytest.approx(-0.08) and later == pytest.approx(0.1)
     for method, read in (("eva", 3), ("eva+dora", 3), ("eva+unseen", 0), ("eva+foreign", 0), ("pissa", 0), ("lora", 0)):
-        assert seen_steps({"method": method, "config": config}) == read, method
+        assert steps_on_read_batches({"method": method, "config": config}) == read, method
     of_peft = {"init": None, "num_batches": 8, "train": {"gradient_accumulation": 3}}
-    assert seen_steps({"method": "peft:eva", "config": of_peft}) == 3  # 8 batches are two updates and a part
-    assert seen_steps({"method": "peft:pissa", "config": of_peft}) == 0
-    assert seen_steps({"method": "of another code", "config": {}}) == 0
+    assert steps_on_read_batches({"method": "peft:eva", "config": of_peft}) == 3  # 8 batches are two updates and a part
+    assert steps_on_read_batches({"method": "peft:pissa", "config": of_peft}) == 0
+    assert steps_on_read_batches({"method": "of another code", "config": {}}) == 0
 
 
 def test_a_record_that_was_edited_is_no_record(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from benchmarks.machine import RESULTS as RECORDS
 
 from cntlora.lab.record import RunRecord, check_digest
 from cntlora.lab.report import load_records, studies, write_report
-from cntlora.lab.report.bases import strangers
+from cntlora.lab.report.other_models import runs_of_other_models
 from cntlora.lab.report.page import build_page
 from cntlora.lab.report.tables import brief_tables
 from cntlora.lab.run_table import write_table
@@ -114,9 +114,9 @@ def test_figures_are_those_of_the_records_before_they_were_packed(study: str, tm
 def test_runs_that_are_compared_are_of_the_same_model() -> None:
     """A pretrained model that was made anew under the same name is another one."""
     records = load_records(overview.RUNS)
-    assert [run["command"] for study in studies(records) for run, _ in strangers(study.runs)] == []
+    assert [run["command"] for study in studies(records) for run, _ in runs_of_other_models(study.runs)] == []
     other = {**records[0], "start": {"loss_before": 1.01 * records[0]["start"]["loss_before"]}, "learning_rate": 1.0}
-    assert sum(len(strangers(study.runs)) for study in studies([*records, other])) == 1  # control
+    assert sum(len(runs_of_other_models(study.runs)) for study in studies([*records, other])) == 1  # control
 
 
 def test_every_record_says_where_it_comes_from() -> None:

@@ -222,8 +222,8 @@ def _tried(experiment: Experiment, options: Options) -> Iterator[Experiment]:
 
     Data that is named on the command line is checked before the trial, which does not use it.
     """
-    from ..lab.experiments.own import check_data, sets_data
     from ..lab.experiments.settings import smoke
+    from ..lab.experiments.user_data import check_data, sets_data
 
     if not options.smoke:
         yield experiment
@@ -256,7 +256,7 @@ def _listed(name: str, text: str | None, kind: type) -> list[Any] | None:
 @contextmanager
 def _folder(experiment: Experiment, options: Options) -> Iterator[Path]:
     """Where the records go: --out, else a folder under results; a temporary one for a trial."""
-    from ..lab.experiments.own import default_folder
+    from ..lab.experiments.user_data import default_folder
 
     temporary = tempfile.TemporaryDirectory() if options.smoke and options.out is None else nullcontext()
     with temporary as folder:
@@ -342,10 +342,10 @@ def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
         return
     if table:
         from ..lab.report.study import studies
-        from ..lab.report.tables import main_table, strangers_table
+        from ..lab.report.tables import main_table, other_models_table
 
         for study in studies([*sweep.present, *sweep.records]):
-            for shown in filter(lambda table: table.rows, (main_table(study), strangers_table(study))):
+            for shown in filter(lambda table: table.rows, (main_table(study), other_models_table(study))):
                 typer.echo(shown.to_text())
     counts = ", ".join(f"{sweep.count(status)} {status}" for status in ("finished", "diverged", "failed"))
     place = "" if options.smoke and options.out is None else f"; records in {out}"

@@ -17,8 +17,8 @@ from typing import Any
 
 from ...atomic import remove_leftovers
 from ..record import RunRecord, read_record
-from .narrowing import narrowed
 from .processes import Pool, RunFunction
+from .rounds import runs_of_round
 from .runs import Run, check_record, path_of, remove_checkpoints, runs_of
 from .settings import Experiment
 from .tasks import make_task
@@ -34,7 +34,7 @@ class Todo:
         pending: to be run.
         present: records that are there already.
         done: their runs.
-        later: how many more there will be once those of the first seed are there, see `narrowed`.
+        later: how many more there will be once those of the first seed are there, see `runs_of_round`.
     """
 
     pending: Sequence[Run]
@@ -102,7 +102,7 @@ def plan_sweep(
     """
     runs = runs_of(experiment)
     known = {run.name: _present(path_of(out, run), run, replace) for run in runs}
-    runs, later = narrowed(runs, experiment.sweep.best, lambda run: known[run.name])
+    runs, later = runs_of_round(runs, experiment.sweep.best, lambda run: known[run.name])
     pending, present, done = [], [], []
     for run in runs:
         record = known[run.name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .by import tables_by
+from .by_setting import tables_by
 from .formats import Table
 from .study import MEAN_LOSS, Study, load_records, studies
 from .tables import brief_tables

@@ -7,7 +7,7 @@ from typing import Any
 
 from .formats import DASH, Cell, Column, Row, Table
 from .methods import group_of
-from .pictures import data_uri, read_picture
+from .sample_images import data_uri, read_picture
 from .samples import Gallery, Sample, gallery_of, seed_words
 from .study import Study
 from .tables import slug

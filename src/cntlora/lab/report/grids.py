@@ -10,7 +10,7 @@ from typing import Any
 
 from ...atomic import write_atomically
 from .formats import DASH
-from .pictures import read_picture
+from .sample_images import read_picture
 from .samples import Gallery, Sample, gallery_of
 from .study import Study
 from .tables import slug

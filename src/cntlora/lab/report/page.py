@@ -8,14 +8,14 @@ from importlib.resources import files
 from typing import Any
 
 from ..record import RunRecord
-from .by import tables_by
+from .by_setting import tables_by
 from .formats import Table
 from .gallery import gallery_part
 from .methods import BANDS, GROUPS, Style, group_of, order_key, styles
 from .plots import COST, CURVES, RANKS, RATES, SPECTRA, Plot, all_plots
+from .sentences import glance, lead, provenance, rules, summary
 from .study import MEAN_LOSS, Study, studies
 from .tables import all_tables, slug
-from .words import glance, lead, provenance, rules, summary
 
 TITLE = "LoRA initialisations compared"
 TOP = 6  # how many methods the button "Best 6 and LoRA" leaves besides plain LoRA

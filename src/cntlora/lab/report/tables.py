@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from ..record import RunRecord
-from .bases import strangers
+from .batches_read import later_against
 from .curves import reference_loss, seconds_to_reach, steps_to_reach
 from .formats import Cell, Column, Direction, Row, Table
 from .methods import group_of
-from .seen import later_against
+from .other_models import runs_of_other_models
 from .study import MEAN_LOSS, Estimate, Group, Study, finite, kinds, start_loss
 
 BROKEN, CHOSEN = "†", "‡"
@@ -35,7 +35,7 @@ def all_tables(study: Study, loss: float | None = None) -> list[Table]:
         drift_table(study, "cosine_product"),
         start_table(study),
         failures_table(study),
-        strangers_table(study),
+        other_models_table(study),
     ]
     return [table for table in tables if table.rows]
 
@@ -43,7 +43,7 @@ def all_tables(study: Study, loss: float | None = None) -> list[Table]:
 def brief_tables(study: Study, loss: float | None = None) -> list[Table]:
     """Those of `all_tables` that say which method is best, and at which learning rate, and which runs do not count."""
     tables = [main_table(study, loss), sensitivity_table(study, MEAN_LOSS), failures_table(study)]
-    return [table for table in (*tables, strangers_table(study)) if table.rows]
+    return [table for table in (*tables, other_models_table(study)) if table.rows]
 
 
 def main_table(study: Study, loss: float | None = None) -> Table:
@@ -147,12 +147,12 @@ def failures_table(study: Study) -> Table:
     return _table(study, "failures", "Runs that did not finish", columns, rows, "")
 
 
-def strangers_table(study: Study) -> Table:
+def other_models_table(study: Study) -> Table:
     """Every run that is not of the model and data of the others, which is not to be compared with them."""
     columns = [*_RUN_COLUMNS, Column("loss before", spec="#.5g"), Column("of most", spec="#.5g")]
     rows = [
         _run_row(study, run, Cell(mean=start_loss(run, "loss_before")), Cell(mean=usual))
-        for run, usual in strangers(study.runs)
+        for run, usual in runs_of_other_models(study.runs)
     ]
     caption = (
         "Before the initialisation the loss of the first training batch is not that of most runs of the seed: the "

@@ -1,4 +1,4 @@
-"""Whether runs that are compared are of one model: one that is pretrained anew under its old name is another."""
+"""Runs of another model than the rest of a comparison: one that is pretrained anew under its old name is another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROUNDING = 1e-3
 """Relative difference of two losses of the same model and batch, in half precision or on another machine."""
 
 
-def strangers(runs: Iterable[RunRecord]) -> list[tuple[RunRecord, float]]:
+def runs_of_other_models(runs: Iterable[RunRecord]) -> list[tuple[RunRecord, float]]:
     """The runs whose loss before the initialisation is not that of most of their seed, by seed, each with that of most.
 
     It is the loss of the first training batch, for which neither method nor learning rate has done anything yet. Runs

@@ -11,7 +11,7 @@ from .runs import Run
 RecordOf = Callable[[Run], Mapping[str, Any] | None]
 
 
-def narrowed(runs: Sequence[Run], best: int, record_of: RecordOf) -> tuple[list[Run], int]:
+def runs_of_round(runs: Sequence[Run], best: int, record_of: RecordOf) -> tuple[list[Run], int]:
     """The runs that can be told by now, and how many more there will be.
 
     Args:

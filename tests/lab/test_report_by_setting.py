@@ -13,7 +13,7 @@ pytest.importorskip("plotly", reason="the page needs the extra `report`")
 from tests import report_cases as cases
 
 from cntlora.lab.report import write_into, write_report
-from cntlora.lab.report.by import tables_by
+from cntlora.lab.report.by_setting import tables_by
 from cntlora.lab.report.formats import BEST, Table
 from cntlora.lab.report.study import studies
 

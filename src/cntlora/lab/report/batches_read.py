@@ -1,4 +1,4 @@
-"""Which steps of a training are on batches that the initialisation had seen: they are the first ones of its data."""
+"""The steps of a training on batches that the initialisation had read: they are the first ones of its data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PEFT_READS = ("peft:eva", "peft:corda", "peft:lora_ga")
 _OTHER_DATA = frozenset({"unseen", "foreign"})
 
 
-def seen_steps(run: RunRecord) -> int:
+def steps_on_read_batches(run: RunRecord) -> int:
     """Steps, from the first, whose batches the initialisation of a run had read; 0 where it reads none of them."""
     config = run.get("config") or {}
     base, *modifiers = str(run["method"]).split("+")
@@ -29,10 +29,10 @@ def seen_steps(run: RunRecord) -> int:
 
 
 def later_against(group: Group, other: Group) -> Estimate:
-    """As `Group.against`, over the steps whose batches the initialisation of neither had seen."""
+    """As `Group.against`, over the steps whose batches the initialisation of neither had read."""
     found = []
     for run, one in group.pairs(other):
-        first = max(seen_steps(run), seen_steps(one))
+        first = max(steps_on_read_batches(run), steps_on_read_batches(one))
         mine, its = ([loss for loss in r["losses"][first:] if loss is not None] for r in (run, one))
         if mine and len(mine) == len(its):
             found.append(math.fsum(mine) / len(mine) - math.fsum(its) / len(its))

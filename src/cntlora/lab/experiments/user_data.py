@@ -1,4 +1,4 @@
-"""An experiment file with your own data, model or settings over it: where records go, and a look at the data."""
+"""An experiment file with the user's data, model or settings over it: where records go, and a check of the data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sets_data(changes: Sequence[str]) -> bool:
 
 
 def check_data(task: Any, tiny: Any) -> str | None:
-    """Looks at the data of a task as before any training, with the tiny model in place of its own.
+    """Check the data of a task as before any training, with the tiny model in place of its own.
 
     Returns:
         One line about the data, such as which class has which index; None where there is nothing to say.
