@@ -41,7 +41,7 @@ def _init(*batches: Any, model: Any = None, config: dict[str, Any] | None = None
         return initialize(
             adapted() if model is None else model(),
             text_batches() if data is None else data,
-            InitConfig.from_dict(config or {}),
+            InitConfig.from_dict({"method": "self", **(config or {})}),
             **call,
         )
 
@@ -75,7 +75,7 @@ def _trained() -> Any:
 
 def _started() -> Any:
     model = adapted()
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=InitConfig(method="self"))
     return model
 
 
@@ -137,11 +137,13 @@ def _file(content: bytes, name: str = "plan.safetensors") -> Call:
 
 
 def _plan_of(edit: Callable[[bytes], bytes]) -> Call:
-    return lambda folder: _file(edit(compute_plan(adapted(), text_batches(1)).to_bytes()))(folder)
+    return lambda folder: _file(
+        edit(compute_plan(adapted(), text_batches(1), config=InitConfig(method="self")).to_bytes())
+    )(folder)
 
 
 def _other_model(folder: Path) -> object:
-    return apply_plan(adapted(seed=5), compute_plan(adapted(), text_batches(1)))
+    return apply_plan(adapted(seed=5), compute_plan(adapted(), text_batches(1), config=InitConfig(method="self")))
 
 
 def _adapter_of_another(folder: Path) -> object:
@@ -188,11 +190,13 @@ WRONG: dict[str, Call] = {
     "no batches": _init([]),
     "one batch in place of a list of them": _init(text_batches()[0]),
     "the path of a file in place of batches": _init("reviews.csv"),
-    "batches None for a method that reads data": lambda folder: initialize(adapted()),
+    "batches None for a method that reads data": lambda folder: initialize(adapted(), config=InitConfig(method="self")),
     "tuples that the model takes for other arguments": _init([(b["input_ids"], b["labels"]) for b in text_batches()]),
     "a model in place of an option": lambda folder: InitConfig(method=adapted()),
     "on_missing='warn' with nothing left to initialise": _init(model=_zeros, on_missing="warn"),
-    "a trainer that generates its data": lambda folder: initialize_from_trainer(_Generates(adapted())),
+    "a trainer that generates its data": lambda folder: initialize_from_trainer(
+        _Generates(adapted()), config=InitConfig(method="self")
+    ),
     "one factor of two layers shared": _init(model=_half_shared),
     "a batch whose mask hides every token": _init(_masked()),
     "NaN in the activations": _init(model=_spoiled),

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load, save
 from tests.tiny import adapted, text_batches
 
-from cntlora import InitPlan, compute_plan
+from cntlora import InitConfig, InitPlan, compute_plan
 from cntlora.lab.record import SCHEMA, read_record, write_record
 from cntlora.plan import FORMAT
 
@@ -20,7 +20,7 @@ Reader = Callable[[bytes], object]
 
 def plan_bytes() -> bytes:
     """A plan as its file."""
-    return compute_plan(adapted(), text_batches()).to_bytes()
+    return compute_plan(adapted(), text_batches(), config=InitConfig(method="self")).to_bytes()
 
 
 def record_bytes(folder: Path) -> bytes:

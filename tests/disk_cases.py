@@ -13,7 +13,7 @@ from tests.kill_cases import adapter_of_a_unet
 from tests.report_cases import few, write
 from tests.tiny import adapted, text_batches
 
-from cntlora import compute_plan, initialize, save_adapter
+from cntlora import InitConfig, compute_plan, initialize, save_adapter
 from cntlora.files.export import export_adapter
 from cntlora.lab.record import write_record
 from cntlora.lab.report import write_report
@@ -23,8 +23,8 @@ Writer = Callable[[Path], object]
 
 def writers(folder: Path) -> dict[str, Writer]:
     """What writes → the function that does, into the folder that it is given; `folder` is for what they read."""
-    plan, model = compute_plan(adapted(), text_batches()), adapted()
-    initialize(model, text_batches())
+    plan, model = compute_plan(adapted(), text_batches(), config=InitConfig(method="self")), adapted()
+    initialize(model, text_batches(), config=InitConfig(method="self"))
     record = {"schema": 1, "status": "finished", "losses": [0.123456789] * 5000}
     unet, results = adapter_of_a_unet(folder / "unet", 8), write(few(), folder / "results")
     return {

@@ -69,7 +69,7 @@ def trained(lora: dict[str, Any] | None = None, **init: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = get_peft_model(Both(), LoraConfig(**options)).eval()
-        initialize(model, batches(), InitConfig.from_dict(init), progress=False)
+        initialize(model, batches(), InitConfig.from_dict({"method": "self", **init}), progress=False)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn_like(parameter)

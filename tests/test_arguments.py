@@ -63,7 +63,7 @@ def test_an_unknown_argument_names_the_nearest(call: Any) -> None:
 
 
 def test_calls_by_name_and_by_place_are_the_same() -> None:
-    batches, config = text_batches(), cntlora.InitConfig(base="keep")
+    batches, config = text_batches(), cntlora.InitConfig(method="self", base="keep")
     one = cntlora.compute_plan(adapted(), batches, config, progress=False)
     other = cntlora.compute_plan(config=config, batches=batches, model=adapted(), progress=False)
     assert all((one.sites[name].A == other.sites[name].A).all() for name in one.sites)

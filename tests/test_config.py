@@ -26,7 +26,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"methd": "self"}, TypeError, ["methd", "did you mean 'method'", "num_batches", "rank_budget"]),
     ({"lr": 1e-3}, TypeError, ["'lr'", "not known", "method", "strength"]),
     ({"method": "sel"}, ValueError, ["method", "'sel'", "did you mean 'self'", "cross", "shift"]),
-    ({"method": None}, ValueError, ["method", "None", "cross, self, shift"]),
+    ({"method": ""}, ValueError, ["method", "''", "cross, self, shift"]),
     ({"base": "ofset"}, ValueError, ["base", "did you mean 'offset'", "offset, paired, subtract, keep"]),
     ({"decomposition": "SVD"}, ValueError, ["decomposition", "'SVD'", "svd, qr, qr_pivoted"]),
     ({"gram": "average"}, ValueError, ["gram", "'average'", "sum, mean"]),
@@ -82,6 +82,7 @@ def test_a_wrong_value_is_one_clear_error(options: dict[str, Any], kind: type[Ex
 
 RIGHT: list[dict[str, Any]] = [
     {},
+    {"method": None},
     *({name: value} for name, values in CHOICES.items() for value in values),
     {"p": 0},
     {"p": 1},

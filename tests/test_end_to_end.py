@@ -37,7 +37,7 @@ def test_starts_as_the_pretrained_model(task: SentimentTask, base: str) -> None:
     with torch.no_grad():
         before = model(**held_out[0]).logits
         report = cntlora.initialize(
-            model, task.train_batches(0), cntlora.InitConfig(base=base, num_batches=2), progress=False
+            model, task.train_batches(0), cntlora.InitConfig(method="self", base=base, num_batches=2), progress=False
         )
         after = model(**held_out[0]).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
@@ -53,14 +53,16 @@ def test_keep_is_the_control(task: SentimentTask) -> None:
     model, held_out = adapted(task).eval(), list(task.eval_batches())[:1]
     with torch.no_grad():
         before = model(**held_out[0]).logits
-        cntlora.initialize(model, task.train_batches(0), cntlora.InitConfig(base="keep", num_batches=2), progress=False)
+        cntlora.initialize(
+            model, task.train_batches(0), cntlora.InitConfig(method="self", base="keep", num_batches=2), progress=False
+        )
         assert (model(**held_out[0]).logits - before).abs().max() > 1e-2
 
 
 def test_shared_inputs_and_exact_tokens(task: SentimentTask) -> None:
     """Every site of a BERT sees every token that is not padding, no more."""
     batches = [batch for batch, _ in zip(task.train_batches(0), range(3), strict=False)]
-    plan = cntlora.compute_plan(adapted(task), batches, progress=False)
+    plan = cntlora.compute_plan(adapted(task), batches, progress=False, config=cntlora.InitConfig(method="self"))
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert {site.tokens for site in plan.sites.values()} == {tokens}
     assert tokens < sum(batch["attention_mask"].numel() for batch in batches)
@@ -69,7 +71,7 @@ def test_shared_inputs_and_exact_tokens(task: SentimentTask) -> None:
 def test_learns(task: SentimentTask) -> None:
     """30 steps from our start beat predicting the commonest class; the untrained model does not."""
     model = adapted(task)
-    cntlora.initialize(model, task.train_batches(0), progress=False)
+    cntlora.initialize(model, task.train_batches(0), progress=False, config=cntlora.InitConfig(method="self"))
     held_out = task.eval_batches()
     start, _, _ = evaluate_classifier(model, held_out)
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
 from cntlora.model.sites import find_sites
 
+SELF = InitConfig(method="self")
+
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
@@ -37,14 +39,15 @@ def assert_one_error(
 
 
 def refuses(model: nn.Module, batches: Any, *parts: str, kind: type[Exception] = ValueError, **options: Any) -> None:
-    assert_one_error(model, lambda: initialize(model, batches, **options), *parts, kind=kind)
+    call = {"config": SELF, **options}
+    assert_one_error(model, lambda: initialize(model, batches, **call), *parts, kind=kind)
 
 
 def test_the_same_call_without_the_mistake_works() -> None:
     """The control of this whole file."""
     model = adapted()
     before = state(model)
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=SELF)
     assert changed(before, model)
 
 
@@ -70,7 +73,7 @@ def test_tuples_that_the_model_cannot_take() -> None:
     batch = text_batches()[0]
     loader = DataLoader(TensorDataset(*([batch["input_ids"]] * 40)), 4)
     refuses(adapted(), loader, "forward=", kind=TypeError)
-    forwarded = initialize(adapted(), loader, forward=lambda m, b: m(input_ids=b[0]))
+    forwarded = initialize(adapted(), loader, forward=lambda m, b: m(input_ids=b[0]), config=SELF)
     assert forwarded.batches == 2
 
 
@@ -127,10 +130,10 @@ def layered(kind: str) -> Any:
 def test_a_type_error_inside_the_model_is_its_own(kind: str, said: str, batch: Any) -> None:
     """The batch fits the model, so that no other call of it is the cure."""
     with pytest.raises(TypeError, match=said) as error:
-        initialize(layered(kind), [batch])
+        initialize(layered(kind), [batch], config=SELF)
     assert "forward=" not in str(error.value)
     assert "Layers" in str(error.value) or kind != "prints itself"
-    initialize(layered("fine"), [batch])  # the control
+    initialize(layered("fine"), [batch], config=SELF)  # the control
 
 
 def test_a_batch_that_does_not_fit_is_told_from_that() -> None:
@@ -142,7 +145,7 @@ def test_a_batch_that_does_not_fit_is_told_from_that() -> None:
     refuses(model, [{"text": x, "x": x, 3: x}], "must be strings", "model(batch['x'])", kind=TypeError)
     passing = layered("passes on what it does not know")
     refuses(passing, [{"x": x, "text": x}], "unexpected keyword argument 'text'", "model(batch['x'])", kind=TypeError)
-    initialize(passing, [{"x": x, "mask": x}])  # the control
+    initialize(passing, [{"x": x, "mask": x}], config=SELF)  # the control
 
 
 def test_a_long_cause_is_cut_in_the_middle() -> None:
@@ -166,13 +169,13 @@ def test_what_was_given_is_quoted_in_short(value: Any) -> None:
 
     calls: list[Callable[[], object]] = [
         lambda: InitConfig(method=value),
-        lambda: InitConfig.from_dict({"p": value}),
-        lambda: InitConfig(num_batches=value),
+        lambda: InitConfig.from_dict({"method": "self", "p": value}),
+        lambda: InitConfig(method="self", num_batches=value),
         lambda: InitConfig.from_dict({"center": value, "method": "eva"}),
-        lambda: InitConfig.from_dict({"batch_weights": value}),
-        lambda: initialize(adapted(), text_batches(), on_missing=value),
+        lambda: InitConfig.from_dict({"method": "self", "batch_weights": value}),
+        lambda: initialize(adapted(), text_batches(), on_missing=value, config=SELF),
         lambda: parse_limits({"device": value}),
-        lambda: compute_plan(adapted(), text_batches(), token_mask="y" * 5000),
+        lambda: compute_plan(adapted(), text_batches(), token_mask="y" * 5000, config=SELF),
     ]
     for call in calls:
         with pytest.raises((TypeError, ValueError)) as error:
@@ -222,17 +225,22 @@ def test_not_finite_where_it_does_not_count_is_fine() -> None:
 
     calls: list[int] = []
     model.get_submodule(f"base_model.model.{QUERY}").register_forward_pre_hook(poison)
-    report = initialize(model, batches, forward=lambda m, b: m.bert(**{k: v for k, v in b.items() if k != "labels"}))
+    report = initialize(
+        model,
+        batches,
+        forward=lambda m, b: m.bert(**{k: v for k, v in b.items() if k != "labels"}),
+        config=SELF,
+    )
     assert report.batches == 2 and all(site.A.isfinite().all() for site in find_sites(model)[0])
 
 
 def test_fewer_tokens_than_rank_works() -> None:
     few = [{"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([0])}]
     for base in ("offset", "paired", "subtract", "keep"):
-        report = initialize(adapted(r=8), few, InitConfig(base=base))
+        report = initialize(adapted(r=8), few, InitConfig(method="self", base=base))
         assert [site["effective_rank"] for site in report.sites.values()] == [3] * 4
         assert all(site["tokens"] == 3 and site["rank"] == 8 for site in report.sites.values())
-    assert initialize(adapted(r=8), text_batches()).sites[QUERY]["effective_rank"] > 8
+    assert initialize(adapted(r=8), text_batches(), config=SELF).sites[QUERY]["effective_rank"] > 8
 
 
 class Branches(nn.Module):
@@ -251,7 +259,7 @@ def branches() -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"adaptive_ranks": True}])
 def test_a_site_that_never_fires(options: dict[str, Any]) -> None:
-    rows, config = [torch.randn(9, 6)], InitConfig.from_dict(options)
+    rows, config = [torch.randn(9, 6)], InitConfig.from_dict({"method": "self", **options})
     refuses(branches(), rows, "site idle", "not called in any of 1 batches", "on_missing='warn'", config=config)
     model = branches()
     with pytest.warns(UserWarning, match="site idle cannot be initialised.*left as plain LoRA") as caught:
@@ -277,7 +285,7 @@ def test_wrong_adapter_name() -> None:
     model.add_adapter("tone", lora_config())
     refuses(model, text_batches(), "'default' is not known", "style, tone")
     refuses(model, text_batches(), "did you mean 'style'", adapter_name="styl")
-    plan = compute_plan(adapted(), text_batches())
+    plan = compute_plan(adapted(), text_batches(), config=SELF)
     assert_one_error(model, lambda: apply_plan(model, plan, adapter_name="x"), "adapter_name", "style, tone")
 
 
@@ -292,19 +300,19 @@ def test_other_initialisations() -> None:
             warnings.simplefilter("ignore")
             model = adapted(init_lora_weights=name)
         refuses(model, text_batches(), f"init_lora_weights={name!r}", "init_lora_weights=True")
-    initialize(adapted(init_lora_weights="gaussian"), text_batches())
+    initialize(adapted(init_lora_weights="gaussian"), text_batches(), config=SELF)
 
 
 @pytest.mark.parametrize("base", ["offset", "paired", "subtract", "keep"])
 def test_initialised_already(base: str) -> None:
     model = adapted()
-    initialize(model, text_batches(), InitConfig(base=base))
+    initialize(model, text_batches(), InitConfig(method="self", base=base))
     refuses(model, text_batches(), f"site {QUERY}", "not fresh", "make a new adapter")
 
 
 def test_trained_already() -> None:
     model = adapted()
-    plan = compute_plan(model, text_batches())
+    plan = compute_plan(model, text_batches(), config=SELF)
     train(model, text_batches(), steps=1)
     refuses(model, text_batches(), f"site {QUERY}", "not fresh")
     assert_one_error(model, lambda: apply_plan(model, plan), f"site {QUERY}", "not fresh")
@@ -319,7 +327,7 @@ def test_merged() -> None:
     model.merge_adapter()
     refuses(model, text_batches(), f"site {QUERY}", "merged", "unmerge_adapter()")
     model.unmerge_adapter()
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=SELF)
 
 
 def test_weights_without_values() -> None:
@@ -327,12 +335,12 @@ def test_weights_without_values() -> None:
         base = KINDS["bert"].make()
     model = get_peft_model(base, lora_config())
     with pytest.raises(ValueError, match=f"site {QUERY} cannot be initialised.*meta device.*load the pretrained"):
-        initialize(model, text_batches())
+        initialize(model, text_batches(), config=SELF)
     lazy = get_peft_model(base_model(), lora_config(), low_cpu_mem_usage=True)
     with pytest.raises(
         ValueError, match=f"site {QUERY} .*LoRA factors are on the meta device.*low_cpu_mem_usage=False"
     ):
-        initialize(lazy, text_batches())
+        initialize(lazy, text_batches(), config=SELF)
 
 
 class Nothing(nn.Module):
@@ -369,18 +377,20 @@ def test_a_call_that_would_initialise_nothing_is_an_error(method: str, zeros: bo
 
 def test_budget_of_nothing() -> None:
     with pytest.raises(ValueError, match="rank_budget: expected at least 1, got 0"):
-        InitConfig(adaptive_ranks=True, rank_budget=0)
+        InitConfig(method="self", adaptive_ranks=True, rank_budget=0)
 
 
 def test_budget_that_does_not_fit() -> None:
     most = 4 * 24
     refuses(adapted(), text_batches(), "rank_budget: expected between 1", f"and {most}", f"got {most + 1}",
-            config=InitConfig(adaptive_ranks=True, rank_budget=most + 1))  # fmt: skip
+            config=InitConfig(method="self", adaptive_ranks=True, rank_budget=most + 1))  # fmt: skip
     refuses(adapted(), text_batches(), "between 1", "and 12", "got 13", "max_rank",
-            config=InitConfig(adaptive_ranks=True, rank_budget=13, max_rank=3))  # fmt: skip
+            config=InitConfig(method="self", adaptive_ranks=True, rank_budget=13, max_rank=3))  # fmt: skip
     refuses(adapted(), text_batches(), "between 20", "got 16", "min_rank",
-            config=InitConfig(adaptive_ranks=True, min_rank=5))  # fmt: skip
-    report = initialize(adapted(), text_batches(), InitConfig(adaptive_ranks=True, rank_budget=most, base="keep"))
+            config=InitConfig(method="self", adaptive_ranks=True, min_rank=5))  # fmt: skip
+    report = initialize(
+        adapted(), text_batches(), InitConfig(method="self", adaptive_ranks=True, rank_budget=most, base="keep")
+    )
     assert {site["rank"] for site in report.sites.values()} == {24}
 
 
@@ -393,7 +403,7 @@ def test_rank_above_the_layer() -> None:
 def test_estimates_that_the_dtype_cannot_hold(base: str, autocast: bool) -> None:
     """A near-singular estimate overflows float16: an error, not an adapter or a weight of Inf."""
     model = adapted(dtype=torch.float16, autocast_adapter_dtype=autocast)
-    config = InitConfig.from_dict({"base": base, "strength": 1e14})
+    config = InitConfig.from_dict({"method": "self", "base": base, "strength": 1e14})
     if base == "subtract" or not autocast:
         what = "base" if autocast else "adapter"
         refuses(model, text_batches(), f"site {QUERY}", f"too large for a{'n' * (not autocast)} {what}", "float16",
@@ -415,7 +425,7 @@ def test_an_optimizer_that_holds_the_old_parameters() -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert all(id(site.A) in held for site in find_sites(model)[0])
     del optimizer, held
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=SELF)
 
 
 def test_an_optimizer_with_its_moments_is_in_the_way_also_at_the_same_rank() -> None:
@@ -424,7 +434,7 @@ def test_an_optimizer_with_its_moments_is_in_the_way_also_at_the_same_rank() -> 
     model(**text_batches()[0]).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    refuses(model, text_batches(), f"site {QUERY}", "AdamW", config=InitConfig(base="paired"))
+    refuses(model, text_batches(), f"site {QUERY}", "AdamW", config=InitConfig(method="self", base="paired"))
 
 
 @pytest.mark.parametrize("base", ["paired", "subtract", "keep"])
@@ -432,7 +442,7 @@ def test_an_optimizer_made_too_early_trains_where_the_parameters_stay(base: str)
     """Parameters are written in place where their shape allows, so that a fresh optimizer still holds them."""
     model = adapted()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    initialize(model, text_batches(), InitConfig(base=base))
+    initialize(model, text_batches(), InitConfig(method="self", base=base))
     before = state(model)
     model(**text_batches()[0]).loss.backward()
     optimizer.step()
@@ -442,7 +452,7 @@ def test_an_optimizer_made_too_early_trains_where_the_parameters_stay(base: str)
 def test_optimizers_of_others_are_not_in_the_way() -> None:
     model, other = adapted(), nn.Linear(2, 2)
     optimizers = [torch.optim.AdamW(other.parameters()), torch.optim.SGD([model.base_model.model.classifier.weight])]
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=SELF)
     assert len(optimizers) == 2
 
 
@@ -452,11 +462,12 @@ def test_wrapped_in_ddp_before_parameters_are_replaced(process_group: None) -> N
     wrapped = DistributedDataParallel(model)
     for given in (wrapped, model):
         assert_one_error(
-            model, lambda given=given: initialize(given, text_batches()), f"site {QUERY}", "DistributedDataParallel",
+            model, lambda given=given: initialize(given, text_batches(), config=SELF),
+            f"site {QUERY}", "DistributedDataParallel",
             "initialise first, then wrap",
         )  # fmt: skip
     del wrapped, given
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=SELF)
     assert changed(state(adapted()), model)
 
 
@@ -484,11 +495,11 @@ def tied() -> Any:
 
 def test_tied_weights_cannot_be_subtracted_from() -> None:
     ids = [torch.arange(12)]
-    refuses(tied(), ids, "site head", "embedding", "base='offset'", config=InitConfig(base="subtract"))
+    refuses(tied(), ids, "site head", "embedding", "base='offset'", config=InitConfig(method="self", base="subtract"))
     for base in ("offset", "paired", "keep"):
         model = tied()
         before = model.base_model.model.embedding.weight.clone()
-        initialize(model, ids, InitConfig(base=base))
+        initialize(model, ids, InitConfig(method="self", base=base))
         assert torch.equal(model.base_model.model.embedding.weight, before)
 
 
@@ -498,8 +509,8 @@ def test_another_adapter_stands_on_the_weight_that_is_subtracted_from() -> None:
     model.add_adapter("second", lora_config())
     start = logits(model, text_batches()[0])
     refuses(model, text_batches(), f"site {QUERY}", "'first'", "base='offset'",
-            config=InitConfig(base="subtract"), adapter_name="second")  # fmt: skip
-    initialize(model, text_batches(), adapter_name="second")
+            config=InitConfig(method="self", base="subtract"), adapter_name="second")  # fmt: skip
+    initialize(model, text_batches(), adapter_name="second", config=SELF)
     assert torch.equal(logits(model, text_batches()[0]), start)
 
 
@@ -508,4 +519,4 @@ def test_errors_of_the_model_itself_are_its_own() -> None:
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        initialize(adapted(), text_batches(), forward=broken)
+        initialize(adapted(), text_batches(), forward=broken, config=SELF)

@@ -106,14 +106,22 @@ def breaking_off(batches: list[Batch]) -> Iterator[Batch]:
 
 
 ENDS: dict[str, Callable[[nn.Module], Any]] = {
-    "well": lambda m: compute_plan(m, text_batches(), forward=loud),
-    "error in the first forward pass": lambda m: compute_plan(m, text_batches(), forward=failing(0)),
-    "error in the third forward pass": lambda m: compute_plan(m, text_batches(), forward=failing(2)),
-    "error in the loader": lambda m: compute_plan(m, breaking_off(text_batches()), forward=loud),
-    "error in token_mask": lambda m: compute_plan(m, text_batches(), token_mask=stop),
-    "all masked": lambda m: compute_plan(m, text_batches(), token_mask=lambda b: b["attention_mask"] * 0),
+    "well": lambda m: compute_plan(m, text_batches(), forward=loud, config=InitConfig(method="self")),
+    "error in the first forward pass": lambda m: compute_plan(
+        m, text_batches(), forward=failing(0), config=InitConfig(method="self")
+    ),
+    "error in the third forward pass": lambda m: compute_plan(
+        m, text_batches(), forward=failing(2), config=InitConfig(method="self")
+    ),
+    "error in the loader": lambda m: compute_plan(
+        m, breaking_off(text_batches()), forward=loud, config=InitConfig(method="self")
+    ),
+    "error in token_mask": lambda m: compute_plan(m, text_batches(), token_mask=stop, config=InitConfig(method="self")),
+    "all masked": lambda m: compute_plan(
+        m, text_batches(), token_mask=lambda b: b["attention_mask"] * 0, config=InitConfig(method="self")
+    ),
     "budget too large": lambda m: compute_plan(
-        m, text_batches(), InitConfig(adaptive_ranks=True, rank_budget=10**6), forward=loud
+        m, text_batches(), InitConfig(method="self", adaptive_ranks=True, rank_budget=10**6), forward=loud
     ),
 }
 
@@ -169,12 +177,12 @@ def test_hooks_are_there_during_the_pass_only() -> None:
         model(**batch)
 
     batches = [{key: batch[key] for key in ("input_ids", "labels")} for batch in text_batches()]
-    initialize(model, batches, forward=forward)
+    initialize(model, batches, forward=forward, config=InitConfig(method="self"))
     assert counts == [len(sites)] * 3 and hooks(model) == before  # without a mask, one hook a site and no other
     counts.clear()
     model = adapted()
     sites, before = find_sites(model)[0], hooks(model)
-    initialize(model, text_batches(), forward=forward)
+    initialize(model, text_batches(), forward=forward, config=InitConfig(method="self"))
     assert min(counts) > len(sites) and hooks(model) == before  # with one, calls are followed too
     with pytest.raises(Interrupted), watching(sites, type("W", (), {"hook": lambda *_: stop})()):
         assert hooks(model) != before
@@ -186,7 +194,7 @@ def test_no_activation_is_kept_alive() -> None:
     model, alive = adapted(), []
     site = find_sites(model)[0][0]
     site.layer.register_forward_pre_hook(lambda module, args: alive.append(weakref.ref(args[0])))
-    plan = compute_plan(model, text_batches())
+    plan = compute_plan(model, text_batches(), config=InitConfig(method="self"))
     gc.collect()
     assert len(alive) == 3 and all(reference() is None for reference in alive)
     assert plan.batches == 3
@@ -201,7 +209,7 @@ def test_initialize_changes_its_adapter_only(base: str, dora: bool) -> None:
     model = mixed_modes(adapted(adapter_name="other", target_modules=["key"]))
     model.add_adapter("default", lora_config(use_dora=dora))
     before, found, trainable = state(model), fingerprint(model), requires_grad(model)
-    initialize(model, text_batches(), InitConfig(base=base))
+    initialize(model, text_batches(), InitConfig(method="self", base=base))
     touched = changed(before, model)
     allowed = ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.default.weight")
     if base == "subtract":
@@ -225,7 +233,7 @@ def test_replaced_parameters_are_trainable_where_the_old_ones_were(trainable: bo
     for site in find_sites(model)[0]:
         site.A.requires_grad_(trainable)
         site.B.requires_grad_(trainable)
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=InitConfig(method="self"))
     for site in find_sites(model)[0]:
         assert site.A.requires_grad == site.B.requires_grad == trainable
         assert site.A.is_leaf and site.A.grad is None and not site.base.weight.requires_grad
@@ -242,10 +250,10 @@ def test_applying_draws_nothing() -> None:
 def test_sites_share_no_storage() -> None:
     """lessons.md: EVA's q and k shared a tensor that was edited in place twice."""
     model = adapted("llama")
-    initialize(model, KINDS["llama"].batches(), InitConfig(base="keep"))
+    initialize(model, KINDS["llama"].batches(), InitConfig(method="self", base="keep"))
     pointers = [half.data_ptr() for site in find_sites(model)[0] for half in (site.A, site.B)]
     assert len(set(pointers)) == len(pointers)
-    plan = compute_plan(adapted(), text_batches())
+    plan = compute_plan(adapted(), text_batches(), config=InitConfig(method="self"))
     one, two = adapted(), adapted()
     apply_plan(one, plan)
     with torch.no_grad():
@@ -270,7 +278,7 @@ def test_the_callers_batches_are_not_edited() -> None:
 
     batches = text_batches()
     wanted = copies(batches)
-    initialize(adapted(), batches, forward=greedy)
+    initialize(adapted(), batches, forward=greedy, config=InitConfig(method="self"))
     for batch, before in zip(batches, wanted, strict=True):
         assert list(batch) == list(before)
         assert all(torch.equal(batch[key], before[key]) for key in batch)
@@ -308,14 +316,18 @@ def test_the_order_of_the_data_is_the_same_after_it(name: str, seed: int | None)
         return torch.cat([batch["input_ids"] for batch in loader])
 
     untouched = first_epoch(lambda loader: None)
-    assert torch.equal(first_epoch(lambda loader: initialize(adapted(), loader, InitConfig(num_batches=2))), untouched)
-    assert torch.equal(first_epoch(lambda loader: initialize(adapted(), loader, InitConfig(num_batches=50))), untouched)
+    assert torch.equal(
+        first_epoch(lambda loader: initialize(adapted(), loader, InitConfig(method="self", num_batches=2))), untouched
+    )
+    assert torch.equal(
+        first_epoch(lambda loader: initialize(adapted(), loader, InitConfig(method="self", num_batches=50))), untouched
+    )
     assert not torch.equal(first_epoch(lambda loader: next(iter(loader))), untouched)  # the control
 
 
 def test_a_one_shot_iterator_keeps_the_rest() -> None:
     batches = iter(text_batches(5))
-    initialize(adapted(), batches, InitConfig(num_batches=2))
+    initialize(adapted(), batches, InitConfig(method="self", num_batches=2))
     assert len(list(batches)) == 3
 
 
@@ -323,7 +335,7 @@ def test_two_runs_agree_to_the_bit() -> None:
     models = [adapted(), adapted()]
     for seed, model in enumerate(models):
         torch.manual_seed(seed)
-        initialize(model, text_batches())
+        initialize(model, text_batches(), config=InitConfig(method="self"))
     assert not changed(state(models[0]), models[1])
 
 
@@ -363,5 +375,5 @@ class Terminal(io.StringIO):
 def test_progress_on_a_terminal(progress: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    initialize(adapted(), text_batches(), progress=progress)
+    initialize(adapted(), text_batches(), progress=progress, config=InitConfig(method="self"))
     assert isinstance(sys.stderr, Terminal) and ("reading batches" in sys.stderr.getvalue()) == shown

@@ -220,7 +220,7 @@ def test_factors_are_of_the_dtype_of_the_model(tmp_path: Path, method: str, dtyp
 def test_scaling_can_be_turned_and_comes_back(use_rslora: bool) -> None:
     """Rank and alpha have changed with the start; PEFT's rules for `set_scale` and the others go by them."""
     model, batches = adapted(target_modules=["query", "dense"], use_rslora=use_rslora), text_batches()
-    initialize(model, batches, InitConfig(adaptive_ranks=True, min_rank=1), progress=False)
+    initialize(model, batches, InitConfig(method="self", adaptive_ranks=True, min_rank=1), progress=False)
     train(model, batches)
     scalings, wanted = scalings_of(model), logits(model, batches[0])
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]
@@ -244,7 +244,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor]]:
     root, wanted, batches = tmp_path_factory.mktemp("two"), [], text_batches()
     for index, base in enumerate(("offset", "subtract")):
         model = adapted(target_modules=["query", "dense"])
-        initialize(model, batches, InitConfig(base=base, adaptive_ranks=True), progress=False)
+        initialize(model, batches, InitConfig(method="self", base=base, adaptive_ranks=True), progress=False)
         train(model, text_batches(seed=index))
         save_adapter(model, root / str(index))
         wanted.append(logits(model, batches[0]))
@@ -278,7 +278,7 @@ def test_one_batch_with_rows_for_several_adapters(two: tuple[Path, list[Tensor]]
 def test_a_copy_of_the_model_lives_its_own_life() -> None:
     """`copy.deepcopy`, which trainers make for reference models, keeps the start, and training one moves one."""
     model, batches = adapted(), text_batches()
-    initialize(model, batches, progress=False)
+    initialize(model, batches, progress=False, config=InitConfig(method="self"))
     other = copy.deepcopy(model)
     torch.testing.assert_close(logits(other, batches[0]), logits(model, batches[0]))
     before = logits(model, batches[0])

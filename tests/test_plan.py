@@ -22,17 +22,19 @@ from cntlora.plan import FORMAT, sketch_distance, weight_sketch
 
 FIRST = "bert.encoder.layer.0.attention.self.query"
 CONFIGS = [
-    InitConfig(),
+    InitConfig(method="self"),
     InitConfig.from_dict({"base": "keep", "method": "cross", "p": 0.3, "batch_weights": (1.0, 0.5, 2.0)}),
-    InitConfig.from_dict({"base": "paired", "fold_alpha": True, "gram": "mean", "root": "symmetric", "rtol": 1e-6}),
-    InitConfig(base="subtract", adaptive_ranks=True, rank_budget=3),
+    InitConfig.from_dict(
+        {"method": "self", "base": "paired", "fold_alpha": True, "gram": "mean", "root": "symmetric", "rtol": 1e-6}
+    ),
+    InitConfig(method="self", base="subtract", adaptive_ranks=True, rank_budget=3),
     InitConfig.from_dict({"method": "shift", "shift_constant": "gaussian", "seed": 3, "num_batches": 2}),
 ]
 
 
 @pytest.fixture
 def plan() -> InitPlan:
-    return compute_plan(adapted(), text_batches())
+    return compute_plan(adapted(), text_batches(), config=InitConfig(method="self"))
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_roundtrip_is_bit_equal(config: InitConfig, dtype: torch.dtype, tmp_path
 def test_skipped_sites_survive(tmp_path: Path) -> None:
     model = adapted(target_modules=["query", "word_embeddings"])
     with pytest.warns(UserWarning, match="left as plain LoRA"):
-        plan = compute_plan(model, text_batches(), on_missing="warn")
+        plan = compute_plan(model, text_batches(), on_missing="warn", config=InitConfig(method="self"))
     plan.save(tmp_path / "plan")
     loaded = InitPlan.load(tmp_path / "plan")
     assert list(loaded.skipped) == ["bert.embeddings.word_embeddings"] and same(plan, loaded)
@@ -117,7 +119,7 @@ save_file({n: t.contiguous() for n, t in model.state_dict().items()}, sys.argv[2
 
 @pytest.mark.parametrize("base", ["offset", pytest.param("subtract", marks=pytest.mark.slow)])
 def test_apply_elsewhere_is_initialize_here(base: str, tmp_path: Path, run_fresh: RunFresh) -> None:
-    config = InitConfig(base=base, adaptive_ranks=True, rank_budget=6)
+    config = InitConfig(method="self", base=base, adaptive_ranks=True, rank_budget=6)
     compute_plan(adapted(), text_batches(), config).save(tmp_path / "plan")
     run_fresh(APPLY, tmp_path / "plan", tmp_path / "state")
     here = adapted()
@@ -323,7 +325,10 @@ def test_report_is_a_table_and_a_dict() -> None:
     model = adapted(target_modules=["query", "word_embeddings"])
     with pytest.warns(UserWarning, match="left as plain LoRA"):
         report = initialize(
-            model, text_batches(), InitConfig.from_dict({"batch_weights": (1, 2, 3)}), on_missing="warn"
+            model,
+            text_batches(),
+            InitConfig.from_dict({"method": "self", "batch_weights": (1, 2, 3)}),
+            on_missing="warn",
         )
     values = json.loads(json.dumps(report.to_dict()))
     assert values["config"]["method"] == "self" and values["config"]["batch_weights"] == [1.0, 2.0, 3.0]
@@ -350,5 +355,5 @@ def test_report_is_a_table_and_a_dict() -> None:
 
 def test_report_marks_sites_with_too_little_data() -> None:
     few = text_batches(1, rows=1, tokens=3)
-    assert "*" in str(initialize(adapted(r=8), few))
-    assert "*" not in str(initialize(adapted(r=8), text_batches()))
+    assert "*" in str(initialize(adapted(r=8), few, config=InitConfig(method="self")))
+    assert "*" not in str(initialize(adapted(r=8), text_batches(), config=InitConfig(method="self")))

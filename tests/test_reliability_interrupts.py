@@ -49,7 +49,7 @@ MOMENTS = {
     "in a factorisation": (patched("cntlora.execution.site_plans.spectrum"), {}),
     "in a QR": (patched("torch.linalg.qr"), {"decomposition": "qr", "rtol": 1e-3}),
     "in a backward pass": (patched("torch.Tensor.backward"), {"method": "lora_ga"}),
-    "with ranks by the data": (patched("cntlora.execution.site_plans.allocate"), {"adaptive_ranks": True}),
+    "with ranks by the data": (patched("cntlora.linalg.allocation.allocate"), {"adaptive_ranks": True}),
     "while the plan is checked": (patched("cntlora.model.writer.check_holders"), {}),
 }
 
@@ -65,11 +65,11 @@ def test_the_model_is_as_it_was(name: str, threads: int, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         interrupt(model, patch)
         with pytest.raises(KeyboardInterrupt):
-            initialize(model, text_batches(), InitConfig.from_dict(options))
+            initialize(model, text_batches(), InitConfig.from_dict({"method": "self", **options}))
     assert torch.get_num_threads() == threads
     assert as_it_is(model, weights=True) == before
     initialize(
-        model, text_batches(), InitConfig.from_dict(options)
+        model, text_batches(), InitConfig.from_dict({"method": "self", **options})
     )  # the control: without the interrupt it is another model
     assert as_it_is(model, weights=True) != before
 
@@ -87,7 +87,7 @@ def test_a_real_signal_in_the_data_pass(tmp_path: Path) -> None:
         return model(**batch)
 
     with pytest.raises(KeyboardInterrupt):
-        compute_plan(model, text_batches(), forward=slow)
+        compute_plan(model, text_batches(), forward=slow, config=InitConfig(method="self"))
     assert heard == 2 and not changed(before, model)
 
 
@@ -151,8 +151,8 @@ def test_without_the_watch_it_would_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", ["offset", "subtract"])
 def test_ctrl_c_while_factors_are_written_waits_for_the_last_one(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = adapted(), adapted()
-    initialize(other, text_batches(), InitConfig(base=base))
-    plan, write = compute_plan(model, text_batches(), InitConfig(base=base)), writer._write
+    initialize(other, text_batches(), InitConfig(method="self", base=base))
+    plan, write = compute_plan(model, text_batches(), InitConfig(method="self", base=base)), writer._write
 
     def interrupted(*arguments: Any) -> None:
         signal.raise_signal(signal.SIGINT)

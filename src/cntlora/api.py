@@ -109,7 +109,7 @@ def initialize_from_trainer(request: TrainerRequest) -> InitReport:
     trainer, config = request.trainer, request.config or InitConfig()
     check_trainer(trainer, config)
     with left_as_found(trainer):
-        given = training_arguments(trainer, config, request.forward, request.loss)
+        given = training_arguments(trainer, config, request.forward, request.loss, request.adapter_name)
         return initialize(trainer.model, config=config, **{**request.options(), **given})
 
 

@@ -22,7 +22,8 @@ class InitConfig:
     command line and in `from_dict` they are flat keys beside the others.
 
     Attributes:
-        method: a method such as `cntlora.Self()` or its name, see `cntlora.methods()`.
+        method: a method such as `cntlora.Self()` or its name, see `cntlora.methods()`. None leaves it to what is there:
+            descent where there is a loss and weights whose gradients can be read, else self.
         base: what keeps the model's function at the start. "offset": rank 2r, the negative half frozen, starts at
             zero; "paired": the same at rank r with r/2 directions, both halves train; "subtract": W ← W − s·B·A;
             "keep": as printed in the paper, the function moves by s·B·A. None for the method's own: "keep" for
@@ -44,7 +45,7 @@ class InitConfig:
         ValueError, TypeError: for an unknown name or a value out of range; the message lists the valid ones.
     """
 
-    method: Method
+    method: Method | None
     base: Base | None
     num_batches: int
     adaptive_ranks: bool
@@ -57,7 +58,7 @@ class InitConfig:
 
     def __init__(
         self,
-        method: str | Method = "self",
+        method: str | Method | None = "self",
         base: Base | None = None,
         *,
         num_batches: int = 8,
@@ -105,7 +106,7 @@ class InitConfig:
         if self.rank_budget is not None:
             check_integer("rank_budget", self.rank_budget, 1)
         given = [name for name in ("rank_budget", "min_rank", "max_rank") if getattr(self, name)]
-        if self.adaptive_ranks and not self.method.ranked:
+        if self.adaptive_ranks and self.method is not None and not self.method.ranked:
             raise ValueError(
                 f"adaptive_ranks: method {self.method.name!r} has no spectrum to share ranks out by; use another "
                 "method, or the same rank everywhere"
@@ -114,21 +115,32 @@ class InitConfig:
             raise ValueError(f"{given[0]} has no effect without adaptive_ranks=True; set it, or leave {given[0]} out")
 
     @property
+    def chosen(self) -> Method:
+        """The method in force.
+
+        Raises:
+            ValueError: while it is left open; a plan has the one that was chosen.
+        """
+        if self.method is None:
+            raise ValueError("method: None leaves it to the data, and none was read yet; the plan has the chosen one")
+        return self.method
+
+    @property
     def effective_base(self) -> str:
         """The base policy in force: methods that start at B = 0 need none, which is what "keep" does."""
-        return "keep" if self.method.zero_start else self.stated_base
+        return "keep" if self.method is not None and self.method.zero_start else self.stated_base
 
     @property
     def stated_base(self) -> str:
         """The base policy that is given, else the method's own."""
-        return self.method.base if self.base is None else self.base
+        return self.chosen.base if self.base is None else self.base
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with flat keys, ready for JSON or TOML: the method by its name, and its options."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        options = asdict(self.method)  # type: ignore[call-overload]
+        options = {} if self.method is None else asdict(self.method)  # type: ignore[call-overload]
         lists = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-        return {**own, "method": self.method.name, **lists}
+        return {**own, "method": None if self.method is None else self.method.name, **lists}
 
     def stated(self) -> dict[str, Any]:
         """As `to_dict`, in the form of the records: with the options of all methods, and what is in force.
@@ -138,7 +150,7 @@ class InitConfig:
         follows from the inputs.
         """
         values = self.to_dict()
-        own = option_names(self.method)
+        own = option_names(self.chosen)
         for name, earlier in EARLIER_DEFAULTS.items():
             if name not in own or getattr(self.method, name) == own_default(self.method, name):
                 values[name] = earlier
@@ -156,8 +168,8 @@ class InitConfig:
         return cls(**{**own, "method": _method_of(own.get("method", "self"), options)})
 
 
-def _method_of(method: object, options: Mapping[str, Any]) -> Method:
-    """The method with options beside it: flat keys."""
+def _method_of(method: object, options: Mapping[str, Any]) -> Method | None:
+    """The method with options beside it: flat keys. Options without a method are those of self, as in version 0.1."""
     for name in options:
         if name not in all_options():
             known = (*(field.name for field in fields(InitConfig)), *all_options())
@@ -167,12 +179,14 @@ def _method_of(method: object, options: Mapping[str, Any]) -> Method:
     if isinstance(method, Method):
         given: Any = method
         return from_flat(type(given), {**asdict(given), **options}) if options else given
-    return from_flat(find(method), options)
+    if method is None and all(value is None for value in options.values()):
+        return None
+    return from_flat(find("self" if method is None else method), options)
 
 
 def _written(config: InitConfig) -> str:
     """The call that makes a configuration, as short as it can be."""
-    method: Any = config.method
+    method: Any = config.chosen  # options were given, so that there is one
     changed = [name for name in option_names(method) if getattr(method, name) != own_default(method, name)]
     options = ", ".join(f"{name}={getattr(method, name)!r}" for name in changed)
     plain = InitConfig()

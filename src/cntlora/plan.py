@@ -115,6 +115,7 @@ class InitPlan:
         shared: sites that have the factors of another site → the name of that site.
         unreached: sites on which the loss of the first row does not depend, so that they would not train. Empty if this
             was not checked: if the output names no loss, hooks or `forward=` are the caller's, or weights are sharded.
+        choice: why the method was chosen, where the configuration left it open; else empty.
     """
 
     sites: Mapping[str, SitePlan]
@@ -128,6 +129,7 @@ class InitPlan:
     step: Mapping[str, float] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     unreached: Sequence[str] = field(default_factory=list)
+    choice: str = ""
 
     def far_starts(self) -> dict[str, float]:
         """List the sites whose ‖scaling·B·A‖/‖W‖ of the directions that train is above `FAR`, the largest first."""
@@ -159,6 +161,7 @@ class InitPlan:
             "step": dict(self.step),
             "shared": dict(self.shared),
             "unreached": list(self.unreached),
+            "choice": self.choice,
             "digests": {key: _digest(tensor) for key, tensor in tensors.items()},
         }
         text = json.dumps(head)
@@ -185,7 +188,12 @@ class InitPlan:
         try:
             _check_digests(head["digests"], tensors, source)
             sites = {name: _site_of(name, plain, tensors) for name, plain in head["sites"].items()}
-            return cls(sites=sites, config=InitConfig.from_dict(head["config"]), **{key: head[key] for key in _REST})
+            return cls(
+                sites=sites,
+                config=InitConfig.from_dict(head["config"]),
+                choice=head.get("choice", ""),
+                **{key: head[key] for key in _REST},
+            )
         except (KeyError, TypeError, AttributeError) as error:  # of right digests, but not written by this class
             raise ValueError(f"{source}: no plan as this cntlora writes it ({error!r}); make the plan again") from error
 

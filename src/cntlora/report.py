@@ -34,6 +34,7 @@ class InitReport:
         step: for descent, see `InitPlan`; else empty.
         shared: sites that have the factors of another site → the name of that site.
         unreached: sites on which the loss of the first row does not depend, see `InitPlan`.
+        choice: why the method was chosen, see `InitPlan`.
         far: sites whose start is far beyond what trained adapters reach, see `InitPlan.far_starts`.
     """
 
@@ -48,6 +49,7 @@ class InitReport:
     shared: Mapping[str, str] = field(default_factory=dict)
     unreached: Sequence[str] = field(default_factory=list)
     far: Mapping[str, float] = field(default_factory=dict)
+    choice: str = ""
 
     @classmethod
     def of(cls, plan: InitPlan) -> InitReport:
@@ -55,8 +57,9 @@ class InitReport:
         sites = {name: site_dict(site) for name, site in plan.sites.items()}
         rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory), dict(plan.step))
         return cls(
-            plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared), list(plan.unreached), plan.far_starts()
-        )
+            plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared), list(plan.unreached), plan.far_starts(),
+            plan.choice,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values, ready for JSON."""
@@ -72,6 +75,7 @@ class InitReport:
             "shared": dict(self.shared),
             "unreached": list(self.unreached),
             "far": dict(self.far),
+            "choice": self.choice,
         }
 
     def __str__(self) -> str:
@@ -79,7 +83,7 @@ class InitReport:
         start = f"base {c.effective_base}" if c.effective_base == c.stated_base else "B = 0"
         total = sum(site["rank"] for name, site in self.sites.items() if name not in self.shared)
         title = (
-            f"{c.method.name} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
+            f"{c.chosen.name} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
         )
         masks = any(site["mask"] or site["unmasked"] for site in self.sites.values())
@@ -87,6 +91,7 @@ class InitReport:
         heads += ["eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms"]
         rows = [(name, *_cells(s, masks, name in self.far)) for name, s in self.sites.items()]
         lines = [text_table(title, heads, rows)]
+        lines += [f"method {c.chosen.name}: {self.choice}"] if self.choice else []
         if any(_rank_poor(s) for s in self.sites.values()):
             lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
         lines += [_far_line(self.far, c)] if self.far else []
@@ -176,6 +181,6 @@ def _cells(s: Mapping[str, Any], masks: bool, far: bool) -> tuple[str, ...]:
 
 def far_cure(config: InitConfig) -> str:
     """What makes a start smaller."""
-    if "rtol" not in option_names(config.method):
+    if "rtol" not in option_names(config.chosen):
         return "lower strength"
     return "raise rtol (1e-3 cuts off what the data hardly determine), read more or larger batches, or lower strength"

@@ -9,14 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from .config import InitConfig
 from .data.batches import REPEATABLE, Forward, default_forward
-
-if TYPE_CHECKING:
-    from .config import InitConfig
+from .model.checks import gradient_refusal
 
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 """Keys of a batch that TRL's preference trainers read themselves and keep from the model."""
@@ -40,7 +39,7 @@ def check_trainer(trainer: Any, config: InitConfig) -> None:
             "the trainer already has an optimizer, which holds the old parameters; call initialize_from_trainer before "
             ".train(), and leave `optimizers` to the trainer"
         )
-    if config.effective_base == "subtract" and _refers_to_base(trainer):
+    if config.base == "subtract" and config.effective_base == "subtract" and _refers_to_base(trainer):
         raise ValueError(
             f"base 'subtract' changes the base weights, and the reference model of this {type(trainer).__name__} is "
             "the base model, with the adapter switched off; use base='offset' or 'paired', which leave it as it is, "
@@ -55,14 +54,18 @@ def _refers_to_base(trainer: Any) -> bool:
 
 
 def training_arguments(
-    trainer: Any, config: InitConfig, forward: Forward | None, loss: Forward | None
+    trainer: Any, config: InitConfig, forward: Forward | None, loss: Forward | None, adapter: str = "default"
 ) -> dict[str, Any]:
     """The arguments `batches`, `forward` and `loss` of `initialize`; what the caller gave takes precedence.
 
     Raises:
         ValueError: if the trainer makes its data while it trains, and the method reads data.
     """
-    if config.method.reads == "weights":
+    reads: str = "inputs" if config.method is None else config.method.reads
+    if config.method is None:
+        refusal = gradient_refusal(trainer.model, adapter, InitConfig("descent"), InitConfig("self"))
+        reads = "inputs" if refusal else "gradients"
+    if reads == "weights":
         return {"batches": None, "forward": forward, "loss": loss}
     if _generates(trainer) and forward is None and loss is None:
         raise ValueError(
@@ -72,7 +75,7 @@ def training_arguments(
             "(pissa, olora)"
         )
     loader = trainer.get_train_dataloader()
-    if config.method.reads == "gradients" and forward is None:
+    if reads == "gradients" and forward is None:
         return {"batches": loader, "forward": None, "loss": loss or _OwnLoss(trainer)}
     if callable(getattr(trainer, "collect_features", None)) and forward is None:
         return {"batches": Columns(loader, trainer.collect_features), "forward": _one_argument, "loss": loss}

@@ -28,7 +28,7 @@ from cntlora.model.sites import find_sites
 
 def test_an_adapter_equals_itself() -> None:
     model = adapted("bert")
-    initialize(model, text_batches(), InitConfig(base="keep"), progress=False)
+    initialize(model, text_batches(), InitConfig(method="self", base="keep"), progress=False)
     result = compare_adapters(model, copy.deepcopy(model))
     for site in result.sites.values():
         assert site.cosine == pytest.approx(1.0) and site.cosine_product == pytest.approx(1.0)
@@ -41,7 +41,7 @@ def test_an_adapter_equals_itself() -> None:
 
 def test_values_against_dense_float64() -> None:
     model = wrapped(mlp())
-    initialize(model, token_batches(SIZES), InitConfig(base="keep"), progress=False)
+    initialize(model, token_batches(SIZES), InitConfig(method="self", base="keep"), progress=False)
     before = snapshot(model)
     old = {s.name: s.scaling * array(s.B) @ array(s.A) for s in find_sites(model)[0]}
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_of_offset_only_the_half_that_trains_counts(decay: float, near: float) -
     results = {}
     for base in ("offset", "subtract", "paired"):
         model = adapted("bert").double()
-        initialize(model, text_batches(), InitConfig(base=base), progress=False)
+        initialize(model, text_batches(), InitConfig(method="self", base=base), progress=False)
         before = snapshot(model)
         train(model, text_batches(), weight_decay=decay)
         results[base] = compare_adapters(before, model)
@@ -83,7 +83,7 @@ def test_of_offset_only_the_half_that_trains_counts(decay: float, near: float) -
 
 def test_folders_and_models_agree(tmp_path: Path) -> None:
     model = adapted("bert", use_rslora=True)
-    initialize(model, text_batches(), InitConfig(base="paired"), progress=False)
+    initialize(model, text_batches(), InitConfig(method="self", base="paired"), progress=False)
     save_adapter(model, tmp_path / "before", fold_alpha=False)
     before = snapshot(model)
     train(model, text_batches())
@@ -144,7 +144,7 @@ def test_appendix_b() -> None:
     assert all(g == 0 for g in plain.gradient_A.values()) and all(g > 0 for g in plain.gradient_B.values())
     for base in ("offset", "paired", "subtract", "keep"):
         model = adapted("bert")
-        initialize(model, text_batches(), InitConfig(base=base), progress=False)
+        initialize(model, text_batches(), InitConfig(method="self", base=base), progress=False)
         found = start_diagnostics(model, batch)
         assert all(g > 0 for g in (*found.gradient_A.values(), *found.gradient_B.values()))
         assert (found.loss == pytest.approx(plain.loss, abs=1e-5)) == (base != "keep")
@@ -152,7 +152,7 @@ def test_appendix_b() -> None:
 
 def test_the_norms_are_those_of_autograd_and_the_model_is_left_as_found() -> None:
     model, batch = adapted("bert"), text_batches()[0]
-    initialize(model, text_batches(), progress=False)
+    initialize(model, text_batches(), progress=False, config=InitConfig(method="self"))
     model.train()
     before, wanted = state(model), [p.requires_grad for p in model.parameters()]
     found = start_diagnostics(model, batch)
@@ -171,7 +171,7 @@ def test_the_norms_are_those_of_autograd_and_the_model_is_left_as_found() -> Non
 @pytest.mark.parametrize("base", ["keep", "offset"])
 def test_the_curvature_is_that_of_the_whole_hessian(base: str) -> None:
     model, batch = wrapped(mlp()), token_batches(SIZES)[0]
-    initialize(model, token_batches(SIZES), InitConfig(base=base), progress=False)
+    initialize(model, token_batches(SIZES), InitConfig(method="self", base=base), progress=False)
 
     def loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(model(batch)).square().mean()
@@ -214,7 +214,7 @@ def test_adalora_is_refused_by_name() -> None:
 
     model = get_peft_model(base_model("bert"), AdaLoraConfig(target_modules=["query"], total_step=10))
     with pytest.raises(ValueError, match="it is not plain LoRA but a SVDLinear .*AdaLoRA"):
-        initialize(model, text_batches(), progress=False)
+        initialize(model, text_batches(), progress=False, config=InitConfig(method="self"))
 
 
 def test_they_are_public() -> None:

@@ -74,7 +74,9 @@ def test_sizes(given: int | str, bytes_: float) -> None:
 )  # fmt: skip
 def test_wrong_limits_are_named(wrong: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        cntlora.compute_plan(wrapped(mlp()), token_batches(SIZES), max_memory=wrong)
+        cntlora.compute_plan(
+            wrapped(mlp()), token_batches(SIZES), max_memory=wrong, config=cntlora.InitConfig(method="self")
+        )
 
 
 def test_readable_sizes_can_be_given_back() -> None:
@@ -114,7 +116,7 @@ def test_several_passes_with_factors_that_need_the_matrix_twice(decomposition: s
 
 def test_a_generator_is_read_once_and_no_further() -> None:
     batches = token_batches(SIZES)
-    config = InitConfig(num_batches=2)
+    config = InitConfig(method="self", num_batches=2)
     limit = least(wrapped(mlp()), batches[:2], config)
     source = chain(batches)
     plan = cntlora.compute_plan(wrapped(mlp()), source, config, max_memory=limit)
@@ -124,9 +126,9 @@ def test_a_generator_is_read_once_and_no_further() -> None:
 
 def test_a_transformer_with_padding_in_several_passes() -> None:
     model, batches = adapted("bert"), text_batches()
-    free = cntlora.compute_plan(model, batches)
-    limit = least(model, batches, InitConfig())
-    tight = cntlora.compute_plan(model, batches, max_memory=limit)
+    free = cntlora.compute_plan(model, batches, config=cntlora.InitConfig(method="self"))
+    limit = least(model, batches, InitConfig(method="self"))
+    tight = cntlora.compute_plan(model, batches, max_memory=limit, config=cntlora.InitConfig(method="self"))
     assert tight.memory["passes"] > 1 and same(free, tight)
     assert all(site.masked for site in tight.sites.values())
 
@@ -149,16 +151,16 @@ def test_too_little_for_one_site_says_how_much_it_needs() -> None:
     with pytest.raises(
         ValueError, match=r"max_memory: 1MiB is too little: site 0 .256×256. alone needs \d+MiB"
     ) as caught:
-        cntlora.compute_plan(model, batches, max_memory="1MiB")
+        cntlora.compute_plan(model, batches, max_memory="1MiB", config=cntlora.InitConfig(method="self"))
     need = str(caught.value).split("alone needs ")[1].split(";")[0]
-    assert cntlora.compute_plan(model, batches, max_memory=need).sites
+    assert cntlora.compute_plan(model, batches, max_memory=need, config=cntlora.InitConfig(method="self")).sites
 
 
 def test_the_model_is_left_as_found_after_a_limit_that_is_too_small() -> None:
     model = wrapped(mlp())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="max_memory"):
-        cntlora.initialize(model, token_batches(SIZES), max_memory=1)
+        cntlora.initialize(model, token_batches(SIZES), max_memory=1, config=cntlora.InitConfig(method="self"))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -193,7 +195,7 @@ def test_a_full_disk_is_one_error_and_leaves_no_file(
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("os.posix_fallocate", full)
-    config, batches = InitConfig(), token_batches(SIZES)
+    config, batches = InitConfig(method="self"), token_batches(SIZES)
     limit = least(wrapped(mlp()), batches, config, passes=1) - 100
     with pytest.raises(OSError, match="no room for 1KiB of statistics"):
         cntlora.compute_plan(wrapped(mlp()), batches, config, max_memory={"device": limit, "disk": "1MiB"})
@@ -213,14 +215,21 @@ def test_gradients_are_summed_in_a_file_too_but_in_one_pass(method: str) -> None
 
 def test_the_report_says_what_was_chosen() -> None:
     model, batches = wrapped(mlp()), token_batches(SIZES)
-    limit = least(model, batches, InitConfig())
-    report = cntlora.initialize(model, batches, max_memory=limit)
+    limit = least(model, batches, InitConfig(method="self"))
+    report = cntlora.initialize(model, batches, max_memory=limit, config=cntlora.InitConfig(method="self"))
     assert report.to_dict()["memory"]["passes"] > 1
     assert "passes over the batches" in str(report)
-    assert "passes over the batches" not in str(cntlora.initialize(wrapped(mlp()), batches))
+    assert "passes over the batches" not in str(
+        cntlora.initialize(wrapped(mlp()), batches, config=cntlora.InitConfig(method="self"))
+    )
 
 
 def test_a_plan_keeps_what_was_chosen_in_its_file(tmp_path: Path) -> None:
-    plan = cntlora.compute_plan(wrapped(mlp()), token_batches(SIZES), max_memory={"device": 10**7, "disk": "1MiB"})
+    plan = cntlora.compute_plan(
+        wrapped(mlp()),
+        token_batches(SIZES),
+        max_memory={"device": 10**7, "disk": "1MiB"},
+        config=cntlora.InitConfig(method="self"),
+    )
     plan.save(tmp_path / "plan.safetensors")
     assert InitPlan.load(tmp_path / "plan.safetensors").memory == plan.memory

@@ -53,13 +53,13 @@ def test_a_pooler_that_the_loss_passes_by_is_named(method: str) -> None:
 
 def test_a_pooler_that_is_used_is_not() -> None:
     """The control."""
-    report = initialize(tagger(pooled=True), text_batches())
+    report = initialize(tagger(pooled=True), text_batches(), config=InitConfig(method="self"))
     assert not report.unreached and LINE not in str(report)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_said_of_whole_models(kind: str) -> None:
-    assert not initialize(adapted(kind), KINDS[kind].batches()).unreached
+    assert not initialize(adapted(kind), KINDS[kind].batches(), config=InitConfig(method="self")).unreached
 
 
 def test_nothing_is_said_of_two_towers_with_one_loss() -> None:
@@ -73,29 +73,29 @@ def test_nothing_is_said_of_two_towers_with_one_loss() -> None:
         "input_ids": torch.randint(3, 40, (2, 6), generator=g),
         "pixel_values": torch.randn(2, 3, 8, 8, generator=g),
     }
-    assert not compute_plan(model, [{**both, "return_loss": True}]).unreached
+    assert not compute_plan(model, [{**both, "return_loss": True}], config=InitConfig(method="self")).unreached
 
 
 def test_it_goes_through_a_plan_and_its_file() -> None:
-    plan = compute_plan(tagger(), text_batches())
+    plan = compute_plan(tagger(), text_batches(), config=InitConfig(method="self"))
     assert InitPlan.from_bytes(plan.to_bytes()).unreached == plan.unreached == ["bert.pooler.dense"]
 
 
 def test_where_it_cannot_be_told_nothing_is_said() -> None:
     """No loss; a function of the caller, which is not called once more; a model that runs without gradients."""
     unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in text_batches()]
-    assert not initialize(tagger(), unlabelled).unreached
+    assert not initialize(tagger(), unlabelled, config=InitConfig(method="self")).unreached
     calls: list[int] = []
 
     def forward(model: Any, batch: Any) -> Any:
         calls.append(0)
         return model(**batch)
 
-    assert not initialize(tagger(), text_batches(), forward=forward).unreached
+    assert not initialize(tagger(), text_batches(), forward=forward, config=InitConfig(method="self")).unreached
     assert len(calls) == len(text_batches())
     model = tagger()
     model.base_model.model.forward = torch.no_grad()(model.base_model.model.forward)
-    assert not initialize(model, text_batches()).unreached
+    assert not initialize(model, text_batches(), config=InitConfig(method="self")).unreached
     with torch.inference_mode():
         assert reach.unreached(tagger(), [], default_forward, text_batches()[0]) == []
 
@@ -114,15 +114,17 @@ def test_a_pass_that_fails_is_no_error() -> None:
         return forward(*args, **kwargs)
 
     encoder.forward = failing
-    assert not initialize(model, text_batches()).unreached and failed == [0]
+    assert not initialize(model, text_batches(), config=InitConfig(method="self")).unreached and failed == [0]
 
 
 def test_hooks_of_the_user_are_not_called_once_more() -> None:
     model, calls = tagger(), []
     handle = model.base_model.model.bert.register_forward_hook(lambda *_: calls.append(0))
-    assert not initialize(model, text_batches()).unreached and len(calls) == len(text_batches())
+    assert not initialize(model, text_batches(), config=InitConfig(method="self")).unreached and len(calls) == len(
+        text_batches()
+    )
     handle.remove()
-    assert compute_plan(tagger(), text_batches()).unreached  # the control
+    assert compute_plan(tagger(), text_batches(), config=InitConfig(method="self")).unreached  # the control
 
 
 def test_a_tensor_alone_is_not_taken_for_a_loss() -> None:
@@ -140,7 +142,7 @@ def test_nothing_is_kept_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) ->
         return found[-1]
 
     monkeypatch.setattr(reach, "loss_in", keep)
-    initialize(tagger(), text_batches())
+    initialize(tagger(), text_batches(), config=InitConfig(method="self"))
     assert len(found) == 1 and found[0].requires_grad
     with pytest.raises(RuntimeError, match="nothing is kept for a backward pass here"):
         found[0].backward()
@@ -168,7 +170,7 @@ def test_the_plan_is_the_one_without_it(monkeypatch: pytest.MonkeyPatch) -> None
         torch.manual_seed(0)
         model = get_peft_model(Noisy(), LoraConfig(r=2, lora_alpha=4, target_modules=["query", "dense"]))
         torch.manual_seed(1)
-        return compute_plan(model, text_batches())
+        return compute_plan(model, text_batches(), config=InitConfig(method="self"))
 
     plan = made()
     monkeypatch.setattr("cntlora.execution.reading.unreached", lambda *_: [])

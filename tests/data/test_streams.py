@@ -225,7 +225,7 @@ def test_tokens_that_the_loss_does_not_reach_are_those_without_a_gradient(case: 
 
 def counted(model: Any, batch: Batch, rule: Any = None) -> dict[str, tuple[int, str, str]]:
     """Of every site its tokens, its mask, and why it has none."""
-    plan = compute_plan(model, [cast(batch)], InitConfig(base="keep"), token_mask=rule, progress=False)
+    plan = compute_plan(model, [cast(batch)], InitConfig(method="self", base="keep"), token_mask=rule, progress=False)
     return {name: (site.tokens, site.mask, site.unmasked) for name, site in plan.sites.items()}
 
 
@@ -334,7 +334,8 @@ def test_frames_can_be_given() -> None:
 
 
 def report_of(kind: str, batch: Batch, **options: Any) -> cntlora.InitReport:
-    return cntlora.initialize(adapted(kind), [cast(batch)], progress=False, **options)
+    call = {"config": cntlora.InitConfig(method="self"), **options}
+    return cntlora.initialize(adapted(kind), [cast(batch)], progress=False, **call)
 
 
 def test_the_report_names_the_mask_of_every_site_and_why_one_has_none() -> None:
@@ -390,7 +391,7 @@ def test_rows_that_cannot_be_traced_are_counted_and_said() -> None:
         "features": torch.randn(3, 6, 4),
         "attention_mask": (torch.arange(6) < torch.tensor([[6], [3], [2]])).long(),
     }
-    plan = compute_plan(model, [batch], InitConfig(base="keep"), progress=False)
+    plan = compute_plan(model, [batch], InitConfig(method="self", base="keep"), progress=False)
     assert (plan.sites["body.inner"].tokens, plan.sites["body.inner"].mask) == (11, "text (attention_mask)")
     outer = plan.sites["body.outer"]
     assert (outer.tokens, outer.mask) == (9, "") and "its 3×3 rows could not be traced to the tokens" in outer.unmasked

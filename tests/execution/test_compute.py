@@ -53,7 +53,9 @@ KEEP: dict[str, Any] = {"base": "keep"}
 
 
 def plan_of(model: nn.Module, batches: Any, config: InitConfig | None = None, **more: Any) -> InitPlan:
-    return compute_plan(model, batches, config or InitConfig.from_dict(KEEP), progress=False, **more)
+    return compute_plan(
+        model, batches, config or InitConfig.from_dict({"method": "self", **KEEP}), progress=False, **more
+    )
 
 
 def same(one: InitPlan, other: InitPlan, tolerance: float = 0.0) -> bool:
@@ -194,7 +196,7 @@ def test_the_function_added_does_not_depend_on_alpha_or_fold_alpha(alpha: float,
     expected = plan_of(wrapped(mlp()), batches)
     model = wrapped(mlp(), lora(alpha=alpha, use_rslora=use_rslora))
     for fold in (False, True):
-        plan = plan_of(model, batches, InitConfig.from_dict({**KEEP, "fold_alpha": fold}))
+        plan = plan_of(model, batches, InitConfig.from_dict({"method": "self", **KEEP, "fold_alpha": fold}))
         for name, site in plan.sites.items():
             assert relative_error(added(site), added(expected.sites[name])) < 1e-12
             assert (site.scaling == 1.0 and site.alpha == site.rank and not site.use_rslora) or not fold
@@ -211,7 +213,7 @@ def test_the_function_added_does_not_depend_on_alpha_or_fold_alpha(alpha: float,
 @both_dtypes
 def test_offset_and_paired_plans_add_exactly_nothing(dtype: torch.dtype, base: str, r: int) -> None:
     batches = token_batches(SIZES, dtype=dtype)
-    plan = plan_of(wrapped(mlp(dtype=dtype), lora(r=r)), batches, InitConfig(base=base))
+    plan = plan_of(wrapped(mlp(dtype=dtype), lora(r=r)), batches, InitConfig(method="self", base=base))
     keep = plan_of(wrapped(mlp(dtype=dtype), lora(r=r)), batches)
     for name, site in plan.sites.items():
         assert site.file_rank == (2 * r if base == "offset" else r) and site.rank == r
@@ -248,7 +250,7 @@ def test_splitting_a_batch_in_two_changes_the_estimate_and_its_layout_does_not(m
 def test_only_num_batches_are_taken_from_a_one_shot_iterator() -> None:
     batches = token_batches(SIZES)
     iterator = iter(batches)
-    plan = plan_of(wrapped(mlp()), iterator, InitConfig.from_dict({**KEEP, "num_batches": 2}))
+    plan = plan_of(wrapped(mlp()), iterator, InitConfig.from_dict({"method": "self", **KEEP, "num_batches": 2}))
     assert plan.batches == 2
     assert [id(left) for left in iterator] == [id(batch) for batch in batches[2:]]
     assert same(plan, plan_of(wrapped(mlp()), batches[:2]))
@@ -260,11 +262,14 @@ def test_weights_must_match_the_batches_read() -> None:
     batches = token_batches(SIZES)
     for weights in ((1.0, 1.0), (1.0,) * 5):
         with pytest.raises(ValueError, match=f"batch_weights: expected one for each of .*batches.* got {len(weights)}"):
-            plan_of(wrapped(mlp()), batches, InitConfig.from_dict({"batch_weights": weights}))
-    ones = plan_of(wrapped(mlp()), batches, InitConfig.from_dict({**KEEP, "batch_weights": (1,) * 4}))
+            plan_of(wrapped(mlp()), batches, InitConfig.from_dict({"method": "self", "batch_weights": weights}))
+    ones = plan_of(wrapped(mlp()), batches, InitConfig.from_dict({"method": "self", **KEEP, "batch_weights": (1,) * 4}))
     assert same(ones, plan_of(wrapped(mlp()), batches))
     assert not same(
-        ones, plan_of(wrapped(mlp()), batches, InitConfig.from_dict({**KEEP, "batch_weights": (1, 1, 1, 2)}))
+        ones,
+        plan_of(
+            wrapped(mlp()), batches, InitConfig.from_dict({"method": "self", **KEEP, "batch_weights": (1, 1, 1, 2)})
+        ),
     )
 
 
@@ -807,7 +812,7 @@ def test_a_site_that_wins_more_than_twice_its_rank_gets_the_factors_of_a_full_sv
 @pytest.mark.parametrize("decomposition", ["svd", "qr", "qr_pivoted"])
 def test_a_rank_of_zero_is_an_empty_adapter(base: str, decomposition: str) -> None:
     config = InitConfig.from_dict(
-        {"base": base, "adaptive_ranks": True, "rank_budget": 2, "decomposition": decomposition}
+        {"method": "self", "base": base, "adaptive_ranks": True, "rank_budget": 2, "decomposition": decomposition}
     )
     plan = plan_of(wrapped(mlp()), token_batches(SIZES), config)
     empty = {name: site for name, site in plan.sites.items() if site.rank == 0}
@@ -831,7 +836,7 @@ def test_ranks_do_not_depend_on_the_order_of_the_sites_and_grow_with_the_budget(
     batches = token_batches(SIZES)
 
     def ranks(make: Callable[[], nn.Module], budget: int) -> dict[str, int]:
-        config = InitConfig(adaptive_ranks=True, rank_budget=budget)
+        config = InitConfig(method="self", adaptive_ranks=True, rank_budget=budget)
         return {name: s.rank for name, s in plan_of(wrapped(seeded(make)), batches, config).sites.items()}
 
     assert list(ranks(Reversed, 9)) == list(Mlp.targets)[::-1]
@@ -854,7 +859,11 @@ def test_ranks_do_not_depend_on_the_order_of_the_sites_and_grow_with_the_budget(
 )
 def test_a_budget_that_cannot_be_met_is_an_error(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_of(wrapped(mlp()), token_batches(SIZES), InitConfig.from_dict({"adaptive_ranks": True, **options}))
+        plan_of(
+            wrapped(mlp()),
+            token_batches(SIZES),
+            InitConfig.from_dict({"method": "self", "adaptive_ranks": True, **options}),
+        )
 
 
 def test_a_rank_above_what_a_layer_has_is_an_error_that_names_it() -> None:

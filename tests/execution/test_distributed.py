@@ -63,7 +63,7 @@ def half(model: nn.Module, which: int) -> Tensor:
 def scenario(rank: int, base: str, wrap_first: bool = False, **options: Any) -> dict[str, bool]:
     model, before, mine = adapted(), state(adapted()), text_batches(4, seed=rank)
     wrapped = DistributedDataParallel(model) if wrap_first else None
-    initialize(wrapped or model, mine, InitConfig.from_dict({"base": base, **options}))
+    initialize(wrapped or model, mine, InitConfig.from_dict({"method": "self", "base": base, **options}))
     start = same(model)
     wrapped = wrapped or DistributedDataParallel(model)
     positive, negative, decay = half(model, 0), half(model, 1), (1 - 1e-2 * 0.1) ** 2
@@ -82,17 +82,19 @@ def job_ddp(rank: int, world: int, folder: Path) -> Any:
     results: dict[str, Any] = {name: scenario(rank, **options) for name, options in SCENARIOS.items()}
     mine = text_batches(4, seed=rank)
     model = adapted()  # the control: a plan of its own on every rank
-    apply_plan(model, compute_plan(model, mine))
+    apply_plan(model, compute_plan(model, mine, config=InitConfig(method="self")))
     results["own plans"] = {"same start": same(model)}
     if rank == 0:  # compute_plan is the work of one process, also where the loss finds the size
         results["one rank"] = dict(compute_plan(adapted(), mine, InitConfig(method="descent")).step)
-    results["offset after wrapping"] = outcome(lambda: initialize(DistributedDataParallel(adapted()), mine))
+    results["offset after wrapping"] = outcome(
+        lambda: initialize(DistributedDataParallel(adapted()), mine, config=InitConfig(method="self"))
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        initialize(adapted(), text_batches(2, seed=0))
+        initialize(adapted(), text_batches(2, seed=0), config=InitConfig(method="self"))
         results["equal data"] = [str(w.message) for w in caught]
         caught.clear()
-        initialize(adapted(), mine)
+        initialize(adapted(), mine, config=InitConfig(method="self"))
         results["other data"] = [str(w.message) for w in caught]
     return results
 
@@ -112,7 +114,7 @@ def job_failures(rank: int, world: int, folder: Path) -> Any:
     for name, batches in (("data", failing), ("factors", text_batches(1, seed=rank))):
         site_plans._plan_site = broken if name == "factors" and rank == 1 else original
         model, before = adapted(), state(adapted())
-        results[name] = outcome(lambda m=model, b=batches: initialize(m, b))
+        results[name] = outcome(lambda m=model, b=batches: initialize(m, b, config=InitConfig(method="self")))
         results[name]["unchanged"] = all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     return results
 
@@ -133,7 +135,7 @@ def dying(rank: int, world: int, folder: Path, where: str, end: Any) -> Any:
     model, before = adapted(), state(adapted())
     hooks = [len(m._forward_pre_hooks) for m in model.modules()]
     try:
-        found = outcome(lambda: initialize(model, batches()))
+        found = outcome(lambda: initialize(model, batches(), config=InitConfig(method="self")))
     finally:
         site_plans._plan_site = original
     found["unchanged"] = all(torch.equal(before[n], t) for n, t in model.state_dict().items())
@@ -179,7 +181,7 @@ def job_accelerate(rank: int, world: int, folder: Path) -> Any:
         prepared = accelerator.prepare(model) if base == "paired" else None
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # the loader is shared out: nothing to warn of
-            report = initialize(prepared or model, loader, InitConfig(base=base, num_batches=3))
+            report = initialize(prepared or model, loader, InitConfig(method="self", base=base, num_batches=3))
         start, prepared = same(model), prepared or accelerator.prepare(model)
         optimizer = accelerator.prepare(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2))
         for batch in loader:

@@ -114,7 +114,7 @@ def job_four(rank: int, world: int, folder: Path) -> Any:
     """As `job_methods`, and a model of one site: three processes have nothing to factor."""
     results = job_methods(rank, world, folder)
     model = adapted(target_modules=["layer.0.attention.self.query"])
-    report = initialize(model, own_batches(rank), InitConfig(), forward=forward)
+    report = initialize(model, own_batches(rank), InitConfig(method="self"), forward=forward)
     return {**results, "one site": {"same": same_everywhere(model, report), "sites": len(report.sites)}}
 
 
@@ -124,6 +124,17 @@ def job_step(rank: int, world: int, folder: Path) -> Any:
     model = adapted()
     report = initialize(model, own_batches(rank), InitConfig(method="descent"), loss=loss)
     return {"same": same_everywhere(model, report), "step": dict(report.step), "batches": len(own_batches(rank))}
+
+
+def job_choice(rank: int, world: int, folder: Path) -> Any:
+    """The method is left open, and one process has a batch without labels."""
+    connect(rank, world, folder)
+    model = adapted()
+    mixed = [{k: v for k, v in b.items() if rank == 0 or k != "labels"} for b in text_batches(2, seed=rank)]
+    report = initialize(model, mixed, InitConfig(method=None))
+    labelled = initialize(adapted(), text_batches(2, seed=rank), InitConfig(method=None))
+    names = [found.config.chosen.name for found in (report, labelled)]
+    return {"same": same_everywhere(model, report), "methods": names, "choice": report.choice}
 
 
 def job_traffic(rank: int, world: int, folder: Path) -> Any:
@@ -143,7 +154,7 @@ def job_traffic(rank: int, world: int, folder: Path) -> Any:
 
     dist.reduce, compute.plan_from = counted, seen
     try:
-        initialize(adapted(), text_batches(2, seed=rank), InitConfig(base="keep"))
+        initialize(adapted(), text_batches(2, seed=rank), InitConfig(method="self", base="keep"))
     finally:
         dist.reduce, compute.plan_from = reduce, plan_from
     return {"sent": sent, "kept": kept}
@@ -152,7 +163,7 @@ def job_traffic(rank: int, world: int, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("shared")
-    return run(__file__, folder, {"job_methods": 2, "job_four": 4, "job_traffic": 2, "job_step": 2})
+    return run(__file__, folder, {"job_methods": 2, "job_four": 4, "job_traffic": 2, "job_step": 2, "job_choice": 2})
 
 
 @pytest.mark.parametrize("job", ["job_methods", "job_four"])
@@ -208,3 +219,10 @@ def test_dealing_balances_and_keeps_groups_together() -> None:
 def test_what_any_sum_links_is_one_group() -> None:
     assert linked_names(list("abcde"), ["ab", "cd", "bc"]) == [["a", "b", "c", "d"], ["e"]]
     assert linked_names(list("abc"), []) == [["a"], ["b"], ["c"]]
+
+
+def test_all_processes_choose_the_same_method(results: dict[str, list[Any]]) -> None:
+    """Descent where all have a loss (the control), else self, everywhere and for the same reason."""
+    for found in results["job_choice"]:
+        assert found["methods"] == ["self", "descent"] and found["same"]
+        assert found["choice"] == "the model gives no loss for the batches"

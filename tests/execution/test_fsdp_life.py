@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from cntlora import compute_plan, freeze_offset, initialize, save_adapter
+from cntlora import InitConfig, compute_plan, freeze_offset, initialize, save_adapter
 from cntlora.model import sharded
 from cntlora.model.freezing import unmask
 from cntlora.model.sites import find_sites
@@ -255,7 +255,7 @@ def test_flat_parts_of_weights_are_refused() -> None:
     site = find_sites(model)[0][0]
     site.base.weight.data = torch.empty(0, dtype=torch.float64)
     with pytest.raises(ValueError, match=rf"site {site.name} cannot be .* has shape \(0,\), expected 2 dimensions"):
-        initialize(model, batches(0))
+        initialize(model, batches(0), config=InitConfig(method="self"))
 
 
 def test_a_plan_of_one_process_is_refused(results: Any) -> None:

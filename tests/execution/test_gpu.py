@@ -66,7 +66,9 @@ def test_the_plan_is_that_of_the_cpu(method: str, kind: str) -> None:
 
 def test_batches_on_the_cpu_are_brought_to_the_model() -> None:
     batches = text_batches()
-    one, two = (compute_plan(adapted().cuda(), given, InitConfig()) for given in (batches, on_gpu(batches)))
+    one, two = (
+        compute_plan(adapted().cuda(), given, InitConfig(method="self")) for given in (batches, on_gpu(batches))
+    )
     assert all(torch.equal(site.A, two.sites[name].A) for name, site in one.sites.items())
 
 
@@ -75,7 +77,7 @@ def test_training_goes_on_where_the_base_model_was() -> None:
     with model.disable_adapter():
         base = logits(model, batches[0])
     before, generator = state(model), torch.cuda.get_rng_state()
-    initialize(model, batches, InitConfig(adaptive_ranks=True))
+    initialize(model, batches, InitConfig(method="self", adaptive_ranks=True))
     assert torch.equal(generator, torch.cuda.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if "lora_" not in k)
     assert float((logits(model, batches[0]) - base).abs().max()) < 1e-3  # the halves cancel up to rounding

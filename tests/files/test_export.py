@@ -125,7 +125,7 @@ def test_a_unet_alone_is_recognised_by_its_names(tmp_path: Path) -> None:
     model.add_adapter(lora_config(target_modules=["to_q", "to_v"], r=2, lora_alpha=6))
     whole = Both()
     whole.unet = model
-    initialize(model, batches(), InitConfig(base="keep"), forward=lambda m, b: whole(*b), progress=False)
+    initialize(model, batches(), InitConfig(method="self", base="keep"), forward=lambda m, b: whole(*b), progress=False)
     save_adapter(model, tmp_path / "adapter")
     assert export_adapter(tmp_path / "adapter", tmp_path / "a.safetensors") == {"unet": 16}
     torch.testing.assert_close(read_by_pipeline(tmp_path / "a.safetensors"), output(whole.eval()), **NEAR)
@@ -134,7 +134,7 @@ def test_a_unet_alone_is_recognised_by_its_names(tmp_path: Path) -> None:
 
 def test_a_text_model_is_no_part_of_a_pipeline(tmp_path: Path) -> None:
     model = adapted()
-    initialize(model, text_batches(), progress=False)
+    initialize(model, text_batches(), progress=False, config=InitConfig(method="self"))
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"name the part with --component .*: unet, transformer, text_encoder"):
         export_adapter(tmp_path / "adapter", tmp_path / "a.safetensors")

@@ -23,7 +23,12 @@ from cntlora.model.provenance import Start, data_fingerprint, start_of
 def planned(seed: int = 0, **init: Any) -> tuple[Any, InitPlan]:
     model = adapted(target_modules=["query", "value", "dense"])
     needs = init.get("method") not in ("pissa", "olora", "lora")
-    plan = compute_plan(model, text_batches(seed=seed) if needs else None, InitConfig.from_dict(init), progress=False)
+    plan = compute_plan(
+        model,
+        text_batches(seed=seed) if needs else None,
+        InitConfig.from_dict({"method": "self", **init}),
+        progress=False,
+    )
     apply_plan(model, plan)
     return model, plan
 
@@ -209,7 +214,7 @@ def test_no_file_holds_a_path_a_user_or_a_token(tmp_path: Path, monkeypatch: pyt
     base = AutoModelForSequenceClassification.from_pretrained(home / "models" / "tiny-bert", token=TOKEN)
     model = get_peft_model(base.eval(), LoraConfig(r=4, target_modules=["query"], revision=TOKEN))
     model.peft_config["default"].auto_mapping = {"parent_library": str(home / "code.py")}
-    plan = compute_plan(model, text_batches(), progress=False)
+    plan = compute_plan(model, text_batches(), progress=False, config=InitConfig(method="self"))
     apply_plan(model, plan)
     plan.save(tmp_path / "saved" / "plan.safetensors")
     save_adapter(model, tmp_path / "saved" / "adapter", plan=plan)

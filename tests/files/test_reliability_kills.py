@@ -17,7 +17,7 @@ from tests.kill_cases import Moment, hidden, moments, prepared, run_command, run
 from tests.lab.test_experiments_sweep import wait_until
 from tests.tiny import adapted, text_batches
 
-from cntlora import InitPlan, compute_plan, initialize, save_adapter
+from cntlora import InitConfig, InitPlan, compute_plan, initialize, save_adapter
 from cntlora.atomic import remove_leftovers, temporary, write_atomically
 from cntlora.files.inspection import inspect_adapter
 from cntlora.lab.record import read_record, write_record
@@ -32,10 +32,10 @@ def record(losses: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def written() -> dict[str, tuple[Write, Write, Write]]:
     """What writes: old files, new files, and the reader of both."""
-    plans = [compute_plan(adapted(), text_batches(n)) for n in (1, 2)]
+    plans = [compute_plan(adapted(), text_batches(n), config=InitConfig(method="self")) for n in (1, 2)]
     models = [adapted(r=r) for r in (2, 4)]
     for model in models:
-        initialize(model, text_batches())
+        initialize(model, text_batches(), config=InitConfig(method="self"))
     return {
         "plan": (
             lambda f: plans[0].save(f / "plan"),

@@ -91,7 +91,9 @@ class Case:
 
     def trained(self) -> Any:
         model, batches = self.make(), KINDS[self.kind].batches()
-        initialize(model, batches, InitConfig.from_dict({"base": self.base, **self.init}), on_missing="warn")
+        initialize(
+            model, batches, InitConfig.from_dict({"method": "self", "base": self.base, **self.init}), on_missing="warn"
+        )
         train(model, batches)
         return model
 
@@ -191,12 +193,13 @@ def test_subtract_needs_save_adapter(checkpoints: Checkpoints) -> None:
         case = NAMED[name]
         if case.base == "subtract" and case.init.get("method") not in ("lora", "eva"):  # these start at B = 0
             read = checkpoints.read[f"{name}/save_pretrained"]
-            assert (read - checkpoints.trained[name]).abs().max() > 1e-2, name
+            least = 1e-3 if case.init.get("method") == "lora_da" else 1e-2  # whose start is a thousandth of W
+            assert (read - checkpoints.trained[name]).abs().max() > least, name
 
 
 def test_adaptive_cases_have_a_site_without_rank() -> None:
     model, batches = NAMED["bert.adaptive.offset"].make(), text_batches()
-    report = initialize(model, batches, InitConfig.from_dict(ADAPTIVE))
+    report = initialize(model, batches, InitConfig.from_dict({"method": "self", **ADAPTIVE}))
     ranks = [site["rank"] for site in report.sites.values()]
     assert 0 in ranks and len(set(ranks)) > 2
 
@@ -291,7 +294,7 @@ def test_a_file_of_names_that_is_none_is_refused(tmp_path: Path, content: str) -
 def test_the_folder_has_three_files_and_no_path_of_this_machine(tmp_path: Path) -> None:
     model = adapted()
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "models" / "tiny")
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=InitConfig(method="self"))
     save_adapter(model, tmp_path / "deep" / "out")
     assert {p.name for p in (tmp_path / "deep" / "out").iterdir()} == {
         "adapter_config.json",
@@ -319,7 +322,7 @@ def test_saving_changes_nothing_and_can_be_repeated(tmp_path: Path) -> None:
 
 def test_a_failed_save_leaves_the_old_folder_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=InitConfig(method="self"))
     save_adapter(model, tmp_path / "out")
     old = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     train(model, text_batches())
@@ -337,7 +340,7 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
 def test_a_new_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     model = adapted()
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=InitConfig(method="self"))
 
     def full(*_: object, **__: object) -> None:
         raise error
@@ -354,7 +357,7 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.
 
 def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
     model = adapted()
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=InitConfig(method="self"))
     (tmp_path / "notes.txt").write_text("mine")
     for _ in range(2):
         save_adapter(model, tmp_path)
@@ -379,7 +382,7 @@ def test_a_passing_set_scale_is_not_saved(tmp_path: Path) -> None:
 def test_a_copy_of_a_subtracted_model_is_saved_with_its_plan(tmp_path: Path, fold: bool) -> None:
     """What was subtracted is known of the very object that was initialised; the plan tells it of any other."""
     model, batches = adapted(target_modules=DENSE), text_batches()
-    plan = compute_plan(model, batches, InitConfig.from_dict({"base": "subtract", **ADAPTIVE}))
+    plan = compute_plan(model, batches, InitConfig.from_dict({"method": "self", "base": "subtract", **ADAPTIVE}))
     apply_plan(model, plan)
     train(model, batches)
     other = copy.deepcopy(model)
@@ -397,7 +400,7 @@ def test_a_copy_of_a_subtracted_model_is_saved_with_its_plan(tmp_path: Path, fol
 def test_injected_adapters_can_be_saved(tmp_path: Path, base: str) -> None:
     model = inject_adapter_in_model(lora_config(target_modules=DENSE), base_model()).eval()
     batches = text_batches()
-    initialize(model, batches, InitConfig.from_dict({"base": base, **ADAPTIVE}))
+    initialize(model, batches, InitConfig.from_dict({"method": "self", "base": base, **ADAPTIVE}))
     train(model, batches)
     save_adapter(model, tmp_path)
     reloaded = PeftModel.from_pretrained(base_model(), tmp_path).eval()
@@ -407,7 +410,7 @@ def test_injected_adapters_can_be_saved(tmp_path: Path, base: str) -> None:
 def test_one_of_two_adapters_is_saved(tmp_path: Path) -> None:
     model, batches = adapted(adapter_name="first"), text_batches()
     model.add_adapter("second", lora_config(r=3, target_modules=["key"]))
-    initialize(model, batches, adapter_name="second")
+    initialize(model, batches, adapter_name="second", config=InitConfig(method="self"))
     model.set_adapter("second")
     train(model, batches)
     save_adapter(model, tmp_path / "second", "second")
@@ -436,7 +439,7 @@ def test_a_second_adapter_loads_beside_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_lower_precision(tmp_path: Path, base: str, dtype: torch.dtype) -> None:
     model, batches = adapted("llama", dtype=dtype), KINDS["llama"].batches()
-    initialize(model, batches, InitConfig(base=base))
+    initialize(model, batches, InitConfig(method="self", base=base))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for batch in batches:
         model(**batch).loss.backward()
@@ -460,7 +463,7 @@ def trained_unet() -> Iterator[tuple[Any, Tensor]]:
     batches = unet_batches()
     with torch.no_grad():
         start = denoise(model, batches[0])
-    config = InitConfig(adaptive_ranks=True, rank_budget=24, fold_alpha=True)
+    config = InitConfig(method="self", adaptive_ranks=True, rank_budget=24, fold_alpha=True)
     report = initialize(model, batches, config, forward=denoise)
     with torch.no_grad():
         torch.testing.assert_close(denoise(model, batches[0]), start, rtol=1e-4, atol=1e-5)
@@ -504,8 +507,8 @@ def test_unet_is_read_by_diffusers(trained_unet: tuple[Any, Tensor], tmp_path: P
 
 
 def test_vit_batches_have_no_mask() -> None:
-    report = initialize(adapted("vit"), image_batches(2))
+    report = initialize(adapted("vit"), image_batches(2), config=InitConfig(method="self"))
     assert not any(site["masked"] for site in report.sites.values())
     assert {site["tokens"] for site in report.sites.values()} == {2 * 8 * 5}
-    report = initialize(adapted("bert"), text_batches(2))
+    report = initialize(adapted("bert"), text_batches(2), config=InitConfig(method="self"))
     assert all(site["masked"] for site in report.sites.values())

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's remarks on merging
 
 def trained(base: str = "offset", seed: int = 0, lora: dict[str, Any] | None = None, **init: Any) -> Any:
     model, batches = adapted(**(lora or {})), text_batches(seed=seed)
-    initialize(model, batches, InitConfig.from_dict({"base": base, **init}), progress=False)
+    initialize(model, batches, InitConfig.from_dict({"method": "self", "base": base, **init}), progress=False)
     train(model, batches)
     return model
 
@@ -56,7 +56,7 @@ def test_merged_in_memory_and_from_the_file(tmp_path: Path, base: str, lora: dic
         torch.testing.assert_close(logits(plain.eval(), BATCH), wanted, **NEAR)
     if base == "offset":  # the merged model is the pristine one again where nothing was trained
         fresh = adapted(**lora)
-        initialize(fresh, text_batches(), progress=False)
+        initialize(fresh, text_batches(), progress=False, config=InitConfig(method="self"))
         torch.testing.assert_close(state(fresh.merge_and_unload()), state(base_model()), rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_merged_and_taken_off_again(base: str) -> None:
 
 def test_a_merged_conv1d(tmp_path: Path) -> None:
     model, batches = adapted("gpt2"), causal_batches()
-    initialize(model, batches, progress=False)
+    initialize(model, batches, progress=False, config=InitConfig(method="self"))
     train(model, batches)
     save_adapter(model, tmp_path)
     merged = PeftModel.from_pretrained(base_model("gpt2"), tmp_path).merge_and_unload().eval()
@@ -88,7 +88,7 @@ def test_two_adapters_are_initialised_on_one_model() -> None:
     """Neither moves the other, and each trains alone."""
     model, batches = adapted(adapter_name="one"), text_batches()
     model.add_adapter("two", lora_config(r=3, lora_alpha=3))
-    initialize(model, batches, adapter_name="one", progress=False)
+    initialize(model, batches, adapter_name="one", progress=False, config=InitConfig(method="self"))
     one = {name: value for name, value in state(model).items() if ".one." in name}
     initialize(model, text_batches(seed=5), InitConfig(method="eva"), adapter_name="two", progress=False)
     assert all(torch.equal(state(model)[name], value) for name, value in one.items()) and one
@@ -106,8 +106,8 @@ def test_two_adapters_are_initialised_on_one_model() -> None:
 def test_deleting_one_leaves_the_other() -> None:
     model = adapted(adapter_name="one")
     model.add_adapter("two", lora_config(r=3))
-    initialize(model, text_batches(), adapter_name="one", progress=False)
-    initialize(model, text_batches(), adapter_name="two", progress=False)
+    initialize(model, text_batches(), adapter_name="one", progress=False, config=InitConfig(method="self"))
+    initialize(model, text_batches(), adapter_name="two", progress=False, config=InitConfig(method="self"))
     train(model, text_batches())
     wanted = logits(model, BATCH)
     model.delete_adapter("two")

@@ -133,7 +133,7 @@ def test_a_fresh_process_knows_the_names_of_the_classes(tmp_path: Path, run_fres
     task.check()
     assert task.describe() == "classes: 0 = awful, 1 = fine, 2 = wonderful (8, 8, 8 rows); 6 rows held out"
     model: Any = get_peft_model(task.build_model(0), lora_of(task))
-    initialize(model, task.train_batches(0), InitConfig(num_batches=2), progress=False)
+    initialize(model, task.train_batches(0), InitConfig(method="self", num_batches=2), progress=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(25):
         for batch in task.train_batches(0):

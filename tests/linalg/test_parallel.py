@@ -176,7 +176,7 @@ def test_a_batch_is_read_back_once_however_many_inputs_it_has(method: str) -> No
 
     def reads(inputs: int) -> int:
         W = draw(0, 9, 6)
-        estimator = METHODS[method]().estimator(lambda name: W, InitConfig())
+        estimator = METHODS[method]().estimator(lambda name: W, InitConfig(method="self"))
         groups = [((f"site{i}",), moments(draw(i, 6, 40))) for i in range(inputs)]
         if method == "shift":  # its condition of W is one read a site and not one a batch
             absorb_batch(estimator, groups, 1.0)  # type: ignore[arg-type]

@@ -291,7 +291,10 @@ def planned(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> An
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         plan = cntlora.compute_plan(
-            adapted(name, dtype), MODELS[name].batches(dtype), InitConfig.from_dict(options), progress=False
+            adapted(name, dtype),
+            MODELS[name].batches(dtype),
+            InitConfig.from_dict({"method": "self", **options}),
+            progress=False,
         )
     return plan, [str(w.message) for w in found if "of its start" in str(w.message)]
 
@@ -336,10 +339,14 @@ def test_under_autocast_it_is_the_dtype_of_the_products_that_counts() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(batch)
 
-    plan = cntlora.compute_plan(adapted("linear"), batches, forward=forward, progress=False)
+    plan = cntlora.compute_plan(
+        adapted("linear"), batches, forward=forward, progress=False, config=cntlora.InitConfig(method="self")
+    )
     site = next(iter(plan.sites.values()))
     assert site.effective_rank == 4 and site.rtol > 1e-3
-    plain = cntlora.compute_plan(adapted("linear"), batches, progress=False)  # control: in float32 it might be data
+    plain = cntlora.compute_plan(
+        adapted("linear"), batches, progress=False, config=cntlora.InitConfig(method="self")
+    )  # control: in float32 it might be data
     assert next(iter(plain.sites.values())).effective_rank > 4
 
 
@@ -367,7 +374,9 @@ def trained(name: str, **options: Any) -> tuple[nn.Module, list[Any]]:
     model, batches = adapted(name), MODELS[name].batches(torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cntlora.initialize(model, batches, InitConfig.from_dict({"base": "keep", **options}), progress=False)
+        cntlora.initialize(
+            model, batches, InitConfig.from_dict({"method": "self", "base": "keep", **options}), progress=False
+        )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(4):
         for batch in batches:

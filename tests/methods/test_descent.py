@@ -284,12 +284,14 @@ def test_plans_keep_the_step() -> None:
 
     plan = compute_plan(adapted(), text_batches(), DESCENT, progress=False)
     assert InitPlan.from_bytes(plan.to_bytes()).step == plan.step != {}
-    assert not compute_plan(adapted(), text_batches(), InitConfig(), progress=False).step
-    assert "step:" not in str(InitReport.of(compute_plan(adapted(), text_batches(), InitConfig(), progress=False)))
+    assert not compute_plan(adapted(), text_batches(), InitConfig(method="self"), progress=False).step
+    assert "step:" not in str(
+        InitReport.of(compute_plan(adapted(), text_batches(), InitConfig(method="self"), progress=False))
+    )
 
 
 def test_the_base_is_the_methods_own_unless_given() -> None:
-    assert DESCENT.effective_base == "keep" and InitConfig().effective_base == "offset"
+    assert DESCENT.effective_base == "keep" and InitConfig(method="self").effective_base == "offset"
     assert InitConfig(method="descent", base="offset").effective_base == "offset"
     assert InitConfig(method="eva").effective_base == "keep" and InitConfig(method="eva").stated_base == "offset"
 

@@ -169,7 +169,7 @@ def test_how_rows_are_split_into_batches_changes_nothing(method: str) -> None:
         compute_plan(wrapped(copy.deepcopy(base)), batches, InitConfig(method=method), progress=False)
         for batches in (whole, halves)
     )
-    ours = [compute_plan(wrapped(copy.deepcopy(base)), b, InitConfig(base="keep"), progress=False)
+    ours = [compute_plan(wrapped(copy.deepcopy(base)), b, InitConfig(method="self", base="keep"), progress=False)
             for b in (whole, halves)]  # fmt: skip
     for name in Mlp.targets:
         assert relative_error(one.sites[name].A, two.sites[name].A) < 1e-8

@@ -67,7 +67,7 @@ def test_start_of_every_policy(kind_and_dtype: tuple[str, torch.dtype], base: st
     model = adapted(kind, dtype=dtype, autocast_adapter_dtype=autocast)
     batches = KINDS[kind].batches(2)
     start, W = logits(model, batches[0]), weights_of(find_sites(model)[0])
-    initialize(model, batches, InitConfig(base=base), forward=in_dtype)
+    initialize(model, batches, InitConfig(method="self", base=base), forward=in_dtype)
     sites, _ = find_sites(model)
     for site in sites:
         x = torch.randn(6, site.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -99,7 +99,7 @@ def test_what_is_added_is_strength_times_the_estimate(base: str) -> None:
     """s·B·A has the singular values strength·S, whatever alpha and r are; with subtract W + s·B·A is the old W."""
     model, batches = adapted(lora_alpha=3, r=5), text_batches()
     W = weights_of(find_sites(model)[0])
-    plan = compute_plan(model, batches, InitConfig.from_dict({"base": base, "strength": 1.5}))
+    plan = compute_plan(model, batches, InitConfig.from_dict({"method": "self", "base": base, "strength": 1.5}))
     apply_plan(model, plan)
     for site in find_sites(model)[0]:
         S = torch.linalg.svdvals(added(site))[:5]
@@ -114,7 +114,7 @@ def test_what_is_added_is_strength_times_the_estimate(base: str) -> None:
 @pytest.mark.parametrize("r", [1, 5])
 def test_paired_of_odd_rank_keeps_a_direction_for_A_only(r: int) -> None:
     model = adapted(r=r)
-    initialize(model, text_batches(), InitConfig(base="paired"))
+    initialize(model, text_batches(), InitConfig(method="self", base="paired"))
     for site in find_sites(model)[0]:
         assert site.A.shape[0] == r and not halves_product(site).any()
         assert not site.B[:, -1].any() and site.A[-1].any()
@@ -124,7 +124,7 @@ def test_paired_of_odd_rank_keeps_a_direction_for_A_only(r: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_gradients_flow_from_the_first_step(kind: str, base: str) -> None:
     model, batches = adapted(kind), KINDS[kind].batches()
-    initialize(model, batches, InitConfig(base=base))
+    initialize(model, batches, InitConfig(method="self", base=base))
     model(**batches[0]).loss.backward()
     for site in find_sites(model)[0]:
         assert site.A.grad is not None and site.A.grad.any(), site.name
@@ -142,7 +142,7 @@ def test_model_is_in_the_dtype_it_was() -> None:
     for dtype, autocast in itertools.product(DTYPES, [True, False]):
         model = adapted(dtype=dtype, autocast_adapter_dtype=autocast)
         before = {n: p.dtype for n, p in model.named_parameters()}
-        initialize(model, text_batches(), forward=in_dtype)
+        initialize(model, text_batches(), forward=in_dtype, config=InitConfig(method="self"))
         assert {n: p.dtype for n, p in model.named_parameters()} == before
         assert (torch.float32 in before.values()) == (autocast or dtype == torch.float32)
 
@@ -173,13 +173,13 @@ def test_every_route_gives_the_same_adapter(base: str) -> None:
     results = []
     for make in ROUTES.values():
         model = make(lora_config())
-        initialize(model, text_batches(), InitConfig(base=base))
+        initialize(model, text_batches(), InitConfig(method="self", base=base))
         results.append(factors(model))
     for other in results[1:]:
         assert results[0].keys() == other.keys()
         assert all(torch.equal(results[0][key], other[key]) for key in other)
     model = get_peft_model(base_model(seed=7), lora_config())  # control: another base gives other factors
-    initialize(model, text_batches(), InitConfig(base=base))
+    initialize(model, text_batches(), InitConfig(method="self", base=base))
     assert not any(torch.equal(results[0][key], value) for key, value in factors(model).items())
 
 
@@ -188,7 +188,7 @@ def test_only_the_named_adapter_changes(base: str) -> None:
     model = adapted(adapter_name="first")
     model.add_adapter("second", lora_config(r=3))
     before = state(model)
-    initialize(model, text_batches(), InitConfig(base=base), adapter_name="second")
+    initialize(model, text_batches(), InitConfig(method="self", base=base), adapter_name="second")
     names = changed(before, model)
     assert names and all(".second." in name for name in names)
     assert len(names) == 2 * len(find_sites(model, "second")[0])
@@ -204,7 +204,7 @@ def test_another_adapter_works_as_before() -> None:
             site.B.normal_(std=0.3)
     model.add_adapter("second", lora_config(r=3))
     start = logits(model, batches[0])
-    initialize(model, batches, adapter_name="second")
+    initialize(model, batches, adapter_name="second", config=InitConfig(method="self"))
     assert torch.equal(logits(model, batches[0]), start)
     model.set_adapter("second")
     assert (logits(model, batches[0]) - start).abs().max() > 1e-3  # the control: another function
@@ -217,7 +217,7 @@ def test_another_adapter_works_as_before() -> None:
 def test_wrapped_in_ddp(process_group: None, base: str) -> None:
     plain, inner = adapted(), adapted()
     wrapped = DistributedDataParallel(inner)
-    reports = [initialize(m, text_batches(), InitConfig(base=base)) for m in (plain, wrapped)]
+    reports = [initialize(m, text_batches(), InitConfig(method="self", base=base)) for m in (plain, wrapped)]
     assert list(reports[0].sites) == list(reports[1].sites)  # no `module.` in the names
     assert changed(state(plain), inner) == set()
     wrapped(**text_batches()[0]).loss.backward()
@@ -231,7 +231,7 @@ def test_conv1d_is_not_transposed() -> None:
     """GPT-2 stores W as (in, out): with subtract W + s·B·A in (out, in) is the old W; with the transpose it is not."""
     model = adapted("gpt2", target_modules=["attn.c_proj"])  # square, so that a wrong layout has the right shape
     W = weights_of(find_sites(model)[0])
-    initialize(model, KINDS["gpt2"].batches(), InitConfig(base="subtract"))
+    initialize(model, KINDS["gpt2"].batches(), InitConfig(method="self", base="subtract"))
     for site in find_sites(model)[0]:
         assert site.transposed and site.in_features == site.out_features
         stored = site.base.weight.detach().double()
@@ -246,7 +246,7 @@ def test_dora_starts_where_lora_starts(kind: str, base: str) -> None:
     model, batches = adapted(kind, use_dora=True), KINDS[kind].batches()
     W = weights_of(find_sites(model)[0])
     start = logits(model, batches[0])
-    initialize(model, batches, InitConfig(base=base))
+    initialize(model, batches, InitConfig(method="self", base=base))
     for site in find_sites(model)[0]:
         total = W[site.name] + (added(site) if base == "keep" else 0.0)
         assert site.magnitude is not None
@@ -271,7 +271,7 @@ def test_scaling_is_kept_on_every_site(base: str, adaptive: bool, use_rslora: bo
     """alpha follows the rank: alpha_i = s·r_i, or s·√r_i with rsLoRA, in the layers and in the config."""
     model = adapted(r=4, lora_alpha=12, use_rslora=use_rslora)
     s = 12 / 2 if use_rslora else 12 / 4
-    report = initialize(model, text_batches(), InitConfig(base=base, adaptive_ranks=adaptive))
+    report = initialize(model, text_batches(), InitConfig(method="self", base=base, adaptive_ranks=adaptive))
     ranks = {name: site["rank"] for name, site in report.sites.items()}
     assert sum(ranks.values()) == 4 * len(ranks) and (len(set(ranks.values())) > 1) == adaptive
     config = model.peft_config["default"]
@@ -285,12 +285,12 @@ def test_scaling_is_kept_on_every_site(base: str, adaptive: bool, use_rslora: bo
 
 def test_fold_alpha_trains_with_scaling_one() -> None:
     model = adapted(lora_alpha=12, use_rslora=True)
-    initialize(model, text_batches(), InitConfig(base="keep", fold_alpha=True))
+    initialize(model, text_batches(), InitConfig(method="self", base="keep", fold_alpha=True))
     folded = {s.name: added(s) for s in find_sites(model)[0]}
     assert all((s.scaling, s.alpha, s.use_rslora) == (1.0, s.rank, False) for s in find_sites(model)[0])
     assert (model.peft_config["default"].lora_alpha, model.peft_config["default"].use_rslora) == (4, False)
     model = adapted(lora_alpha=12, use_rslora=True)
-    initialize(model, text_batches(), InitConfig(base="keep"))
+    initialize(model, text_batches(), InitConfig(method="self", base="keep"))
     for site in find_sites(model)[0]:
         assert site.scaling == 6.0
         torch.testing.assert_close(added(site), folded[site.name], rtol=1e-5, atol=1e-6)
@@ -327,7 +327,7 @@ def ranks_on_reload(config: LoraConfig) -> dict[str, int]:
 
 def test_patterns_are_anchored() -> None:
     model = nested(rank_pattern={"^foo": 2})
-    report = initialize(model, rows())
+    report = initialize(model, rows(), config=InitConfig(method="self"))
     config = model.peft_config["default"]
     wanted = {"foo": 4, "bar.foo": 8, "baz.foo": 8}
     assert {n: s["file_rank"] for n, s in report.sites.items()} == wanted
@@ -415,7 +415,7 @@ def test_other_adapters_stay_on_a_site_without_rank() -> None:
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_model_that_lost_sites_can_be_trained_and_merged(use_dora: bool) -> None:
     model, batches = adapted(use_dora=use_dora), text_batches()
-    report = initialize(model, batches, InitConfig(adaptive_ranks=True, rank_budget=2))
+    report = initialize(model, batches, InitConfig(method="self", adaptive_ranks=True, rank_budget=2))
     lost = {name for name, site in report.sites.items() if site["rank"] == 0}
     assert len(lost) >= 2
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

@@ -159,12 +159,12 @@ def test_base_subtract_is_refused_on_a_quantised_base(folder: Path) -> None:
     before = state(model)
     message = r"site model\.layers\.0.*q_proj: its weight is quantised \(bitsandbytes 4-bit\).*use base='offset'"
     with pytest.raises(ValueError, match=message):
-        initialize(model, causal_batches(), InitConfig(base="subtract"))
-    plan = compute_plan(with_lora(base_model("llama")), causal_batches(), InitConfig(base="subtract"))
+        initialize(model, causal_batches(), InitConfig(method="self", base="subtract"))
+    plan = compute_plan(with_lora(base_model("llama")), causal_batches(), InitConfig(method="self", base="subtract"))
     with pytest.raises(ValueError, match=message):
         apply_plan(model, plan)
     assert not changed(before, model)
-    initialize(model, causal_batches(), InitConfig(base="paired"))
+    initialize(model, causal_batches(), InitConfig(method="self", base="paired"))
 
 
 def test_methods_that_read_gradients_are_refused_on_a_quantised_base(folder: Path) -> None:
@@ -178,9 +178,9 @@ def test_a_plan_of_the_unquantised_model_applies_to_the_quantised_one_and_no_oth
     batches = causal_batches()
     for kind in QUANTISED:
         model = with_lora(quantised(kind, folder))
-        plan = compute_plan(with_lora(base_model("llama")), batches)
+        plan = compute_plan(with_lora(base_model("llama")), batches, config=InitConfig(method="self"))
         apply_plan(model, plan)
-    other = compute_plan(with_lora(base_model("llama", seed=5)), batches)
+    other = compute_plan(with_lora(base_model("llama", seed=5)), batches, config=InitConfig(method="self"))
     with pytest.raises(ValueError, match="is not the one the plan was made for"):
         apply_plan(with_lora(quantised("bitsandbytes nf4", folder)), other)
 
@@ -192,7 +192,7 @@ def test_reading_leaves_4_bit_weights_trainable(folder: Path) -> None:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True  # also where the processor has it not: the repacking is plain torch
     stored = [layer.weight.data.clone() for layer in layers]
-    initialize(model, causal_batches())
+    initialize(model, causal_batches(), config=InitConfig(method="self"))
     assert all(torch.equal(layer.weight.data, before) for layer, before in zip(layers, stored, strict=True))
     assert all(layer.support_avx512bf16_for_cpu for layer in layers)
     layers[0].weight.quant_state.packing_format_for_cpu = True
@@ -200,7 +200,7 @@ def test_reading_leaves_4_bit_weights_trainable(folder: Path) -> None:
     with pytest.raises(
         ValueError, match="repacked for inference by an earlier call in eval mode.*load the model again"
     ):
-        initialize(fresh, causal_batches())
+        initialize(fresh, causal_batches(), config=InitConfig(method="self"))
 
 
 def test_quantised_weights_that_are_not_known_are_refused_with_the_way_out() -> None:
@@ -208,11 +208,11 @@ def test_quantised_weights_that_are_not_known_are_refused_with_the_way_out() -> 
     layer = find_sites(model)[0][0].base
     layer.weight = nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="dtype int8.*unquantised model, save it and load it on the other"):
-        initialize(model, causal_batches())
+        initialize(model, causal_batches(), config=InitConfig(method="self"))
     layer.weight = nn.Parameter(torch.zeros(layer.weight.shape).to(torch.float8_e4m3fn), requires_grad=False)
     layer.register_buffer("weight_scale", torch.ones(24))
     with pytest.raises(ValueError, match="float8_e4m3fn with scales in weight_scale, a layout that is not known"):
-        initialize(model, causal_batches())
+        initialize(model, causal_batches(), config=InitConfig(method="self"))
 
 
 # --- 8-bit floats and half precision ------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_a_base_in_8_bit_floats_lives_through_training_and_reloading(folder: Pat
 def test_an_adapter_in_8_bit_floats_is_refused(folder: Path) -> None:
     model = get_peft_model(in_float8(folder), LoraConfig(**LORA), autocast_adapter_dtype=False)
     with pytest.raises(ValueError, match="q_proj cannot be initialised: its LoRA factors are torch.float8_e4m3fn"):
-        initialize(model, causal_batches())
+        initialize(model, causal_batches(), config=InitConfig(method="self"))
 
 
 def test_scales_of_transformers_fp8_layers_are_applied() -> None:
@@ -268,7 +268,7 @@ def test_half_precision_lives_through_training_and_reloading(dtype: torch.dtype,
     batches = causal_batches()
     model = adapted("llama", dtype=dtype)
     plain = logits(model, batches[0])
-    initialize(model, batches)
+    initialize(model, batches, config=InitConfig(method="self"))
     torch.testing.assert_close(logits(model, batches[0]), plain, rtol=0.05, atol=0.05)
     train(model, batches, steps=2)
     trained = logits(model, batches[0])
@@ -296,14 +296,19 @@ def test_weights_come_from_the_files_of_the_unquantised_model(folder: Path, tmp_
             assert site.weight_norm == pytest.approx(plain.sites[name].weight_norm)
             assert site.weight_norm != rough.sites[name].weight_norm  # the control
     apply_plan(model, read)
-    data_driven = compute_plan(with_lora(quantised("bitsandbytes nf4", folder)), causal_batches(), weights=folder)
+    data_driven = compute_plan(
+        with_lora(quantised("bitsandbytes nf4", folder)),
+        causal_batches(),
+        weights=folder,
+        config=InitConfig(method="self"),
+    )
     assert len(data_driven.sites) == 6
 
 
 def test_wrong_weight_files_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     model = adapted("llama")
     with pytest.raises(FileNotFoundError, match="weights: .* has none of model.safetensors"):
-        compute_plan(model, causal_batches(), weights=tmp_path)
+        compute_plan(model, causal_batches(), weights=tmp_path, config=InitConfig(method="self"))
     files = {f"{s.name}.weight": s.weight(torch.float32).contiguous() for s in find_sites(model)[0]}
     first = next(iter(files))
     wrong = {
@@ -315,11 +320,11 @@ def test_wrong_weight_files_are_refused_by_name(folder: Path, tmp_path: Path) ->
         path = tmp_path / f"{i}.safetensors"
         save_file(tensors, path)
         with pytest.raises(ValueError) as error:
-            compute_plan(model, causal_batches(), weights=path)
+            compute_plan(model, causal_batches(), weights=path, config=InitConfig(method="self"))
         assert message in str(error.value) and first.removesuffix(".weight") in str(error.value)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="no whole safetensors file"):
-        compute_plan(model, causal_batches(), weights=path)
+        compute_plan(model, causal_batches(), weights=path, config=InitConfig(method="self"))
     index = {"weight_map": {"a.weight": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match="named in the index"):
@@ -358,7 +363,10 @@ def test_an_offloaded_model_gives_the_plan_of_the_model_in_memory(place: str, tm
         model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     away = [site.name for site in find_sites(model)[0] if site.stored.device.type == "meta"]
     assert len(away) == (3 if place == "disk" else 6)
-    found, wanted = compute_plan(model, batches), compute_plan(with_lora(base_model("llama")), batches)
+    found, wanted = (
+        compute_plan(model, batches, config=InitConfig(method="self")),
+        compute_plan(with_lora(base_model("llama")), batches, config=InitConfig(method="self")),
+    )
     for name, site in wanted.sites.items():
         assert torch.equal(found.sites[name].A, site.A) and torch.equal(found.sites[name].B, site.B)
         assert found.sites[name].sketch == site.sketch
@@ -405,12 +413,12 @@ def test_what_offload_makes_impossible_is_refused_by_name() -> None:
 
     model = cpu_offload(with_lora(base_model("llama")), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"q_proj: its weight is offloaded.*'subtract' would have to write"):
-        compute_plan(model, causal_batches(), InitConfig(base="subtract"))
+        compute_plan(model, causal_batches(), InitConfig(method="self", base="subtract"))
     with pytest.raises(ValueError, match="lora_one.*gradient by its weight, and its weight is offloaded"):
         compute_plan(model, causal_batches(), InitConfig(method="lora_one"))
     late = with_lora(cpu_offload(base_model("llama"), execution_device=torch.device("cpu")))
     with pytest.raises(ValueError, match="factors are on the meta device.*before the base is offloaded"):
-        initialize(late, causal_batches())
+        initialize(late, causal_batches(), config=InitConfig(method="self"))
 
 
 def test_weights_on_the_meta_device_are_refused_with_what_to_do() -> None:
@@ -420,7 +428,7 @@ def test_weights_on_the_meta_device_are_refused_with_what_to_do() -> None:
         model = base_model("llama")
     model = get_peft_model(model, LoraConfig(**LORA))
     with pytest.raises(ValueError, match="its weight is on the meta device .no values.; load the pretrained weights"):
-        initialize(model, causal_batches())
+        initialize(model, causal_batches(), config=InitConfig(method="self"))
 
 
 # --- how the model is called --------------------------------------------------------------------------------
@@ -428,9 +436,10 @@ def test_weights_on_the_meta_device_are_refused_with_what_to_do() -> None:
 
 def same_plan(model: Any, batches: Any, around: Any = None, **options: Any) -> None:
     """The plan of `model` is that of the plain one, to the bit."""
-    wanted = compute_plan(adapted(), batches, **options)
+    call = {"config": InitConfig(method="self"), **options}
+    wanted = compute_plan(adapted(), batches, **call)
     with around or nullcontext():
-        found = compute_plan(model, batches, **options)
+        found = compute_plan(model, batches, **call)
     for name, site in wanted.sites.items():
         assert torch.equal(found.sites[name].A, site.A) and torch.equal(found.sites[name].B, site.B), name
 
@@ -455,8 +464,8 @@ def test_a_compiled_model_gives_the_plan_of_the_plain_one(how: str, called: bool
     model = compiled(how)
     if called:
         logits(model, batches[0])  # compiled code that knows of no hooks
-    found = compute_plan(model, batches)
-    wanted = compute_plan(adapted(), batches)
+    found = compute_plan(model, batches, config=InitConfig(method="self"))
+    wanted = compute_plan(adapted(), batches, config=InitConfig(method="self"))
     clean = {name.replace("_orig_mod.", ""): site for name, site in found.sites.items()}
     assert list(clean) == list(wanted.sites)
     assert all(torch.equal(clean[name].B, site.B) for name, site in wanted.sites.items())
@@ -467,7 +476,7 @@ def test_a_compiled_model_lives_through_training_and_reloading(tmp_path: Path) -
     batches = text_batches()
     model = compiled("whole")
     plain = logits(model, batches[0])
-    initialize(model, batches)
+    initialize(model, batches, config=InitConfig(method="self"))
     torch.testing.assert_close(logits(model, batches[0]), plain, rtol=1e-4, atol=1e-4)
     train(model, batches, steps=2)
     trained = logits(model, batches[0])
@@ -492,10 +501,10 @@ def test_autocast_around_the_call_rounds_the_forward_pass_alone() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return model(**batch)
 
-    wanted = compute_plan(adapted(), batches, forward=forward)
+    wanted = compute_plan(adapted(), batches, forward=forward, config=InitConfig(method="self"))
     with torch.autocast("cpu", torch.bfloat16):
-        found = compute_plan(adapted(), batches)
-    plain = compute_plan(adapted(), batches)
+        found = compute_plan(adapted(), batches, config=InitConfig(method="self"))
+    plain = compute_plan(adapted(), batches, config=InitConfig(method="self"))
     for name, site in wanted.sites.items():
         assert torch.equal(found.sites[name].B, site.B), name
     assert any(not torch.equal(plain.sites[name].B, site.B) for name, site in wanted.sites.items())  # the control

@@ -24,7 +24,7 @@ def calls_of(model: torch.nn.Module, **options: Any) -> int:
         count += 1
 
     handles = [site.layer.lora_A[site.adapter].register_forward_pre_hook(counted) for site in find_sites(model)[0]]
-    cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]), InitConfig.from_dict(options))
+    cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]), InitConfig.from_dict({"method": "self", **options}))
     for handle in handles:
         handle.remove()
     return count
@@ -34,10 +34,10 @@ def calls_of(model: torch.nn.Module, **options: Any) -> int:
 def test_the_plan_is_the_same_with_and_without(dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped(mlp(), lora(use_dora=dora))
     assert calls_of(model) == 0
-    plan = cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]))
+    plan = cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]), config=cntlora.InitConfig(method="self"))
     monkeypatch.setattr(bypass, "_adds_nothing", lambda site: False)
     assert calls_of(model) > 0  # control
-    other = cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]))
+    other = cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]), config=cntlora.InitConfig(method="self"))
     for name, site in plan.sites.items():
         torch.testing.assert_close(site.A, other.sites[name].A, rtol=1e-8, atol=1e-10)
 
@@ -46,9 +46,9 @@ def test_another_active_adapter_stays_in(monkeypatch: pytest.MonkeyPatch) -> Non
     model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["q", "up"], init_lora_weights=False), "trained")
     model.add_adapter("default", LoraConfig(r=2, target_modules=["q", "up"]))
     model.base_model.set_adapter(["trained", "default"])
-    both = cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]))
+    both = cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]), config=cntlora.InitConfig(method="self"))
     model.base_model.set_adapter(["default"])
-    alone = cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]))
+    alone = cntlora.compute_plan(model, token_batches([(2, 10), (3, 10)]), config=cntlora.InitConfig(method="self"))
     assert torch.equal(both.sites["q"].A, alone.sites["q"].A)  # q is first: its input knows no adapter
     assert not torch.equal(both.sites["up"].A, alone.sites["up"].A)  # control: the trained adapter on q counts
 
@@ -68,9 +68,11 @@ def test_all_is_as_found(fails: bool) -> None:
 
     if fails:
         with pytest.raises(RuntimeError, match="on purpose"):
-            cntlora.compute_plan(model, token_batches([(2, 10)]), forward=forward)
+            cntlora.compute_plan(
+                model, token_batches([(2, 10)]), forward=forward, config=cntlora.InitConfig(method="self")
+            )
     else:
-        cntlora.compute_plan(model, token_batches([(2, 10)]), forward=forward)
+        cntlora.compute_plan(model, token_batches([(2, 10)]), forward=forward, config=cntlora.InitConfig(method="self"))
     after = [(layer._disable_adapters, layer.active_adapters, [p.requires_grad for p in layer.parameters()])
              for layer in layers]  # fmt: skip
     assert before == after
@@ -79,6 +81,6 @@ def test_all_is_as_found(fails: bool) -> None:
 def test_disabled_adapters_stay_disabled() -> None:
     model = wrapped(mlp(), lora())
     with model.disable_adapter():
-        cntlora.compute_plan(model, token_batches([(2, 10)]))
+        cntlora.compute_plan(model, token_batches([(2, 10)]), config=cntlora.InitConfig(method="self"))
         assert all(site.layer.disable_adapters for site in find_sites(model)[0])
     assert not any(site.layer.disable_adapters for site in find_sites(model)[0])

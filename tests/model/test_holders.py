@@ -41,7 +41,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
 def test_nothing_is_searched_where_the_model_alone_holds_its_factors(
     kind: str, base: str, dora: bool, looks: Looks
 ) -> None:
-    initialize(adapted(kind, use_dora=dora), KINDS[kind].batches(), InitConfig(base=base))
+    initialize(adapted(kind, use_dora=dora), KINDS[kind].batches(), InitConfig(method="self", base=base))
     assert not looks
 
 
@@ -99,9 +99,9 @@ def test_every_optimizer_is_found(name: str) -> None:
     model = adapted()
     kept = HOLDERS[name](model)
     with pytest.raises(ValueError, match="an optimizer .* already holds its parameters"):
-        initialize(model, text_batches())
+        initialize(model, text_batches(), config=InitConfig(method="self"))
     del kept
-    initialize(model, text_batches())  # the control: it is gone
+    initialize(model, text_batches(), config=InitConfig(method="self"))  # the control: it is gone
 
 
 def test_a_refusal_leaves_no_search_half_done() -> None:
@@ -123,7 +123,7 @@ def test_ddp_counts_as_a_holder(process_group: None, looks: Looks) -> None:
     model = adapted()
     wrapped = DistributedDataParallel(model)
     with pytest.raises(ValueError, match="already wrapped in DistributedDataParallel"):
-        initialize(model, text_batches())
+        initialize(model, text_batches(), config=InitConfig(method="self"))
     assert looks and wrapped is not None
 
 
@@ -131,5 +131,5 @@ def test_a_list_of_the_caller_is_no_optimizer(looks: Looks) -> None:
     """It costs the search, and is in nobody's way."""
     model = adapted()
     kept = list(model.parameters())
-    initialize(model, text_batches())
+    initialize(model, text_batches(), config=InitConfig(method="self"))
     assert looks and kept

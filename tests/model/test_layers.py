@@ -54,7 +54,7 @@ def whole_life(
     make: Callable[[], Any], batches: list[Any], path: Path, config: InitConfig | None = None, **options: Any
 ) -> Any:
     """Initialise → starts as the base → train → save → plain PEFT on a pristine base → the same outputs."""
-    config = config or InitConfig()
+    config = config or InitConfig(method="self")
     model = wrapped(make, **options)
     plain = outputs(model, batches[0])
     report = initialize(model, batches, config)
@@ -115,7 +115,7 @@ CONVOLUTIONS = ["first", "strided", "point", "same"]
 def test_convolutions_live_through_training_and_reloading(
     options: dict[str, Any], lora: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = InitConfig.from_dict(options)
+    config = InitConfig.from_dict({"method": "self", **options})
     report = whole_life(Pictures, pictures(), tmp_path, config, target_modules=[*CONVOLUTIONS, "head"], **lora)
     assert set(report.sites) <= {*CONVOLUTIONS, "head"} and len(report.sites) >= 4
     assert all(site.norm >= 0 for site in inspect_adapter(tmp_path))
@@ -238,15 +238,17 @@ class Odd(nn.Module):
 def test_convolutions_whose_lora_is_another_map_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     model = wrapped(lambda: Odd(**options), target_modules=["conv"])
     with pytest.raises(ValueError, match=f"site conv cannot be initialised: .*{message}"):
-        initialize(model, [torch.randn(2, 4, 8, 8)])
+        initialize(model, [torch.randn(2, 4, 8, 8)], config=InitConfig(method="self"))
     assert not changed(state(wrapped(lambda: Odd(**options), target_modules=["conv"])), model)
-    initialize(wrapped(Odd, target_modules=["conv"]), [torch.randn(2, 4, 8, 8)])  # the control
+    initialize(
+        wrapped(Odd, target_modules=["conv"]), [torch.randn(2, 4, 8, 8)], config=InitConfig(method="self")
+    )  # the control
 
 
 def test_inputs_that_are_no_pictures_are_refused_with_the_site() -> None:
     model = wrapped(Odd, target_modules=["conv"])
     with pytest.raises(ValueError, match=r"site conv, batch 0: expected an input \(\.\.\., 4, size, size\), got"):
-        initialize(model, [torch.randn(2, 3, 8, 8)])
+        initialize(model, [torch.randn(2, 3, 8, 8)], config=InitConfig(method="self"))
 
 
 def test_the_memory_of_a_convolution_is_that_of_its_patches() -> None:
@@ -255,11 +257,11 @@ def test_the_memory_of_a_convolution_is_that_of_its_patches() -> None:
     assert (site.in_features, site.out_features) == (4 * 9, 8)
     batches = [torch.randn(2, 4, 8, 8)] * 2
     with pytest.raises(ValueError, match=r"max_memory.*site conv \(8×36\) alone needs"):
-        compute_plan(model, batches, max_memory=20_000)
+        compute_plan(model, batches, max_memory=20_000, config=InitConfig(method="self"))
     budget = Budget(parse_limits(1 << 20))
     budget.next_pass([site])
     assert budget.admits(site, False)
-    plan = compute_plan(model, batches, max_memory="1MiB")
+    plan = compute_plan(model, batches, max_memory="1MiB", config=InitConfig(method="self"))
     assert plan.memory["device"] == 36 * 36 * 4  # the sum of a float32 model
 
 
@@ -269,7 +271,7 @@ def test_a_unet_with_convolutions_lives_through_training_and_reloading(tmp_path:
     targets = ["to_q", "conv1", "conv_in", "conv_shortcut"]
     model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=targets))
     plain = denoise(model, batches[0]).detach()
-    report = initialize(model, batches, forward=denoise)
+    report = initialize(model, batches, forward=denoise, config=InitConfig(method="self"))
     assert any(name.endswith("conv1") for name in report.sites) and "conv_in" in report.sites
     torch.testing.assert_close(denoise(model, batches[0]).detach(), plain, rtol=1e-4, atol=1e-4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -288,7 +290,7 @@ def test_a_unet_with_convolutions_lives_through_training_and_reloading(tmp_path:
 
 def test_factors_of_convolutions_can_be_compared_and_planned_elsewhere(tmp_path: Path) -> None:
     model = wrapped(Pictures, target_modules=CONVOLUTIONS)
-    plan = compute_plan(model, pictures())
+    plan = compute_plan(model, pictures(), config=InitConfig(method="self"))
     plan.save(tmp_path / "plan.safetensors")
     apply_plan(model, type(plan).load(tmp_path / "plan.safetensors"))
     before = snapshot(model)
@@ -401,9 +403,9 @@ def test_bases_that_start_elsewhere_are_refused_on_attention_modules(base: str) 
 def test_methods_that_read_data_refuse_attention_modules_by_name() -> None:
     model = wrapped(Attention, target_modules=["attention", "out"], r=2)
     with pytest.raises(ValueError, match="site attention cannot be initialised: .*inside one function.*and 1 more"):
-        initialize(model, sequences())
+        initialize(model, sequences(), config=InitConfig(method="self"))
     with pytest.warns(UserWarning, match="left as plain LoRA"):
-        report = initialize(model, sequences(), on_missing="warn")
+        report = initialize(model, sequences(), on_missing="warn", config=InitConfig(method="self"))
     assert list(report.sites) == ["out"] and set(report.skipped) == {"attention", "attention.out_proj"}
 
 
@@ -438,10 +440,10 @@ def test_a_head_that_is_tied_to_the_embedding_lives_through_training_and_reloadi
 def test_what_a_tied_weight_makes_impossible_is_refused_by_name() -> None:
     model = wrapped(tied, target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head: its weight is shared with another module.*embed_tokens"):
-        initialize(model, causal_batches(), InitConfig(base="subtract"))
+        initialize(model, causal_batches(), InitConfig(method="self", base="subtract"))
     with pytest.raises(ValueError, match="lm_head cannot be initialised: .*'lora_ga'.*tied .*embed_tokens"):
         initialize(model, causal_batches(), InitConfig(method="lora_ga"))
-    report = initialize(model, causal_batches())
+    report = initialize(model, causal_batches(), config=InitConfig(method="self"))
     assert len(report.sites) == 2
 
 
@@ -467,7 +469,7 @@ def test_fused_experts_are_refused_by_name_and_the_rest_of_the_model_goes_on(tmp
         with pytest.raises(ValueError, match="gate_up_proj cannot be initialised: .*bare parameter 'gate_up_proj'"):
             initialize(model, batches, InitConfig(method=method))
     with pytest.warns(UserWarning, match="gate_up_proj.*left as plain LoRA"):
-        report = initialize(model, batches, on_missing="warn")
+        report = initialize(model, batches, on_missing="warn", config=InitConfig(method="self"))
     assert len(report.sites) == 2 and len(report.skipped) == 1
     train(model, batches, steps=2)
     trained = logits(model, batches[0])
@@ -497,9 +499,9 @@ def test_an_expert_that_sees_no_token_is_named() -> None:
     with pytest.raises(
         ValueError, match="site experts.2 cannot be initialised: it saw no token that counts in 3 batch"
     ):
-        initialize(model, sequences())
+        initialize(model, sequences(), config=InitConfig(method="self"))
     with pytest.warns(UserWarning, match="experts.2"):
-        report = initialize(model, sequences(), on_missing="warn")
+        report = initialize(model, sequences(), on_missing="warn", config=InitConfig(method="self"))
     assert list(report.sites) == ["experts.0", "experts.1"]
 
 
@@ -548,6 +550,8 @@ def test_masks_of_tokens_are_not_applied_to_pictures() -> None:
         {"x": x, "text": torch.randn(4, 81, 5), "attention_mask": (torch.arange(81) < 40).expand(4, 81).long()}
         for x in pictures()
     ]
-    report = initialize(wrapped(Both, target_modules=["conv", "linear"], r=2), batches).to_dict()["sites"]
+    report = initialize(
+        wrapped(Both, target_modules=["conv", "linear"], r=2), batches, config=InitConfig(method="self")
+    ).to_dict()["sites"]
     assert report["conv"]["tokens"] == 3 * 4 * 81 and report["linear"]["tokens"] == 3 * 4 * 40
     assert len(text_batches()) == 3

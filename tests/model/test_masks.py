@@ -20,7 +20,7 @@ from cntlora.model.sites import find_sites
 
 def offset_model(kind: str = "bert", **options: Any) -> Any:
     model = adapted(kind, **options)
-    initialize(model, KINDS[kind].batches())
+    initialize(model, KINDS[kind].batches(), config=InitConfig(method="self"))
     return model
 
 
@@ -74,7 +74,7 @@ def test_negative_half_gets_no_gradient() -> None:
 @pytest.mark.parametrize("base", ["paired", "keep", "subtract"])
 def test_other_policies_train_everything(base: str) -> None:
     model = adapted()
-    initialize(model, text_batches(), InitConfig(base=base))
+    initialize(model, text_batches(), InitConfig(method="self", base=base))
     assert not is_masked(model)
 
 
@@ -275,7 +275,7 @@ def test_freeze_offset_of_an_odd_rank() -> None:
 def test_a_second_adapter_has_its_own_mask() -> None:
     model = offset_model()
     model.add_adapter("other", lora_config(r=2, target_modules=["query"]))
-    initialize(model, text_batches(), adapter_name="other")
+    initialize(model, text_batches(), adapter_name="other", config=InitConfig(method="self"))
     model.set_adapter("other")
     assert_masked(model, "other")
     model.base_model.set_adapter(["default", "other"])
@@ -290,7 +290,7 @@ def test_other_hooks_on_the_factors_are_kept() -> None:
     model, seen = adapted(), []
     site = find_sites(model)[0][0]
     site.A.register_hook(lambda gradient: seen.append(gradient.shape))
-    initialize(model, text_batches(), InitConfig(base="paired"))
+    initialize(model, text_batches(), InitConfig(method="self", base="paired"))
     model(**text_batches()[0]).loss.backward()
     assert seen == [site.A.shape]
 
@@ -306,7 +306,7 @@ OPTIMIZERS = {
 def ten_losses(kind: str, base: str, optimizer: str, **options: Any) -> tuple[list[float], Tensor]:
     model, batches = adapted(kind, **options).double(), KINDS[kind].batches(5)
     batches = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
-    initialize(model, batches, InitConfig(base=base))
+    initialize(model, batches, InitConfig(method="self", base=base))
     stepper = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
     losses = []
     for step in range(10):
@@ -344,7 +344,7 @@ def test_freeze_offset_of_a_start_at_zero_is_refused() -> None:
 def test_freeze_offset_of_another_base_is_refused(base: str) -> None:
     """Half of an adapter whose rank trains as a whole would be frozen."""
     model = adapted()
-    initialize(model, text_batches(), InitConfig(base=base), progress=False)
+    initialize(model, text_batches(), InitConfig(method="self", base=base), progress=False)
     with pytest.raises(ValueError, match=f"was initialised with base '{base}', where all of the rank trains"):
         freeze_offset(model)
 

@@ -252,7 +252,7 @@ def test_a_cast_that_parted_the_two_is_undone() -> None:
 
 
 def test_the_report_says_where_the_factors_were_made() -> None:
-    report = initialize(tied("gemma"), batches())
+    report = initialize(tied("gemma"), batches(), config=InitConfig(method="self"))
     assert report.shared == {"model.embed_tokens": "lm_head"}
     assert "model.embed_tokens: shares the factors of lm_head, made there" in str(report)
     assert report.to_dict()["shared"] == dict(report.shared)
@@ -263,7 +263,7 @@ def test_the_factors_are_those_of_the_head_alone() -> None:
     """What a head without a tie gets, of the same inputs."""
     one, other = tied("gemma"), tied("gemma", tie=False, target_modules=["q_proj", "lm_head"])
     for model in (one, other):
-        initialize(model, batches(), InitConfig(base="keep"))
+        initialize(model, batches(), InitConfig(method="self", base="keep"))
     heads = [next(s for s in find_sites(m)[0] if s.name == "lm_head") for m in (one, other)]
     torch.testing.assert_close(heads[0].B @ heads[0].A, heads[1].B @ heads[1].A, rtol=1e-4, atol=1e-6)
     pissa = tied("gemma")
@@ -273,11 +273,11 @@ def test_the_factors_are_those_of_the_head_alone() -> None:
 
 
 def test_a_plan_of_a_pair_goes_through_a_file(tmp_path: Path) -> None:
-    plan = compute_plan(tied("gemma"), batches())
+    plan = compute_plan(tied("gemma"), batches(), config=InitConfig(method="self"))
     plan.save(tmp_path / "plan")
     one, two = tied("gemma"), tied("gemma")
     apply_plan(one, type(plan).load(tmp_path / "plan"))
-    initialize(two, batches())
+    initialize(two, batches(), config=InitConfig(method="self"))
     assert is_one(one)
     assert all(torch.equal(t, two.state_dict()[n]) for n, t in one.state_dict().items())
 
@@ -316,7 +316,7 @@ def test_the_two_need_one_rank_and_one_scaling() -> None:
 def test_comparing_knows_the_half_that_trains() -> None:
     """With base "offset" the head has [A'; −A'] and [B', B']: halves that cancel, too."""
     model = tied("gemma")
-    initialize(model, batches())
+    initialize(model, batches(), config=InitConfig(method="self"))
     embedding, head = pair(model)
     assert halves_cancel(embedding.B.detach(), embedding.A.detach()) and halves_cancel(head.B.detach(), head.A.detach())
     assert not halves_cancel(-head.B.detach() * torch.tensor([1.0] * 4 + [2.0] * 4), head.A.detach())
@@ -400,7 +400,7 @@ def test_two_layers_with_factors_of_their_own_stay_two() -> None:
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_shared_rank_is_dealt_once(adaptive: bool) -> None:
     model = sharing()
-    report = initialize(model, rows(), InitConfig(adaptive_ranks=adaptive, base="keep"))
+    report = initialize(model, rows(), InitConfig(method="self", adaptive_ranks=adaptive, base="keep"))
     ranks = {name: site["rank"] for name, site in report.sites.items()}
     assert ranks["first"] == ranks["second"] and ranks["first"] + ranks["last"] == 8
     assert (ranks["first"] == ranks["last"]) != adaptive
@@ -409,9 +409,9 @@ def test_the_shared_rank_is_dealt_once(adaptive: bool) -> None:
 @pytest.mark.parametrize("slot", ["lora_A", "lora_B"])
 def test_one_factor_shared_is_refused_by_name(slot: str) -> None:
     with pytest.raises(ValueError, match="first and second share one of their two factors.*give each layer its own"):
-        initialize(sharing((slot,)), rows())
+        initialize(sharing((slot,)), rows(), config=InitConfig(method="self"))
     with pytest.warns(UserWarning, match="left as plain LoRA"):
-        report = initialize(sharing((slot,)), rows(), on_missing="warn")
+        report = initialize(sharing((slot,)), rows(), on_missing="warn", config=InitConfig(method="self"))
     assert set(report.skipped) == {"first", "second"} and set(report.sites) == {"last"}
 
 
@@ -427,7 +427,7 @@ def test_a_set_shared_with_what_cannot_be_initialised_is_refused() -> None:
         model.base_model.model.first.get_base_layer().weight.zero_()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = initialize(model, rows(), on_missing="warn")
+        report = initialize(model, rows(), on_missing="warn", config=InitConfig(method="self"))
     assert "all zeros" in report.skipped["second"] and "shares its factors with first" in report.skipped["second"]
     assert len(caught) == 1 and set(report.sites) == {"last"}
 
@@ -438,7 +438,7 @@ def test_a_layer_that_no_data_reaches_takes_its_followers_along() -> None:
         return inner.last(inner.second(x))
 
     with pytest.warns(UserWarning, match="site first cannot be initialised"):
-        report = initialize(sharing(), rows(), forward=skipping, on_missing="warn")
+        report = initialize(sharing(), rows(), forward=skipping, on_missing="warn", config=InitConfig(method="self"))
     assert "was not called" in report.skipped["second"] and set(report.sites) == {"last"}
 
 

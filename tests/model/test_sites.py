@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tests.tiny import KINDS, adapted, base_model, denoise, lora_config, unet, unet_batches
 from torch import Tensor, nn
 
-from cntlora import initialize, save_adapter
+from cntlora import InitConfig, initialize, save_adapter
 from cntlora.model.layouts import layout_of, weight_matrix
 from cntlora.model.lora_layers import config_holder, naming_root
 from cntlora.model.sites import find_sites
@@ -120,10 +120,10 @@ def test_other_layers_are_refused_by_name(target: str, kind: str) -> None:
     assert [s.name for s in sites] == ["linear"]
     batches = [torch.randint(0, 10, (3, 8))]
     with pytest.raises(ValueError, match=f"site {target} cannot be initialised.*{kind}.*on_missing='warn'"):
-        initialize(model, batches)
+        initialize(model, batches, config=InitConfig(method="self"))
     assert not any(site.B.any() for site in sites)
     with pytest.warns(UserWarning, match=f"site {target} .*left as plain LoRA"):
-        report = initialize(model, batches, on_missing="warn")
+        report = initialize(model, batches, on_missing="warn", config=InitConfig(method="self"))
     assert list(report.sites) == ["linear"] and list(report.skipped) == [target]
 
 
@@ -171,7 +171,7 @@ def test_layers_inside_other_adapted_layers(saver: str, use_rslora: bool, tmp_pa
     )
     model, batches = get_peft_model(mixture(), config), [torch.randn(4, 6, 8), torch.randn(4, 6, 8)]
     with pytest.warns(UserWarning, match="left as plain LoRA"):
-        report = initialize(model, batches, on_missing="warn")
+        report = initialize(model, batches, on_missing="warn", config=InitConfig(method="self"))
     assert list(report.sites) == ["experts.linear", "out"]
     assert set(report.skipped) == {"experts.up", "experts.down", "attention", "attention.out_proj"}
     assert set(report.sites) <= {name for name, _ in mixture().named_modules()}
@@ -216,5 +216,5 @@ def test_unet_sites_are_named_as_in_diffusers() -> None:
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]))
     found = names(model)
     assert found and set(found) <= modules
-    report = initialize(model, unet_batches(), forward=denoise)
+    report = initialize(model, unet_batches(), forward=denoise, config=InitConfig(method="self"))
     assert list(report.sites) == found

@@ -22,7 +22,7 @@ def test_every_factor_trains(kind: str, tmp_path: Path) -> None:
     model = adapted(kind)
     trainer = trainer_for(model, tmp_path, kind)
     start = logits(model, KINDS[kind].batches()[0])
-    report = initialize_from_trainer(trainer, InitConfig(num_batches=2), progress=False)
+    report = initialize_from_trainer(trainer, InitConfig(method="self", num_batches=2), progress=False)
     assert report.batches == 2 and len(report.sites) == len(find_sites(model)[0])
     torch.testing.assert_close(logits(model, KINDS[kind].batches()[0]), start, rtol=1e-4, atol=1e-4)
     positive, negative, before = halves(model, POSITIVE), halves(model, NEGATIVE), state(model)
@@ -47,7 +47,7 @@ def test_too_early_in_the_trainers_own_order_is_refused(tmp_path: Path) -> None:
     for trainer in (made, given, trained):
         before = state(trainer.model)
         with pytest.raises(ValueError, match="the trainer already has an optimizer.*before .train"):
-            initialize_from_trainer(trainer)
+            initialize_from_trainer(trainer, config=InitConfig(method="self"))
         assert not changed(before, trainer.model)
 
 
@@ -60,7 +60,7 @@ def test_the_data_comes_in_the_same_order(options: dict[str, Any], tmp_path: Pat
         trainer = trainer_for(adapted(), tmp_path, **options)
         loaders = len(trainer.accelerator._dataloaders)
         if peek:
-            initialize_from_trainer(trainer, InitConfig(num_batches=3))
+            initialize_from_trainer(trainer, InitConfig(method="self", num_batches=3))
         assert len(trainer.accelerator._dataloaders) == loaders
         assert not any(GradientState().dataloader_references)
         trainer.train()
@@ -78,9 +78,9 @@ def test_an_error_leaves_the_trainer_usable(tmp_path: Path) -> None:
         raise RuntimeError("broken on purpose")
 
     with pytest.raises(RuntimeError, match="broken on purpose"):
-        initialize_from_trainer(trainer, forward=broken)
+        initialize_from_trainer(trainer, forward=broken, config=InitConfig(method="self"))
     assert len(trainer.accelerator._dataloaders) == loaders and not changed(before, model)
-    initialize_from_trainer(trainer)
+    initialize_from_trainer(trainer, config=InitConfig(method="self"))
     trainer.train()
     assert len(trainer.fed) == 4
 
@@ -90,7 +90,7 @@ def test_gradient_accumulation_and_clipping(tmp_path: Path) -> None:
     trainer = trainer_for(
         model, tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.01, weight_decay=0.0, max_steps=3
     )
-    initialize_from_trainer(trainer)
+    initialize_from_trainer(trainer, config=InitConfig(method="self"))
     positive, negative = halves(model, POSITIVE), halves(model, NEGATIVE)
     trainer.train()
     assert len(trainer.fed) == 6
@@ -108,7 +108,7 @@ def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
             model, tmp_path, "llama", gradient_checkpointing=checkpointing, weight_decay=0.0,
             gradient_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointing else None,
         )  # fmt: skip
-        initialize_from_trainer(trainer)
+        initialize_from_trainer(trainer, config=InitConfig(method="self"))
         starts.append(halves(model, POSITIVE))
         negative = halves(model, NEGATIVE)
         trainer.train()
@@ -125,7 +125,7 @@ def test_the_callers_configuration_stays_as_it_is(tmp_path: Path) -> None:
     config = lora_config("bert")
     before = config.to_dict()
     model = get_peft_model(base_model(), config)
-    initialize_from_trainer(trainer_for(model, tmp_path))
+    initialize_from_trainer(trainer_for(model, tmp_path), config=InitConfig(method="self"))
     assert config.to_dict() == before
     assert model.peft_config["default"].r == 2 * config.r == model.base_model.peft_config["default"].r
 
@@ -133,7 +133,7 @@ def test_the_callers_configuration_stays_as_it_is(tmp_path: Path) -> None:
 def test_what_is_no_trainer_is_refused() -> None:
     for wrong in (adapted(), None):
         with pytest.raises(TypeError, match="trainer: expected a transformers.Trainer.*initialize\\(model, batches\\)"):
-            initialize_from_trainer(wrong)
+            initialize_from_trainer(wrong, config=InitConfig(method="self"))
 
 
 def test_offset_and_subtract_log_the_same_losses(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_offset_and_subtract_log_the_same_losses(tmp_path: Path) -> None:
     for base in ("offset", "subtract", "paired"):
         model = adapted()
         trainer = trainer_for(model, tmp_path, weight_decay=0.0, learning_rate=1e-3, seed=2)
-        initialize(model, text_batches(), InitConfig(base=base))
+        initialize(model, text_batches(), InitConfig(method="self", base=base))
         trainer.train()
         losses.append(torch.tensor(losses_of(trainer)))
     assert len(losses[0]) == 4
@@ -177,8 +177,8 @@ def test_a_layer_that_a_fused_kernel_passes_by_is_named_and_a_plan_made_elsewher
     data = [torch.randn(30, 10, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     before = theirs(data[0])
     with pytest.raises(ValueError, match="site q cannot be initialised: its layer was not called"):
-        initialize(theirs, data)
-    apply_plan(theirs, compute_plan(ours, data))
+        initialize(theirs, data, config=InitConfig(method="self"))
+    apply_plan(theirs, compute_plan(ours, data, config=InitConfig(method="self")))
     torch.testing.assert_close(theirs(data[0]), before, rtol=1e-4, atol=1e-5)
     site = find_sites(theirs)[0][0]
     second = site.A[2:].detach().clone()

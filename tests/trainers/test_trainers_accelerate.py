@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from cntlora import InitConfig, initialize
 
 CONFIG = InitConfig.from_dict(
-    {"num_batches": 3, "rtol": 1e-3}
+    {"method": "self", "num_batches": 3, "rtol": 1e-3}
 )  # few tokens: without a tolerance ΔW is so large that float32 rounds
 
 

@@ -70,7 +70,7 @@ def predict(pipe: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def initialized(folder: Path, alpha: int = 8, **options: Any) -> Any:
     pipe = pipeline(folder, adapted=True, alpha=alpha)
-    data, config = batches(pipe), InitConfig.from_dict({"num_batches": 2, **options})
+    data, config = batches(pipe), InitConfig.from_dict({"method": "self", "num_batches": 2, **options})
     initialize(pipe.unet, data, config, forward=lambda unet, batch: predict(pipe, batch))
     initialize(pipe.text_encoder, data, config, forward=lambda encoder, batch: encoder(batch["input_ids"]))
     return pipe

@@ -22,7 +22,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A trainer that ran 4 steps at once, and its checkpoint of step 2."""
     folder = tmp_path_factory.mktemp("straight")
     trainer = trainer_for(adapted(), folder, **SAVING)
-    initialize_from_trainer(trainer)
+    initialize_from_trainer(trainer, config=InitConfig(method="self"))
     trainer.train()
     return trainer, folder / "checkpoint-2"
 
@@ -41,10 +41,12 @@ def test_resume_from_checkpoint(how: str, straight: tuple[Any, Path], tmp_path: 
     model = adapted()
     resumed = trainer_for(model, tmp_path, **SAVING)
     if how == "plan applied":
-        compute_plan(adapted(), text_batches(seed=5)).save(tmp_path / "plan.safetensors")
+        compute_plan(adapted(), text_batches(seed=5), config=InitConfig(method="self")).save(
+            tmp_path / "plan.safetensors"
+        )
         apply_plan(model, InitPlan.load(tmp_path / "plan.safetensors"))
     else:
-        initialize_from_trainer(resumed)
+        initialize_from_trainer(resumed, config=InitConfig(method="self"))
     resumed.train(resume_from_checkpoint=str(straight[1]))
     assert len(resumed.fed) == 2
     assert_same_end(model, straight[0])
@@ -61,7 +63,7 @@ def test_resume_without_initialising(straight: tuple[Any, Path], tmp_path: Path)
     for folder in (None, tmp_path / "paired" / "checkpoint-2"):
         trainer = trainer_for(adapted(), tmp_path / "paired", **SAVING)
         if folder is None:
-            initialize_from_trainer(trainer, InitConfig(base="paired"))
+            initialize_from_trainer(trainer, InitConfig(method="self", base="paired"))
         trainer.train(resume_from_checkpoint=str(folder) if folder else None)
         losses.append(losses_of(trainer))
     assert losses[1] == pytest.approx(losses[0][2:], abs=1e-5)
@@ -69,7 +71,7 @@ def test_resume_without_initialising(straight: tuple[Any, Path], tmp_path: Path)
 
 def test_resume_of_base_subtract_needs_the_same_start(tmp_path: Path) -> None:
     """Its base weights are in no checkpoint: the same call or the same plan writes them again."""
-    config = InitConfig(base="subtract")
+    config = InitConfig(method="self", base="subtract")
     straight = trainer_for(adapted(), tmp_path, **SAVING)
     initialize_from_trainer(straight, config)
     straight.train()

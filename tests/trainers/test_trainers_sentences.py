@@ -51,14 +51,14 @@ def trainer_of(model: Any, out: Path, **options: Any) -> Any:
 
 def test_everything_trains_from_the_base(folder: Path, tmp_path: Path) -> None:
     plain, ours = (trainer_of(embedder(folder), tmp_path) for _ in range(2))
-    report = initialize_from_trainer(ours, InitConfig(num_batches=4))
+    report = initialize_from_trainer(ours, InitConfig(method="self", num_batches=4))
     assert report.batches == 4 and len(report.sites) == 4
     assert_trains_from_the_base(plain, ours)
 
 
 def test_what_it_saves_is_an_ordinary_adapter(folder: Path, tmp_path: Path) -> None:
     trainer = trainer_of(embedder(folder), tmp_path)
-    initialize_from_trainer(trainer)
+    initialize_from_trainer(trainer, config=InitConfig(method="self"))
     trainer.train()
     trainer.model.save_pretrained(str(tmp_path / "saved"))
     words = [text(200, 5), text(201, 3)]
@@ -79,7 +79,7 @@ def test_padding_of_no_column_counts(folder: Path, tmp_path: Path) -> None:
     trainer = trainer_of(embedder(folder), tmp_path)
     batches = list(trainer.get_train_dataloader())[:2]
     masks = [batch[f"{column}_attention_mask"] for batch in batches for column in ("anchor", "positive")]
-    report = initialize_from_trainer(trainer, InitConfig(num_batches=4))
+    report = initialize_from_trainer(trainer, InitConfig(method="self", num_batches=4))
     real = sum(int(mask.sum()) for mask in masks)
     assert {site["tokens"] for site in report.sites.values()} == {real}
     assert real < sum(mask.numel() for mask in masks)  # the control: there is padding
@@ -115,9 +115,11 @@ def test_a_cross_encoder_says_how(folder: Path, tmp_path: Path) -> None:
     trainer = CrossEncoderTrainer(model, arguments, rows, loss=CrossEntropyLoss)
     before = state(model)
     with pytest.raises(TypeError, match="its loss tokenises.*initialize\\(trainer.model"):
-        initialize_from_trainer(trainer)
+        initialize_from_trainer(trainer, config=InitConfig(method="self"))
     assert not changed(before, model)
     batches = [model.preprocess([[p["anchor"], p["positive"]] for p in PAIRS[i : i + 8]]) for i in (0, 8, 16)]
-    report = initialize(trainer.model, batches, forward=lambda model, batch: model(batch))
+    report = initialize(
+        trainer.model, batches, forward=lambda model, batch: model(batch), config=InitConfig(method="self")
+    )
     assert report.batches == 3
     assert {s["tokens"] for s in report.sites.values()} == {sum(int(b["attention_mask"].sum()) for b in batches)}

@@ -60,7 +60,7 @@ SLOW = pytest.mark.slow
 )
 def test_sft(options: dict[str, Any], tmp_path: Path) -> None:
     plain, ours = sft(tmp_path, **options), sft(tmp_path, **options)
-    report = initialize_from_trainer(ours, InitConfig(num_batches=2))
+    report = initialize_from_trainer(ours, InitConfig(method="self", num_batches=2))
     assert report.batches == 2
     assert_trains_from_the_base(plain, ours)
     ours.save_model(str(tmp_path / "saved"))
@@ -90,7 +90,7 @@ def test_a_trainer_that_generates_its_data_says_what_to_do(kind: str, tmp_path: 
         with pytest.raises(ValueError, match="Trainer generates what it trains on.*give batches of your own"):
             initialize_from_trainer(trainer, InitConfig(method=method))
     assert not changed(before, trainer.model)
-    initialize(trainer.model, causal_batches())  # the cure
+    initialize(trainer.model, causal_batches(), config=InitConfig(method="self"))  # the cure
     assert changed(before, trainer.model)
     other = generating(kind, tmp_path)
     initialize_from_trainer(other, InitConfig(method="pissa"))  # the other one: it reads no data
@@ -112,7 +112,7 @@ def reference(trainer: Any) -> Tensor:
 def test_the_reference_model_is_the_base_at_every_step(base: str, made: str, tmp_path: Path) -> None:
     trainer = dpo(tmp_path, made)
     before = reference(trainer)
-    initialize_from_trainer(trainer, InitConfig(base=base, num_batches=2))
+    initialize_from_trainer(trainer, InitConfig(method="self", base=base, num_batches=2))
     start = copies(trainer.model)
     assert torch.equal(reference(trainer), before)
     trainer.train()
@@ -130,7 +130,7 @@ def test_dpo_saves_an_ordinary_adapter(tmp_path: Path) -> None:
     """Also where TRL has put an adapter "ref" beside it, whose configuration is the very same object."""
     for made in ("peft_config", "PeftModel"):
         trainer = dpo(tmp_path, made)
-        initialize_from_trainer(trainer)
+        initialize_from_trainer(trainer, config=InitConfig(method="self"))
         trainer.train()
         assert {config.r for name, config in trainer.model.peft_config.items() if name == "ref"} <= {4}
         trainer.save_model(str(tmp_path / "saved"))
@@ -140,7 +140,7 @@ def test_dpo_saves_an_ordinary_adapter(tmp_path: Path) -> None:
 def test_subtract_is_refused_where_the_reference_is_the_base(tmp_path: Path) -> None:
     trainer = dpo(tmp_path)
     before, weights = reference(trainer), state(trainer.model)
-    config = InitConfig(base="subtract")
+    config = InitConfig(method="self", base="subtract")
     with pytest.raises(ValueError, match="reference model of this DPOTrainer is the base model.*'offset'"):
         initialize_from_trainer(trainer, config)
     assert not changed(weights, trainer.model)
@@ -155,7 +155,7 @@ def test_subtract_is_refused_where_the_reference_is_the_base(tmp_path: Path) -> 
 def test_subtract_is_right_where_the_reference_is_kept_apart(how: str, tmp_path: Path) -> None:
     own = {"precompute_ref_log_probs": True} if how == "precomputed" else {"made": how}
     trainer = dpo(tmp_path, **own)
-    initialize_from_trainer(trainer, InitConfig(base="subtract"))
+    initialize_from_trainer(trainer, InitConfig(method="self", base="subtract"))
     trainer.train()
     assert logged(trainer).values["loss"][0] == pytest.approx(math.log(2), abs=1e-4)
 

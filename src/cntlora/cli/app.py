@@ -64,8 +64,8 @@ def init(
     method: Annotated[
         str | None,
         typer.Option(
-            help="descent, self, cross, shift; or a peer: eva, corda, lora_ga, lora_one, pissa, olora, lora.  "
-            "[default: descent, or self for an encoder, which has no loss]"
+            help="descent, self, cross, shift; or a peer: eva, corda, lora_ga, lora_one, lora_da, gora, pissa, olora, "
+            "lora.  [default: descent, or self where there is no loss or no gradient]"
         ),
     ] = None,
     base: Annotated[
@@ -196,23 +196,25 @@ def _initialise(
     from ..files.saving import save_adapter
     from ..lab.recipes.loading import add_lora, batches_of, load_model
     from ..lab.recipes.text.tables import Table, shuffled
-    from ..methods.method import find
+    from ..methods.method import all_options, find
 
-    given = options["method"] or "descent"
-    if options["method"] is not None:
+    method = options["method"]
+    if method is not None:
         InitConfig.from_dict(options)  # before the model is loaded, wrong options are found
     path, text, label = source
-    reads = find(given).reads
-    if path is None and reads != "weights":
-        raise ValueError(f"--data: method {given} reads {reads}, so it needs your texts")
+    if path is None and method is None:
+        raise ValueError("--data: the method is chosen by your texts, so it needs them; or name one that reads none")
+    if path is None and find(method).reads != "weights":
+        raise ValueError(f"--data: method {method} reads {find(method).reads}, so it needs your texts")
     rows = table = Table([], [], [])
     if path is not None:
         rows = _texts(path, text, label, regression=task == "regression")
         table = shuffled(rows, options["seed"])
         table = table.take(range(min(len(table), options["num_batches"] * sizes[0])))
     base_model, tokenizer, resolved, new = load_model(name, task, table, options["seed"])
-    without_loss = options["method"] is None and resolved == "encoder"
-    config = InitConfig.from_dict({**options, "method": "self" if without_loss else given})
+    if method is None and any(options.get(name) is not None for name in all_options()):
+        method = "self" if resolved == "encoder" else "descent"  # whose options they are
+    config = InitConfig.from_dict({**options, "method": method})
     model = add_lora(base_model, resolved, lora, config.seed, new)
     plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes) if path else None, config)
     report = apply_plan(model, plan)

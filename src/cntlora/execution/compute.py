@@ -16,6 +16,7 @@ from ..model.lora_layers import lora_layers
 from ..plan import FAR, InitPlan, SitePlan, weight_sketch
 from ..report import far_cure
 from ..version import VERSION
+from .choice import with_method
 from .reading import Statistics, read_statistics
 from .site_plans import plan_sites
 from .step_size import with_step_size
@@ -32,10 +33,11 @@ def make_plan(request: Request, executor: Executor) -> InitPlan:
 
     Where there are several processes, all have to call it, and get the same plan.
     """
-    statistics = read_statistics(request, executor)
+    with with_method(request, executor) as (request, choice):
+        statistics = read_statistics(request, executor)
     part = plan_from(statistics)
     plan = executor.join(part, [site.name for site in statistics.sites])
-    plan = with_step_size(plan, statistics)
+    plan = replace(with_step_size(plan, statistics), choice=choice)
     if statistics.tied:
         order = [name for name, _ in lora_layers(request.model, request.adapter_name)]
         plan = _with_followers(plan, statistics.tied, order)
@@ -72,7 +74,7 @@ def plan_from(statistics: Statistics) -> InitPlan:
 
 def _without_tokens(statistics: Statistics) -> dict[str, str]:
     """Sites that the data did not reach, with the reason."""
-    if statistics.config.method.reads == "weights":
+    if statistics.config.chosen.reads == "weights":
         return {}
     found, facts = {}, statistics.facts
     for site in statistics.sites:

@@ -81,7 +81,7 @@ class Statistics:
 
     def _new_estimator(self) -> Estimator:
         named, executor = {site.name: site for site in self.sites}, self.executor  # not self: a cycle keeps the loader
-        estimator = self.config.method.estimator(
+        estimator = self.config.chosen.estimator(
             lambda name: working_weight(executor.with_weight(named[name])), self.config
         )
         for sums in estimator.accumulated:
@@ -109,7 +109,7 @@ class Statistics:
             self.budget.admit_in_order(sites)
         self.estimator = self._new_estimator()
         facts = self.estimator.facts
-        if self.config.method.reads != "weights":
+        if self.config.chosen.reads != "weights":
             self._collect(sites, facts)
         facts.read_back()
         reshard(self.request.model)
@@ -117,7 +117,7 @@ class Statistics:
         return facts
 
     def _collect(self, sites: list[Site], facts: Facts) -> None:
-        request, method = self.request, self.config.method
+        request, method = self.request, self.config.chosen
         inputs = isinstance(self.estimator, InputReader)
         _check_request(request, method.name, method.reads, inputs)
         gradients = method.reads == "gradients"
@@ -165,7 +165,7 @@ class Statistics:
     def _kept_batches(self) -> Iterable[Any]:
         """The batches; kept where they are needed again, since a loader that shuffles would give others then."""
         assert self.batches is not None
-        if (self.budget.limited or self.config.method.finds_size) and not isinstance(self.batches, KeptBatches):
+        if (self.budget.limited or self.config.chosen.finds_size) and not isinstance(self.batches, KeptBatches):
             self.batches = KeptBatches(self.batches, self.config.num_batches)
         return self.batches
 
@@ -176,7 +176,7 @@ class Statistics:
         the caller would be called once more; and not again in a second pass.
         """
         model, call = self.request.model, self.request.forward or default_forward
-        if self.config.method.reads != "inputs" or call not in REPEATABLE or self.unreached is not None:
+        if self.config.chosen.reads != "inputs" or call not in REPEATABLE or self.unreached is not None:
             return None
         if any(map(is_sharded, model.parameters())) or is_watched(model):
             return None
@@ -194,7 +194,7 @@ class Statistics:
         What needs several looks at a site, as adaptive ranks do, reads the batches again for each look. The first site
         that waits is always admitted next, so that it ends.
         """
-        if self.config.method.reads == "weights":
+        if self.config.chosen.reads == "weights":
             return self.executor.map(sites, make, streams)
         made: dict[str, T] = {}
         todo = list(sites)
@@ -215,7 +215,7 @@ class Statistics:
 
     def weight(self, index: int) -> float:
         """w_j of a batch."""
-        weights = self.config.method.batch_weights
+        weights = self.config.chosen.batch_weights
         if weights is not None and index >= len(weights):
             raise ValueError(
                 f"batch_weights: expected one for each of the batches, which are more than {index}, got {len(weights)}"
@@ -231,12 +231,12 @@ class Statistics:
         facts = self.facts[site.name]
         if facts.rtol is not None:  # where it follows from the inputs
             return float(facts.rtol)
-        return self.config.method.rtol_at(site.out_features, site.in_features, facts.largest_batch)
+        return self.config.chosen.rtol_at(site.out_features, site.in_features, facts.largest_batch)
 
     def slope(self, site: Site, B: Tensor, A: Tensor) -> float:
         """⟨∂L/∂W, B·A⟩, L being the mean loss over the batches with their w_j."""
         assert isinstance(self.estimator, GradientSums)
-        weights = self.config.method.batch_weights  # each process has as many
+        weights = self.config.chosen.batch_weights  # each process has as many
         total = self.facts.batches * (1.0 if weights is None else sum(weights) / len(weights))
         return self.estimator.slope(site.name, B, A) / total
 
@@ -269,7 +269,7 @@ def _prepared(request: Request, executor: Executor) -> Statistics:
         tied = [replace(t, site=files.serve(t.site)) for t in tied]
     for site in (*sites, *(t.site for t in tied)):
         check_adapter(site, config)
-    budget = Budget(limits, of_gradients=config.method.reads == "gradients", own_sums=config.method.site_sums)
+    budget = Budget(limits, of_gradients=config.chosen.reads == "gradients", own_sums=config.chosen.site_sums)
     statistics = Statistics(request, config, executor, sites, skipped, tied, budget, started)
     budget.of_inputs = isinstance(statistics.estimator, InputReader)
     return statistics

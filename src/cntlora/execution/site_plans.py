@@ -38,7 +38,7 @@ def plan_sites(sites: list[Site], statistics: Statistics) -> dict[str, SitePlan]
     while True:
         known = statistics.merged({name: (found.facts, found.may_have_more) for name, found in spectra.items()})
         facts = {site.name: known[site.name][0] for site in sites}
-        ranks = config.method.ranks(facts, budget, config.min_rank, config.max_rank)
+        ranks = config.chosen.ranks(facts, budget, config.min_rank, config.max_rank)
         # all that such a site holds has won, so that what is not known of it yet might win too
         short = [s for s in sites if known[s.name][1] and ranks[s.name] >= len(facts[s.name].variances)]
         if not short:
@@ -73,7 +73,7 @@ def _site_spectrum(site: Site, statistics: Statistics, r: int) -> _SiteSpectrum:
     """A site's spectrum, with the triplets that rank `r` needs."""
     start = time.perf_counter()
     config = statistics.config
-    width = config.method.width
+    width = config.chosen.width
     target = statistics.target(site)
     known = _spectrum(site, target, width * r, config.exact_svd)
     most = min(site.in_features, site.out_features) // width
@@ -86,7 +86,7 @@ def _site_spectrum(site: Site, statistics: Statistics, r: int) -> _SiteSpectrum:
 
 def _without_matrix(target: Target, config: InitConfig) -> Target | None:
     """The target without M, where the spectrum is all that the factors need; None where it has to be made again."""
-    if config.method.needs_matrix or target.right is not None:
+    if config.chosen.needs_matrix or target.right is not None:
         return None
     return Target(is_delta=target.is_delta)
 
@@ -109,7 +109,7 @@ def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
 
 def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum | None) -> SitePlan:
     start = time.perf_counter()
-    config, method, facts = statistics.config, statistics.config.method, statistics.facts[site.name]
+    config, method, facts = statistics.config, statistics.config.chosen, statistics.facts[site.name]
     enough = found is not None and found.spectrum.Vh.shape[0] >= r * method.width
     target = found.target if found and enough and found.target else statistics.target(site)
     known = found.spectrum if found and enough else _spectrum(site, target, r * method.width, config.exact_svd)

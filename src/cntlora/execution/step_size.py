@@ -52,7 +52,7 @@ def with_step_size(plan: InitPlan, statistics: Statistics) -> InitPlan:
     Returns:
         A plan whose largest ‖scaling·B·A‖/‖W‖ is `strength`, or, where that is None, lowers the loss most.
     """
-    method = plan.config.method
+    method = plan.config.chosen
     if not method.sized:
         return plan
     start = time.perf_counter()

@@ -101,7 +101,7 @@ def _run(
     batches, held_out = task.train_batches(seed), task.eval_batches()
     start = time.perf_counter()
     if name == "cntlora":  # from batches in another order, so that it has not seen those that the training begins with
-        initialize(model, task.train_batches(seed + 1), InitConfig(method="descent"))
+        initialize(model, task.train_batches(seed + 1), InitConfig(method=None))
     init_seconds = time.perf_counter() - start if name == "cntlora" else 0.0
     say(f"{name}: learning rate {LEARNING_RATES[name]:g}, initialised in {init_seconds:.1f} s")
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from torch import Tensor
 
-from ..linalg.allocation import allocate
+from ..linalg import allocation
 from ..messages import quoted, unknown_name
 from .options import at_earlier_default, check_options, choices, option_names
 
@@ -100,7 +100,7 @@ class Method(Protocol):
         Args:
             budget: sum of all ranks. low, high: `min_rank` and `max_rank`.
         """
-        return allocate({name: site.variances for name, site in sites.items()}, budget, low, high)
+        return allocation.allocate({name: site.variances for name, site in sites.items()}, budget, low, high)
 
     def rtol_at(self, k: int, d: int, tokens: int) -> float | None:
         """The tolerance of † at a site; None where there is no †, or where it follows from the inputs.

@@ -33,7 +33,7 @@ def usable_sites(
             f"adapter {adapter!r} was made with init_lora_weights={quoted(started_by)}; expected True, so that the "
             "base is untouched and nothing else below. Make the adapter again with init_lora_weights=True"
         )
-    method = config.method
+    method = config.chosen
     factors_weight = method.reads != "gradients" and not method.zero_start
     tied = {t.site.name: t for group in found for t in group.led_by(leader_of(group, method.reads))}
     refused |= _unfit(found, config)
@@ -57,15 +57,30 @@ def usable_sites(
     return own, [t for name, t in tied.items() if name not in refused], refused
 
 
+def gradient_refusal(model: nn.Module, adapter: str, gradients: InitConfig, inputs: InitConfig) -> str | None:
+    """Why a method that reads gradients cannot have a site that one can have that reads inputs; None if it has all."""
+    sites, refused = find_sites(model, adapter)
+    found = groups(model, sites, adapter)
+    either = refused | _unfit(found, inputs)
+    for name, reason in _unfit(found, gradients).items():
+        if name not in either:
+            return f"site {name}: {reason}"
+    for site in sites:
+        refusal = _out_of_reach(model, site, gradients)
+        if refusal is not None and site.name not in either and _out_of_reach(model, site, inputs) is None:
+            return f"site {site.name}: {refusal}"
+    return None
+
+
 def _unfit(found: Iterable[Group], config: InitConfig) -> dict[str, str]:
     """The sites that share factors and cannot be initialised as one, with the reason."""
     refused = {}
     for group in found:
         reason = group.unfit
-        if reason is None and config.method.reads == "gradients":
+        if reason is None and config.chosen.reads == "gradients":
             reason = (
                 f"{' and '.join(site.name for site in group.sites)} share one set of factors, whose gradient is that "
-                f"of all of them together, which method {config.method.name!r} does not read; take a method that reads "
+                f"of all of them together, which method {config.chosen.name!r} does not read; take a method that reads "
                 "the inputs or the weights, or give each layer its own"
             )
         if reason is not None:
@@ -80,20 +95,20 @@ def _out_of_reach(model: nn.Module, site: Site, config: InitConfig) -> str | Non
             "PEFT's files have one rank for both projections of an nn.MultiheadAttention, and adaptive_ranks gives "
             "each its own; leave it out of target_modules, or take the same rank everywhere"
         )
-    reads = config.method.reads
+    reads = config.chosen.reads
     if reads == "weights":
         return None
     if site.unseen is not None:
-        return f"method {config.method.name!r} reads {reads}, and {site.unseen}"
+        return f"method {config.chosen.name!r} reads {reads}, and {site.unseen}"
     if reads == "inputs":
         return None
     if site.fixed is not None:
-        return f"method {config.method.name!r} reads the gradient by its weight, and {site.fixed}; take another method"
+        return f"method {config.chosen.name!r} reads the gradient by its weight, and {site.fixed}; take another method"
     named, stored = list(model.named_modules()), site.stored
     owners = [path for path, module in named for p in module._parameters.values() if p is stored]
     if len(owners) > 1:
         return (
-            f"method {config.method.name!r} reads the gradient by its weight, which is tied ({', '.join(owners)}), so "
+            f"method {config.chosen.name!r} reads the gradient by its weight, which is tied ({', '.join(owners)}), so "
             "that the gradient is that of all of them; untie it, take another method or leave it out of target_modules"
         )
     return None
@@ -117,7 +132,7 @@ def check_writable(site: Site, config: InitConfig) -> None:
 def check_base(site: Site, config: InitConfig) -> None:
     """Raises ValueError where a site cannot have the base policy: what it would write, or what PEFT makes of it."""
     base = config.effective_base
-    if site.unseen == INSIDE_ATTENTION and base in ("subtract", "keep") and not config.method.zero_start:
+    if site.unseen == INSIDE_ATTENTION and base in ("subtract", "keep") and not config.chosen.zero_start:
         raise ValueError(
             f"site {site.name}: PEFT adds the LoRA of the output projection of an nn.MultiheadAttention twice, so that "
             f"base {base!r} would not start where it should; use base='offset' or 'paired'"
@@ -153,12 +168,12 @@ def check_adapter(site: Site, config: InitConfig) -> None:
     check_base(site, config)
     if config.effective_base == "offset" and not config.adaptive_ranks:
         check_rank(site.name, site.A, 2 * site.rank)
-    width = config.method.width
+    width = config.chosen.width
     most = min(site.in_features, site.out_features) // width
     if site.rank > most and not config.adaptive_ranks:
-        limit = "min(in, out)" if width == 1 else f"min(in, out)/{width}, which {config.method.name} needs"
+        limit = "min(in, out)" if width == 1 else f"min(in, out)/{width}, which {config.chosen.name} needs"
         raise ValueError(f"site {site.name}: rank {site.rank} is above {limit} = {most}; lower r")
-    if (site.scaling <= 0 and not config.fold_alpha) or config.method.strength_at(site.scaling) <= 0:
+    if (site.scaling <= 0 and not config.fold_alpha) or config.chosen.strength_at(site.scaling) <= 0:
         raise ValueError(
             f"site {site.name}: scaling {site.scaling:g} cannot carry strength·[ΔW]_r; expected lora_alpha above 0 "
             "(or fold_alpha=True, which sets the scaling to 1, with a strength)"

@@ -56,13 +56,13 @@ class Start:
     @classmethod
     def of(cls, plan: InitPlan) -> Start:
         """What `plan` tells."""
-        config, reads = plan.config, plan.config.method.reads
-        default = InitConfig(method=type(config.method)()).to_dict()
+        config, reads = plan.config, plan.config.chosen.reads
+        default = InitConfig(method=type(config.chosen)()).to_dict()
         options = {key: value for key, value in config.to_dict().items() if value != default[key] and key != "base"}
         tokens = [site.tokens for site in plan.sites.values()] or [0]
         return cls(
-            method=config.method.name,
-            base="zero" if config.method.zero_start else config.stated_base,
+            method=config.chosen.name,
+            base="zero" if config.chosen.zero_start else config.stated_base,
             options=options,
             reads=reads,
             batches=plan.batches,

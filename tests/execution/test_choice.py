@@ -1,0 +1,187 @@
+"""The method where the configuration leaves it open: descent where there is a loss that can be read, else self."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.cases import mlp, squares, token_batches, wrapped
+from tests.tiny import KINDS, adapted, changed, state, text_batches
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cntlora import InitConfig, InitPlan, InitReport, compute_plan, initialize, initialize_from_trainer
+from cntlora.execution.choice import Resumed
+
+OPEN = InitConfig(method=None)
+
+
+def method_of(model: nn.Module, batches: Any, **more: Any) -> tuple[str, str]:
+    """The name of the method that is chosen, and why."""
+    plan = compute_plan(model, batches, OPEN, progress=False, **more)
+    assert plan.config.method is not None and plan.choice
+    return plan.config.method.name, plan.choice
+
+
+def without_labels() -> list[dict[str, torch.Tensor]]:
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in text_batches()]
+
+
+def test_a_loss_in_the_output_gives_descent_and_none_gives_self() -> None:
+    assert method_of(adapted(), text_batches()) == ("descent", "the model gives a loss for the batches")
+    assert method_of(adapted(), without_labels()) == ("self", "the model gives no loss for the batches")
+
+
+def test_a_loss_that_is_given_counts() -> None:
+    batches = token_batches([(4, 6), (3, 5)])
+    assert method_of(wrapped(mlp()), batches, loss=squares) == ("descent", "a loss was given")
+    assert method_of(wrapped(mlp()), batches)[0] == "self"
+
+
+def test_a_loss_that_is_not_finite_is_none() -> None:
+    model = adapted()
+    with torch.no_grad():
+        model.base_model.model.classifier.bias.fill_(float("nan"))
+    assert method_of(model, text_batches())[0] == "self"
+
+
+def test_weights_whose_gradient_cannot_be_read_give_self() -> None:
+    model = adapted()
+    attention = model.base_model.model.bert.encoder.layer[0].attention.self
+    attention.value.base_layer.weight = attention.query.base_layer.weight  # tied: its gradient is that of both
+    name, why = method_of(model, text_batches())
+    assert name == "self" and why.startswith("gradients cannot be read: site") and "tied" in why
+    assert method_of(adapted(), text_batches())[0] == "descent"  # the control
+
+
+def test_without_batches_it_says_what_to_give() -> None:
+    with pytest.raises(ValueError, match=r"batches: expected some.*InitConfig\(method='pissa'\)"):
+        initialize(adapted(), None, OPEN, progress=False)
+    initialize(adapted(), None, InitConfig(method="pissa"), progress=False)  # the control
+
+
+def test_a_named_method_is_taken_and_no_reason_is_given() -> None:
+    plan = compute_plan(adapted(), text_batches(), InitConfig(method="self"), progress=False)
+    assert plan.choice == "" and "method self:" not in str(InitReport.of(plan))
+
+
+@pytest.mark.parametrize("batches", [text_batches, without_labels])
+def test_the_plan_is_that_of_the_method_named(batches: Any) -> None:
+    plan = compute_plan(adapted(), batches(), OPEN, progress=False)
+    same = compute_plan(adapted(), batches(), InitConfig(method=plan.config.method), progress=False)
+    assert all(torch.equal(plan.sites[name].B, same.sites[name].B) for name in plan.sites)
+    assert plan.batches == same.batches == 3
+
+
+def test_plan_and_report_say_what_was_chosen_and_why(tmp_path: Path) -> None:
+    plan = compute_plan(adapted(), text_batches(), OPEN, progress=False)
+    plan.save(tmp_path / "plan.safetensors")
+    back = InitPlan.load(tmp_path / "plan.safetensors")
+    report = InitReport.of(back)
+    assert back.choice == plan.choice and back.config == plan.config
+    assert f"method descent: {plan.choice}" in str(report)
+    assert report.to_dict()["choice"] == plan.choice and report.to_dict()["config"]["method"] == "descent"
+
+
+# --- as found -------------------------------------------------------------------------------------------------
+
+
+def test_a_one_shot_iterator_loses_no_batch() -> None:
+    given = text_batches(5)
+    iterator = iter(given)
+    plan = compute_plan(adapted(), iterator, InitConfig(method=None, num_batches=3), progress=False)
+    assert plan.batches == 3 and list(iterator) == given[3:]
+    whole = compute_plan(adapted(), given, InitConfig(method="descent", num_batches=3), progress=False)
+    assert all(torch.equal(plan.sites[name].B, whole.sites[name].B) for name in plan.sites)
+
+
+class Counting:
+    """A dataset that counts what is read of it."""
+
+    def __init__(self) -> None:
+        self.rows = text_batches(4, rows=1)
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.read.append(index)
+        return {key: value[0] for key, value in self.rows[index].items()}
+
+
+def test_each_row_is_read_once_and_random_states_are_as_found() -> None:
+    data = Counting()
+    generator = torch.Generator().manual_seed(3)
+    loader: Any = DataLoader(data, batch_size=1, shuffle=True, generator=generator)  # type: ignore[arg-type]
+    before = torch.get_rng_state(), random.getstate(), generator.get_state()
+    model = adapted()
+    found = copy.deepcopy(state(model))
+    compute_plan(model, loader, OPEN, progress=False)
+    assert sorted(data.read) == [0, 1, 2, 3]
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+    assert torch.equal(before[2], generator.get_state())
+    assert not changed(found, model)
+
+
+@pytest.mark.parametrize(("batches", "method"), [(text_batches, "descent"), (without_labels, "self")])
+def test_hooks_are_called_as_often_as_for_the_method_named(batches: Any, method: str) -> None:
+    calls = []
+    for config in (OPEN, InitConfig(method=method)):
+        model, found = adapted(), []
+        layer = model.base_model.model.bert.encoder.layer[0]
+        layer.register_forward_hook(lambda *_, found=found: found.append(1))
+        plan = compute_plan(model, batches(), config, progress=False)
+        assert plan.config.method == InitConfig(method=method).method
+        calls.append(len(found))
+    assert calls[0] == calls[1] >= 3
+
+
+def test_a_function_of_the_caller_is_not_called_just_to_look() -> None:
+    calls = []
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        calls.append(1)
+        return model(**batch)
+
+    name, why = method_of(adapted(), without_labels(), forward=forward)
+    assert (name, len(calls)) == ("self", 3) and "no labels" in why
+    assert method_of(adapted(), text_batches(), forward=forward) == ("descent", "the batches have labels")
+
+
+def test_a_source_is_begun_once() -> None:
+    begun = []
+
+    class Source:
+        size = 3
+
+        def __iter__(self) -> Iterator[int]:
+            begun.append(1)
+            return iter((1, 2, 3))
+
+    source = Resumed(Source())
+    assert source.first() == 1 and list(source) == [1, 2, 3] and len(begun) == 1
+    assert list(source) == [1, 2, 3] and len(begun) == 2 and source.size == 3
+    assert Resumed([]).first() is None
+
+
+def test_a_trainer_gives_its_loss(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{key: value[i] for key, value in batch.items()} for batch in text_batches(4) for i in range(8)]
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, per_device_train_batch_size=4)
+    report = initialize_from_trainer(Trainer(model=adapted(), args=arguments, train_dataset=rows), OPEN)  # type: ignore[arg-type]
+    assert report.config.method is not None and report.config.method.name == "descent"
+    assert report.choice == "a loss was given"
+
+
+def test_other_kinds_of_models() -> None:
+    batches = KINDS["llama"].batches()
+    assert method_of(adapted("llama"), batches)[0] == "descent"
+    plain = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    assert method_of(adapted("llama"), plain)[0] == "self"
