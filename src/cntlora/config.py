@@ -58,7 +58,7 @@ class InitConfig:
 
     def __init__(
         self,
-        method: str | Method | None = "self",
+        method: str | Method | None = None,
         base: Base | None = None,
         *,
         num_batches: int = 8,
@@ -165,7 +165,7 @@ class InitConfig:
         """
         own = {name: value for name, value in values.items() if name not in all_options()}
         options = {name: value for name, value in values.items() if name not in own}
-        return cls(**{**own, "method": _method_of(own.get("method", "self"), options)})
+        return cls(**{**own, "method": _method_of(own.get("method"), options)})
 
 
 def _method_of(method: object, options: Mapping[str, Any]) -> Method | None:

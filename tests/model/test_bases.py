@@ -384,7 +384,7 @@ def test_a_base_that_is_offloaded_in_part_lives_through_training_and_reloading(t
         return dispatch_model(model, DISK, main_device="cpu", offload_dir=tmp_path / "offload", force_hooks=True)
 
     assert make().model.layers[1].mlp.up_proj.weight.device.type == "meta"
-    report = whole_life(make, tmp_path / "adapter", layers_to_transform=[0])
+    report = whole_life(make, tmp_path / "adapter", InitConfig(method="self"), layers_to_transform=[0])
     assert len(report.sites) == 3
 
 

@@ -115,7 +115,7 @@ def test_a_refusal_leaves_no_search_half_done() -> None:
     model = adapted()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="already holds its parameters") as caught:
-        initialize(model, text_batches())
+        initialize(model, text_batches(), InitConfig(method="self"))
     assert caught.tb is not None and optimizer and not searches()
 
 

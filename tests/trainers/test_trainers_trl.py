@@ -178,3 +178,17 @@ def test_methods_of_gradients_read_the_trainers_own_loss(make: Any, tmp_path: Pa
     assert any(not torch.equal(now, start[name]) for name, now in copies(trainer.model).items())
     own(trainer.model, next(iter(trainer.get_train_dataloader())))
     assert any(trainer._metrics[mode] for mode in trainer._metrics)  # the control: the loss does write there
+
+
+@pytest.mark.parametrize("method", ["descent", "lora_ga", "self"])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=SLOW)])
+def test_dpo_trains_after_every_way_of_reading(method: str, checkpointing: bool, tmp_path: Path) -> None:
+    """The loss of DPO switches the adapter off for its reference, while ours is left out of the forward pass."""
+    trainer = dpo(tmp_path, gradient_checkpointing=checkpointing)
+    wanted = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert wanted
+    initialize_from_trainer(trainer, InitConfig(method=method, num_batches=2))
+    assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == wanted
+    start = copies(trainer.model)
+    trainer.train()
+    assert any(not torch.equal(factor, start[name]) for name, factor in copies(trainer.model).items())

@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def as_found(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
-    """Restores the mode of every module and the state of every random generator, also after an exception."""
+    """Restores modes of modules, `requires_grad` of parameters and random generators, also after an exception.
+
+    What the caller's loss does with the model counts too: PEFT's `disable_adapter`, by which a trainer of preferences
+    gets its reference, takes `requires_grad` from adapters that are left out of the forward pass and does not give it
+    back.
+    """
     training = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     numpy = sys.modules.get("numpy")
     own = list(_generators(batches))
@@ -34,6 +40,9 @@ def as_found(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
         finally:
             for module, mode in training:
                 module.training = mode
+            for parameter, wants in gradients:
+                if parameter.requires_grad != wants:
+                    parameter.requires_grad_(wants)
             random.setstate(python_state)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
