@@ -155,6 +155,19 @@ def test_the_size_stays_within_bounds_and_survives_overflow() -> None:
     assert best_size(lambda size: -5 - size, -5.0, -1.0)["loss_after"] < -5  # a loss below zero
 
 
+def test_weights_of_batches_that_cancel_are_one_clear_error() -> None:
+    """Batches of 4 and 8 tokens: the sum over tokens is above 0, and that of the losses has no mean."""
+    batches = [draw(seed, tokens, 10) for seed, tokens in ((0, 4), (1, 8))]
+    config = {"method": "descent", "strength": 0.1}
+    with pytest.raises(ValueError, match="batch_weights: expected a sum above 0"):
+        compute_plan(
+            wrapped(mlp()), batches, InitConfig.from_dict({**config, "batch_weights": (-1.0, 1.0)}), loss=squares
+        )
+    assert compute_plan(
+        wrapped(mlp()), batches, InitConfig.from_dict({**config, "batch_weights": (-0.5, 1.0)}), loss=squares
+    ).sites  # control
+
+
 @pytest.mark.parametrize("options", [{}, {"base": "offset"}, {"base": "paired"}, {"batch_weights": (2.0, 1.0, 0.5)}])
 def test_the_slope_is_that_of_the_loss_along_the_start(options: Any) -> None:
     """By finite differences in float64, of the first half of the directions where base "paired" keeps no more."""

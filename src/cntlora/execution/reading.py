@@ -238,6 +238,8 @@ class Statistics:
         assert isinstance(self.estimator, GradientSums)
         weights = self.config.chosen.batch_weights  # each process has as many
         total = self.facts.batches * (1.0 if weights is None else sum(weights) / len(weights))
+        if total <= 0:
+            raise ValueError(f"batch_weights: expected a sum above 0, as of a mean of losses, got {quoted(weights)}")
         return self.estimator.slope(site.name, B, A) / total
 
 
