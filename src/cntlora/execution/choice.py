@@ -16,8 +16,7 @@ from ..data.batches import REPEATABLE, default_forward, device_of, first_batches
 from ..data.gradients import loss_in
 from ..data.reach import first_row, has_loss, is_watched
 from ..data.reading_mode import as_found, reading_mode
-from ..methods.descent import Descent
-from ..methods.self_mode import Self
+from ..methods.method import find
 from ..model.checks import gradient_refusal
 from ..model.sharded import is_sharded
 
@@ -46,7 +45,7 @@ def with_method(request: Request, executor: Executor) -> Iterator[tuple[Request,
         everywhere = executor.gather(found)
         descent = all(has for has, _ in everywhere)
         reason = next(why for has, why in everywhere if has == descent)
-        method = Descent() if descent else Self()
+        method = find("descent" if descent else "self")()
         yield replace(request, batches=batches, config=replace(config, method=method)), reason
 
 
@@ -63,7 +62,7 @@ def _usable(request: Request) -> tuple[bool, str]:
         )
     if torch.is_inference_mode_enabled():
         return False, "gradients cannot be read in torch.inference_mode"
-    refusal = gradient_refusal(request.model, request.adapter_name, InitConfig(Descent()), InitConfig(Self()))
+    refusal = gradient_refusal(request.model, request.adapter_name, InitConfig("descent"), InitConfig("self"))
     if refusal is not None:
         return False, f"gradients cannot be read: {refusal}"
     if request.loss is not None:

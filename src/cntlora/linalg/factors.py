@@ -61,11 +61,13 @@ def spectrum(M: Matrix, q: int, exact: bool = False, product: bool = False) -> S
     q = min(q, *M.shape)
     if not exact and _pays(M, q):
         small = isinstance(M, Tensor) and M.dtype == torch.float32 and min(M.shape) <= GRAM_BELOW
-        found = (gram_triplets(formed(M), q) if small else None) or leading_triplets(M, q, product=product)
+        norm = frobenius(M)
+        of_gram = gram_triplets(formed(M), q) if small else None
+        found = of_gram or leading_triplets(M, q, norm=norm if product else None)
         if found is not None:
             U, S, Vh = found
             signs = fix_signs(Vh.mT)
-            return Spectrum(U * signs, S, Vh * signs[:, None], frobenius(M))
+            return Spectrum(U * signs, S, Vh * signs[:, None], norm)
     return _whole_spectrum(formed(M).double(), q)
 
 

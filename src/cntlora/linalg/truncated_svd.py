@@ -8,11 +8,15 @@ space, and residuals come out of the recurrence (Golub and Underwood 1977), so t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .low_rank import Matrix, frobenius
 from .pseudo_inverse import eigh_descending
+
+if TYPE_CHECKING:
+    from .low_rank import Matrix
 
 TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-7}
 """Residual of a triplet, relative to its singular value, at which it counts as found, by the dtype of the matrix."""
@@ -22,7 +26,7 @@ FIRST_LOOK = {"cuda": 6}
 
 
 def leading_triplets(
-    M: Matrix, q: int, tolerance: float | None = None, product: bool = False
+    M: Matrix, q: int, tolerance: float | None = None, norm: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """U (k, q), S (q,) and Vᵀ (q, d) of M (k, d), or None where they do not come out of a small Krylov space.
 
@@ -30,14 +34,14 @@ def leading_triplets(
     lies within tolerance·s_i of every s_i, and [M]_q is known up to the gap behind s_q.
 
     Args:
-        product: [M]_q is what counts, and not each direction: ‖Mᵀu_i − s_i v_i‖ ≤ tolerance·‖M‖_F/√q will do where
-            that is larger. Then the residuals together are at most tolerance·‖M‖_F, also of a flat spectrum.
+        norm: ‖M‖_F, where [M]_q is what counts, and not each direction: ‖Mᵀu_i − s_i v_i‖ ≤ tolerance·‖M‖_F/√q will
+            do where that is larger. Then the residuals together are at most tolerance·‖M‖_F, also of a flat spectrum.
     """
     tolerance = TOLERANCE[M.dtype] if tolerance is None else tolerance
     wide = M.shape[0] < M.shape[1]
     tall = M.mT if wide else M  # (m, n) with m ≥ n
     space = _Krylov(tall, _width(tall.shape[1], q))
-    least = frobenius(M) / q**0.5 if product else 0.0
+    least = 0.0 if norm is None else norm / q**0.5
     look = FIRST_LOOK.get(M.device.type, 2)
     while True:
         residual = space.residual()

@@ -127,7 +127,11 @@ METHODS: dict[str, type[Method]] = {}
 
 
 def methods() -> tuple[str, ...]:
-    """Names that `InitConfig(method=...)` takes."""
+    """Names that `InitConfig(method=...)` takes.
+
+    `cntlora.methods` is this function. The modules of the package of that name are imported by their own names:
+    `from cntlora.methods.self_mode import self_map`.
+    """
     return tuple(METHODS)
 
 

@@ -115,11 +115,6 @@ class Site:
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    @property
-    def transposed(self) -> bool:
-        """Whether the layer stores W as (in, out)."""
-        return layout_of(self.base).name in ("Conv1D", "Embedding")
-
     def weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """W (k, d), a copy in `dtype`; a collective where it is sharded and not `gathered`."""
         if self.gathered is not None:
