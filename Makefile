@@ -20,7 +20,7 @@ $(DEMO): pyproject.toml constraints.txt
 	$(INSTALL) '.[demo]' --no-compile
 	touch $@
 
-demo: $(DEMO)  ## MiniLM on labelled tweets: plain LoRA against cntlora; sets up only what it needs, about four minutes on 2 cores
+demo: $(DEMO)  ## MiniLM on labelled tweets: plain LoRA against cntlora; sets up only what it needs, then about two minutes on 2 cores
 	$(BIN)/cntlora demo
 
 test: setup lint  ## the fast tests, as many side by side as cores and memory allow; one process: make test TESTS=

@@ -32,7 +32,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_it_can_be_read_in_two_minutes() -> None:
     assert len(README.splitlines()) <= 120
-    parts = ("Install", "Use", "What it brings", "When to use", "Methods", "Two commands", "Limits", "More")
+    parts = ("Install", "Use", "What it brings", "When to use", "Methods", "Try it and test it", "Limits", "More")
     order = ["# cntlora", *(f"\n## {part}" for part in parts)]
     places = [README.index(heading) for heading in order]
     assert places == sorted(places)

@@ -2,12 +2,13 @@
 
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16))   # plain PEFT, as always
     report = cntlora.initialize(model, train_loader)               # the one line
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)     # only then the optimizer
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3)              # only then the optimizer
 
 `InitConfig` holds the choices (method, base, ranks, ...), each method is a class with its own options
 (`InitConfig(method=Self(root="cholesky"))`), `compute_plan` and `apply_plan` are the two halves of
-`initialize` (a plan is one file), `initialize_from_trainer` does it for transformers' and TRL's trainers, and
-`save_adapter` writes an ordinary LoRA for the untouched base, whatever `base` was.
+`initialize` (a plan is one file), `initialize_from_trainer` does it for the trainers of transformers, TRL and
+sentence-transformers, and `save_adapter` writes an ordinary LoRA for the untouched base, whatever `base` was.
 """
 
 from .analysis.comparison import AdapterComparison, compare_adapters, snapshot

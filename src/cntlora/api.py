@@ -25,10 +25,9 @@ def initialize(request: Request) -> InitReport:
     `apply_plan`, and raises what they raise.
 
     With several processes, all of them have to call it, each with its own batches. The statistics of a site are added
-    up at one process, which factors it, and all processes apply the same plan. The model may be sharded by
-    `fully_shard` (FSDP2) before the call, if the adapter keeps its ranks (not base "offset"), or afterwards. Weights
-    that DeepSpeed ZeRO-3 partitioned while loading are gathered one module at a time; call `deepspeed.initialize`
-    later.
+    up at one process, which factors it, and all processes apply the same plan. With FSDP2, call it before
+    `fully_shard`, or afterwards if the ranks do not change (not base "offset", no adaptive ranks). Weights that
+    DeepSpeed ZeRO-3 partitioned while loading are gathered one module at a time; call `deepspeed.initialize` later.
 
     Returns:
         The report: `print` it, or keep `report.to_dict()`.
@@ -57,7 +56,7 @@ def compute_plan(request: Request) -> InitPlan:
         The plan, for `apply_plan`; it can be saved and applied in another process.
 
     Raises:
-        ValueError, TypeError: with the site or batch, what was expected, what came and what to change.
+        ValueError, TypeError: the message names the site or batch, what was expected, what came and what to change.
     """
     if is_split(request.model):
         raise ValueError(
@@ -91,12 +90,12 @@ def apply_plan(model: nn.Module, plan: InitPlan, *, adapter_name: str = "default
 
 @called_with(TrainerRequest)
 def initialize_from_trainer(request: TrainerRequest) -> InitReport:
-    """Initialise the model of a `transformers.Trainer`, or of a subclass, from its own training data.
+    """Initialise the model of a trainer of transformers, TRL or sentence-transformers from its own training data.
 
-    Call it between the constructor and `.train()`; afterwards the trainer's optimizer holds the parameters. TRL's
-    trainers for supervised and preference data and sentence-transformers' trainer are known: their batches are fed to
-    the model as they feed them, and each text column of the latter counts as a batch. Methods that read gradients use
-    the trainer's own loss.
+    Call it between the constructor and `.train()`; later is too late: `.train()` makes an optimizer that holds the old
+    parameters. It works with any subclass of `transformers.Trainer`. TRL's trainers for supervised and preference data
+    and sentence-transformers' trainer are known: their batches are fed to the model as they feed them, and each text
+    column of the latter counts as a batch. Methods that read gradients use the trainer's own loss.
 
     Returns:
         The report, as of `initialize`.

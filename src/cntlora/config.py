@@ -18,8 +18,8 @@ BASES: tuple[Base, ...] = ("offset", "paired", "subtract", "keep")
 class InitConfig:
     """Choices of an initialisation: the method, the base policy, what is read, ranks.
 
-    Options of a method are given to the method: `InitConfig(method=Self(root="cholesky"))`. In TOML files, on the
-    command line and in `from_dict` they are flat keys beside the others.
+    Options of a method are given to the method: `InitConfig(method=Self(root="cholesky"))`. In TOML files and in
+    `from_dict` they are flat keys beside the others; the command line has the common ones (`cntlora init --help`).
 
     Attributes:
         method: a method such as `cntlora.Self()` or its name, see `cntlora.methods()`. None leaves it to what is there:
@@ -28,9 +28,9 @@ class InitConfig:
             zero; "paired": the same at rank r with r/2 directions, both halves train; "subtract": W ← W − s·B·A;
             "keep": as printed in the paper, the function moves by s·B·A. None for the method's own: "keep" for
             descent, "offset" for the others. r is the rank of `LoraConfig`. Methods that start at B = 0 (lora, eva)
-            keep the function anyway and write rank r with each of them.
+            keep the function anyway and write rank r for every base policy.
         num_batches: number of batches that are read from the start of the data; fewer if there are fewer. With several
-            processes each reads as many of its own, and B of eq. 18 is their total.
+            processes each reads as many of its own, and the number of batches in eq. 18 is the total.
         adaptive_ranks: variable adapter structure (eq. 19): ranks by the top-K rule instead of the same r for all.
         rank_budget: K; None for the sum of the adapter's ranks. Needs adaptive_ranks.
         min_rank, max_rank: bounds of a site's rank with adaptive_ranks; None for no upper bound.
@@ -39,7 +39,8 @@ class InitConfig:
             of ‖ΔW‖.
         fold_alpha: write the factors for scaling 1 (alpha = rank, no rsLoRA), so that a reader that ignores
             `rank_pattern` and `alpha_pattern` gets the same function. The scaling that trains is then 1.
-        seed: of everything random (the Gaussian C of shift mode, the A of lora).
+        seed: of everything random: the Gaussian C of shift mode, the A of lora and gora, and the noise of a loss that
+            draws some while descent tries sizes.
 
     Raises:
         ValueError, TypeError: for an unknown name or a value out of range; the message lists the valid ones.

@@ -1,4 +1,4 @@
-"""The command line: `cntlora init`, `inspect`, `demo`, and the commands of `cli_experiments` and `cli_export`.
+"""The command line: `cntlora init`, `inspect` and `demo`; `experiments.py` and `export.py` beside it have the others.
 
 Heavy imports wait until a command needs them.
 """
@@ -14,6 +14,7 @@ import typer
 from ..console import one_line_errors
 from ..interrupts import ended_within
 from ..messages import quiet_libraries
+from ..methods.method import METHODS
 from . import experiments as cli_experiments
 from . import export as cli_export
 
@@ -63,10 +64,7 @@ def init(
     ] = "auto",
     method: Annotated[
         str | None,
-        typer.Option(
-            help="descent, self, cross, shift; or a peer: eva, corda, lora_ga, lora_one, lora_da, gora, pissa, olora, "
-            "lora.  [default: descent, or self where there is no loss or no gradient]"
-        ),
+        typer.Option(help=f"{', '.join(METHODS)}.  [default: descent, or self where there is no loss or no gradient]"),
     ] = None,
     base: Annotated[
         str | None,
@@ -111,7 +109,7 @@ def init(
     ] = None,
     damping: Annotated[
         float | None,
-        typer.Option(help="corda, descent: relative damping of the input covariance.  [default: 0.01]"),
+        typer.Option(help="corda, descent, lora_da: relative damping of the input covariance.  [default: 0.01]"),
     ] = None,
     initial_weight: Annotated[
         str | None,
@@ -273,7 +271,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of head, data order and dropout, the same for both runs.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
-    """Sentiment of tweets on MiniLM: plain LoRA against cntlora, about five minutes on 2 cores."""
+    """Sentiment of tweets on MiniLM: plain LoRA against cntlora, about two minutes on 2 cores after set-up."""
     with one_line_errors("cntlora demo", "demo"):
         from ..lab.demo import run_demo
 

@@ -1,4 +1,7 @@
-"""The commands of experiments: `cntlora run`, `compare` and `report`. `register` puts them on the application."""
+"""The commands of experiments: `cntlora run`, `compare`, `report`, `results pack` and `results unpack`.
+
+`register` puts them on the application.
+"""
 
 from __future__ import annotations
 

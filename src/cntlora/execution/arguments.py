@@ -29,17 +29,19 @@ class Options:
 
     Attributes:
         forward: how to call the model, `forward(model, batch)`; None for model(**batch), (*batch) or (batch).
-        loss: for the methods that read gradients (descent, lora_ga, lora_one): `loss(model, batch)`, a scalar; None for
-            the loss in the model's own output, which transformers models give when the batch has labels.
+        loss: for the methods that read gradients (README, Methods): `loss(model, batch)`, a scalar; None for the loss
+            in the model's own output, which transformers models give when the batch has labels.
         token_mask: which tokens count. None for the masks in the batch, each for its own stream of tokens; without a
             mask, the decoder of an encoder-decoder model counts tokens with a label other than −100. "labels" for
-            those that also have a label, "none" for all tokens. Or a function of the batch that returns a
+            those that also have a label, "none" for all tokens. Or a function of the batch that returns one
             (batch, tokens) mask, or a mapping from streams ("text", "decoder", "encoder", "frames") or site names to
-            masks (None: all tokens count). For methods that read gradients, tokens that the loss does not reach do not
-            count either, if the labels tell which: with the model's own loss; with `loss` the masks alone decide.
+            masks (None in it: all tokens count). For methods that read gradients, tokens that the loss does not reach
+            do not count either, if the labels tell which: with the model's own loss; with `loss` the masks alone
+            decide.
         adapter_name: of the adapter, if the model has several.
         on_missing: "raise" if a site cannot be initialised, or "warn" and leave it as plain LoRA. With methods that
-            read gradients, sites without one stay plain LoRA with a warning in either case, unless they are most.
+            read gradients, in either case, sites that get no gradient stay plain LoRA with a warning; if most get none,
+            it is an error.
         progress: whether to show a progress bar on a terminal.
         max_memory: bound on the memory of the statistics, besides the model and its forward pass: bytes or "6GiB" on
             the model's device, or {"device": …, "cpu": …, "disk": …}. Statistics that do not fit on the device go to

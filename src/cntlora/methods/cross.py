@@ -31,7 +31,7 @@ class Cross(Method):
         p: share of the singular values that goes to A (B gets 1 − p), in [0, 1]. SVD only.
         strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say; 2 is the α = 2r of the paper's runs.
         rtol: singular values at or under rtol·σ_max are dropped by †; at less than 1e-3 ΔW is huge (tweets_tolerance).
-            0 for max(d, b)·eps of the statistics' dtype, as NumPy has it: the paper's letter.
+            0 for max(d, b)·eps of the statistics' dtype, as NumPy has it, as printed in the paper.
         gram: G as the "sum" over tokens (the paper) or the "mean".
         batch_weights: w_j of eq. 18, one a batch; None for 1 each.
         initial_weight: W_0 of eq. 18, "pretrained" or "zero".

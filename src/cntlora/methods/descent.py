@@ -4,9 +4,9 @@ Equation 4 asks for W_tar X = W X_src. Here the outputs Y = W X are asked to mov
 Its least-squares solution of least change is ΔW = −η (∂L/∂Y) X† = −η (∂L/∂Y Xᵀ)(X Xᵀ)†, and ∂L/∂Y Xᵀ is the gradient
 ∂L/∂W that autograd gives. Of rank r the best is the one that is nearest in the outputs, ‖(ΔW − B·A) X‖_F.
 
-η is one number times the mean square of a site's outputs: so the step lowers the loss most, to first order, for what
-the relative changes of all sites' outputs add up to (in squares), and does not depend on the units of any output. The
-number is found by the loss on the first batches (`execution.step_size`).
+η is one common number times the mean square of the layer's outputs. Among steps with the same sum of squared relative
+output changes, this one lowers the loss most (to first order), and units do not matter. The number is found by the loss
+on the first batches (`execution.step_size`).
 
 Layout: G = ∂L/∂W (k, d), the mean over batches; C = X Xᵀ / n (d, d) over all tokens of all batches.
 """
@@ -31,11 +31,11 @@ ROW_NORM = 1 / math.sqrt(3)
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(Method):
-    """B·A = [ΔW]_r with ΔW = −η G C⁻¹, of the size that lowers the loss most.
+    """B·A = [−η G L⁻ᵀ]_r L⁻¹ (C = L Lᵀ): of rank r, the nearest to ΔW = −η G C⁻¹ in the outputs.
 
     Attributes:
-        strength: the largest ‖scaling·B·A‖/‖W‖ of all sites; None for the one that lowers the loss on the first
-            batches most.
+        strength: the largest ‖scaling·B·A‖/‖W‖ of all sites; None for the one that lowers the loss most (at most 0.5;
+            measured on the first four batches).
         damping: C gets damping·mean(diag C)·I before it is inverted.
         batch_weights: one a batch, in both means; None for 1 each.
     """
@@ -82,7 +82,7 @@ def mean_square(W: Tensor, C: Tensor) -> Tensor:
 
 
 def descent_target(G: Tensor, inverse: Tensor, eta: Tensor | float = 1.0) -> Target:
-    """[ΔW]_r = [M]_r L⁻¹ with M = −η G L⁻ᵀ, the nearest of rank r to ΔW = −η G C⁻¹ in ‖(ΔW − B·A) X‖_F.
+    """M = −η G L⁻ᵀ: B·A = [M]_r L⁻¹ is, of rank r, the nearest to ΔW = −η G C⁻¹ in ‖(ΔW − B·A) X‖_F.
 
     ‖D X‖_F² / n = ‖D L‖_F² for C = L Lᵀ, and ΔW L = −η G L⁻ᵀ: its truncated SVD times L⁻¹ is the best of that rank.
 

@@ -36,9 +36,9 @@ class Self(Method):
         decomposition: "svd", "qr" as printed in the paper, or "qr_pivoted" (column pivoting, reveals the rank).
         p: share of the singular values that goes to A (B gets 1 − p), in [0, 1]. SVD only.
         strength: scaling·B·A = strength·[ΔW]_r, whatever alpha, r and rsLoRA say; 2 is the α = 2r of the paper's runs.
-        rtol: singular values at or under rtol·σ_max are dropped by †. None for whatever may be rounding of the inputs,
-            by the dtype that they come in (docs/math/rounding.md). 0 for max(d, b)·eps of the statistics' dtype, as
-            NumPy has it: as printed in the paper.
+        rtol: which singular values † drops. None (default): those that may be rounding errors of the inputs' dtype
+            (docs/math/rounding.md). 0: those at or under max(d, b)·eps·σ_max in the statistics' dtype, as NumPy has it,
+            as printed in the paper. A number: those at or under rtol·σ_max.
         gram: G as the "sum" over tokens (the paper) or the "mean".
         root: square root of G, "paper" (D^(−½) Pᵀ), "symmetric" (P D^(−½) Pᵀ) or "cholesky" (L⁻¹ of G = L Lᵀ, the
             fastest).
@@ -78,12 +78,15 @@ def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tupl
 
     Args:
         root: "paper" for D^(−½) Pᵀ as printed, its rows ordered by falling eigenvalue and signed by
-            `linalg.fix_signs`. Two members of the same solution family depend on neither order nor signs: "symmetric"
-            for P D^(−½) Pᵀ, and "cholesky" for L⁻¹ with G = L Lᵀ, which needs no eigenvalues (`self_quick`).
-        rtol: singular values D^½ of P D^½ at or under rtol·max are dropped. They are those of X; None drops what may
-            be the rounding of its entries, D^½ at or under `X.noise`·‖X‖_F. 0 drops eigenvalues D under max(d, b)·eps,
-            i.e. its square root on D^½, because the sums in D carry rounding noise of that size; for the same reason
-            a smaller rtol acts as 0, and None drops those too.
+            `linalg.pseudo_inverse.fix_signs`. `symmetric` and `cholesky` solve the same equation and depend on neither
+            the order nor the signs of the eigenvectors: P D^(−½) Pᵀ, and L⁻¹ with G = L Lᵀ, which needs no eigenvalues
+            (`self_quick`).
+        rtol: which singular values D^½ of P D^½, those of X, are dropped:
+
+            - None: those that may be rounding of the entries of X, at or under `X.noise`·‖X‖_F, and those of 0.
+            - 0: those whose eigenvalue D is under max(d, b)·eps times the largest, because the sums in D carry rounding
+              noise of that size.
+            - A number: those at or under rtol times the largest; a number under the limit of 0 acts as 0.
 
     Returns:
         T (d, d) and the numerical rank of G.
