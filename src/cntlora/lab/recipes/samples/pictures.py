@@ -171,7 +171,7 @@ def _stamp_caption(path: Path) -> str:
 
 
 def emoji(*, skin_tones: bool = False) -> Pictures:
-    """1,911 emoji pictures, 64×64, in 10 classes, each with its name as caption.
+    """1,911 emoji images, 64×64, in 10 classes, each with its name as caption.
 
     The caption is the Unicode name in small letters ("polar bear", "flag of Nicaragua" as "nicaragua flag"). Classes
     are Unicode's categories: 386 of people down to 5 of "Component" (hair and skin samples). `skin_tones` adds the
