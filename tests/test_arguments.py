@@ -62,6 +62,21 @@ def test_an_unknown_argument_names_the_nearest(call: Any) -> None:
         call(1, 2, 3, 4)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "more", "message"),
+    [
+        (["model", "batches", "self"], {}, r"config: expected .*'self'; write InitConfig\(method='self'\)"),
+        (["model", "batches", {"method": "self"}], {}, r"config: expected an InitConfig.*write InitConfig.from_dict"),
+        (["batches", "model"], {}, r"model: expected a model .nn.Module. as the first argument, got \["),
+        (["model", "batches"], {"num_batches": 4}, r"'num_batches' is an option of .*InitConfig\(num_batches=…"),
+    ],
+)  # fmt: skip
+def test_what_belongs_elsewhere_is_named(arguments: list[Any], more: dict[str, Any], message: str) -> None:
+    given = {"model": adapted(), "batches": text_batches()}
+    with pytest.raises(TypeError, match=message):
+        cntlora.initialize(*(given.get(a, a) if isinstance(a, str) else a for a in arguments), **more)
+
+
 def test_calls_by_name_and_by_place_are_the_same() -> None:
     batches, config = text_batches(), cntlora.InitConfig(method="self", base="keep")
     one = cntlora.compute_plan(adapted(), batches, config, progress=False)

@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(options.out or name)
         folder.mkdir(parents=True, exist_ok=True)
-        begun = time.monotonic()
+        paths = [folder / f"{setting}.jsonl" for setting in options.settings]
+        earlier = [path for path in paths if options.resume and path.exists()]  # by the seconds of their tests
+        begun = time.monotonic() - sum(line.get("seconds", 0.0) for path in earlier for line in read_outcomes(path))
         results, broken = _run_all(options, folder, failures, refusals)
         minutes = (time.monotonic() - begun) / 60
     print(report(results, minutes))

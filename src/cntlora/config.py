@@ -79,8 +79,8 @@ class InitConfig:
         self._check()
         if options:
             warn_caller(
-                f"options of a method are given to the method since version 0.2, and here no longer in 0.3; write "
-                f"{_written(self)}",
+                "options of a method are given to the method since version 0.2, and here no longer in 0.3; with `from "
+                f"cntlora import {type(self.method).__name__}` write {_written(self)}",
                 DeprecationWarning,
             )
 

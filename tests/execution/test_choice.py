@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.cases import mlp, squares, token_batches, wrapped
-from tests.tiny import KINDS, adapted, changed, state, text_batches
+from tests.tiny import KINDS, adapted, causal_batches, changed, state, text_batches
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -43,11 +43,18 @@ def test_a_loss_that_is_given_counts() -> None:
     assert method_of(wrapped(mlp()), batches)[0] == "self"
 
 
-def test_a_loss_that_is_not_finite_is_none() -> None:
-    model = adapted()
-    with torch.no_grad():
-        model.base_model.model.classifier.bias.fill_(float("nan"))
-    assert method_of(model, text_batches())[0] == "self"
+def test_a_first_row_without_a_label_does_not_hide_the_loss() -> None:
+    """All labels of a row may be −100: a prompt that was cut before its answer."""
+    batches = causal_batches()
+    batches[0]["labels"][0] = -100
+    assert method_of(adapted("llama"), batches) == ("descent", "the model gives a loss for the batches")
+
+
+def test_a_loss_that_is_not_finite_is_named_where_it_is_read() -> None:
+    batches = causal_batches()
+    batches[0]["labels"][:] = -100
+    with pytest.raises(ValueError, match="batch 0: the loss is nan.*labels may be −100"):
+        initialize(adapted("llama"), batches, OPEN, progress=False)
 
 
 def test_weights_whose_gradient_cannot_be_read_give_self() -> None:

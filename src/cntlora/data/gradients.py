@@ -139,7 +139,9 @@ def loss_in(output: Any, index: int) -> Tensor:
         loss = output.loss
     elif isinstance(output, (tuple, list)) and output:
         loss = output[0]
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"batch {index}: expected a loss that is a scalar, got {tuple(loss.shape)}; take its mean()")
+    if not isinstance(loss, Tensor):
         raise ValueError(
             f"batch {index}: this method reads gradients and so needs a loss, and the model's output "
             f"({type(output).__name__}) has none; put labels into the batches, or give loss=, a function of the model "
@@ -162,6 +164,7 @@ def scalar_loss(output: Any, index: int) -> Tensor:
         )
     if not bool(loss.isfinite()):
         raise ValueError(
-            f"batch {index}: the loss is {float(loss.detach())}, expected a finite number; check the batch and dtype"
+            f"batch {index}: the loss is {float(loss.detach())}, expected a finite number; check the batch and dtype "
+            "(all its labels may be −100)"
         )
     return loss

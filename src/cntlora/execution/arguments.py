@@ -16,7 +16,7 @@ from ..config import InitConfig
 from ..data.batches import Forward
 from ..data.memory import MaxMemory
 from ..data.padding import TokenMask
-from ..messages import unknown_name
+from ..messages import quoted, unknown_name
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -81,6 +81,11 @@ class Request(Options):
     batches: Iterable[Any] | None = None
     config: InitConfig | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model: expected a model (nn.Module) as the first argument, got {quoted(self.model)}")
+        _check_config(self.config)
+
 
 @dataclass(frozen=True)
 class TrainerRequest(Options):
@@ -94,6 +99,16 @@ class TrainerRequest(Options):
     trainer: Any
     config: InitConfig | None = None
 
+    def __post_init__(self) -> None:
+        _check_config(self.config)
+
+
+def _check_config(config: object) -> None:
+    """Raises TypeError for what is no configuration: a name, or a mapping."""
+    if config is not None and not isinstance(config, InitConfig):
+        cure = "InitConfig.from_dict(…)" if isinstance(config, dict) else f"InitConfig(method={quoted(config)})"
+        raise TypeError(f"config: expected an InitConfig, got {quoted(config)}; write {cure}")
+
 
 def called_with(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
     """Decorates a function of one object, which is then called with the fields of that object.
@@ -106,11 +121,15 @@ def called_with(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Calla
 
     def decorate(make: Callable[[A], R]) -> Callable[P, R]:
         signature = inspect.signature(arguments)
-        name = make.__name__
+        name, choices = make.__name__, {field.name for field in fields(InitConfig)}
 
         @wraps(make)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for key in kwargs:
+                if key in choices:
+                    raise TypeError(
+                        f"{name}: {key!r} is an option of the configuration; give config=InitConfig({key}=…)"
+                    )
                 if key not in signature.parameters:
                     raise TypeError(unknown_name(f"{name}: argument", key, signature.parameters))
             try:

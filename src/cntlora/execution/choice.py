@@ -13,7 +13,6 @@ import torch
 
 from ..config import InitConfig
 from ..data.batches import REPEATABLE, default_forward, device_of, first_batches, to_device, unwrapped
-from ..data.gradients import loss_in
 from ..data.reach import first_row, has_loss, is_watched
 from ..data.reading_mode import as_found, reading_mode
 from ..methods.method import find
@@ -82,10 +81,13 @@ def _usable(request: Request) -> tuple[bool, str]:
 
 
 def _gives_loss(model: nn.Module, call: Forward, batch: Any) -> bool:
-    """Whether the model names a finite loss for the first row of a batch; no random state moves."""
+    """Whether the model names a loss for the first row of a batch; no random state moves.
+
+    Not finite is a loss too: all labels of one row may be −100, and those of a whole batch are named when it is read.
+    """
     with reading_mode(model, [], ()), torch.no_grad():
         output = call(unwrapped(model), to_device(first_row(batch), device_of(model)))
-    return has_loss(output) and bool(loss_in(output, 0).isfinite())
+    return has_loss(output)
 
 
 class Resumed:
