@@ -139,13 +139,12 @@ def loss_in(output: Any, index: int) -> Tensor:
         loss = output.loss
     elif isinstance(output, (tuple, list)) and output:
         loss = output[0]
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(f"batch {index}: expected a loss that is a scalar, got {tuple(loss.shape)}; take its mean()")
-    if not isinstance(loss, Tensor):
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f" of shape {tuple(loss.shape)}, expected a scalar" if isinstance(loss, Tensor) else ""
         raise ValueError(
             f"batch {index}: this method reads gradients and so needs a loss, and the model's output "
-            f"({type(output).__name__}) has none; put labels into the batches, or give loss=, a function of the model "
-            "and the batch that returns a scalar"
+            f"({type(output).__name__}{shape}) has none; put labels into the batches, or give loss=, a function of the "
+            "model and the batch that returns a scalar"
         )
     return loss
 
