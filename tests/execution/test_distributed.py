@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.model.test_shared_factors import batches as tied_batches
+from tests.model.test_shared_factors import is_one, sharing, tied
 from tests.processes import connect, outcome, run
 from tests.tiny import adapted, state, text_batches
 from torch import Tensor, nn
@@ -193,9 +195,34 @@ def job_accelerate(rank: int, world: int, folder: Path) -> Any:
     return results
 
 
+def job_shared(rank: int, world: int, folder: Path) -> Any:
+    """Two layers with one set of factors: a tied head that DDP trains, layers of one set, and layers of their own."""
+    connect(rank, world, folder)
+    results: dict[str, Any] = {}
+    mine = tied_batches(4)[2 * rank : 2 * rank + 2]
+    for name, options in {
+        "tied": {"method": "self", "base": "offset"},
+        "tied, paired": {"method": "self", "base": "paired"},
+        "tied, adaptive": {"method": "pissa", "base": "keep", "adaptive_ranks": True, "rank_budget": 6},
+    }.items():
+        model = tied("llama")
+        report = initialize(model, mine, InitConfig.from_dict(options))
+        start = same(model)
+        train(DistributedDataParallel(model, find_unused_parameters=True), mine * 2)
+        results[name] = {"shared": dict(report.shared), "start": start, "end": same(model), "one": is_one(model)}
+    data = [torch.randn(20, 12, generator=torch.Generator().manual_seed(rank))]
+    for name, slots in {"layers": ("lora_A", "lora_B"), "of their own": ()}.items():
+        model = sharing(slots=slots)
+        report = initialize(model, data, InitConfig(method="self"))
+        first, second = (site for site in find_sites(model)[0] if site.name != "last")
+        one = first.A is second.A and first.B is second.B
+        results[name] = {"shared": dict(report.shared), "start": same(model), "end": same(model), "one": one}
+    return results
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    names = ["ddp", "failures", "exit_in_data", "killed_in_factors", "stopped_in_factors", "accelerate"]
+    names = ["ddp", "failures", "exit_in_data", "killed_in_factors", "stopped_in_factors", "accelerate", "shared"]
     return run(__file__, tmp_path_factory.mktemp("gloo"), {f"job_{name}": 2 for name in names})
 
 
@@ -260,6 +287,18 @@ def test_accelerate(results: Any, name: str) -> None:
     for rank in results["job_accelerate"]:
         assert (rank["processes"], rank["world"]) == (2, 2)
         assert rank[name] == {"start": True, "end": True, "batches": 6, "wrapped": True}
+
+
+@pytest.mark.parametrize("name", ["tied", "tied, paired", "tied, adaptive", "layers"])
+def test_layers_that_share_one_set_of_factors(results: Any, name: str) -> None:
+    for rank in results["job_shared"]:
+        assert rank[name]["shared"] and rank[name]["one"] and rank[name]["start"] and rank[name]["end"]
+
+
+def test_layers_with_factors_of_their_own_stay_apart(results: Any) -> None:
+    """The control."""
+    for rank in results["job_shared"]:
+        assert not rank["of their own"]["shared"] and not rank["of their own"]["one"]
 
 
 def test_one_process_is_left_alone(process_group: None) -> None:
