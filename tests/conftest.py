@@ -72,13 +72,13 @@ def _the_same_for_every_test() -> Iterator[None]:
 def run_fresh(tmp_path_factory: pytest.TempPathFactory) -> RunFresh:
     """Runs a script in a new interpreter and returns what it prints; `block` makes importing cntlora an error."""
 
-    def run(script: str, *arguments: object, block: bool = False) -> str:
+    def run(script: str, *arguments: object, block: bool = False, threads: int = 1) -> str:
         head = "import sys, warnings\nwarnings.simplefilter('ignore')\n"
         if block:
             head += "sys.modules['cntlora'] = None\n"
         path = tmp_path_factory.mktemp("fresh") / "script.py"
         path.write_text(head + script)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[1])}
         done = subprocess.run(
             [sys.executable, str(path), *map(str, arguments)],
             capture_output=True, text=True, env=environment, timeout=300, check=False,

@@ -49,6 +49,7 @@ def test_a_group_of_one_process_makes_the_plan_of_that_process(
 
 
 def test_several_passes_are_those_of_the_local_executor(process_group: None) -> None:
+    torch.set_num_threads(1)  # each thread needs room for a factorisation of its own
     batches = text_batches(3)
     executor = DistributedExecutor(LocalExecutor())
     plan = make_plan(Request(adapted(), batches, InitConfig(method="self"), max_memory=60_000), executor)

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from tests.cases import draw, lora, mlp, moments, relative_error, token_batches, wrapped
+from tests.conftest import RunFresh
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,6 +41,22 @@ def test_results_come_in_order_and_from_several_threads(two_threads: None) -> No
 
     assert side_by_side(work, range(6), [10] * 6, CPU) == [0, 1, 4, 9, 16, 25]
     assert len(names) == 2 and torch.get_num_threads() == 2
+
+
+SAME_BITS = """
+import torch
+torch.set_num_threads(4)
+from tests.tiny import adapted, text_batches
+from cntlora import InitConfig, compute_plan
+plans = [compute_plan(adapted(), text_batches(3), InitConfig(method="self")) for _ in range(2)]
+print(all(torch.equal(site.A, plans[1].sites[name].A) for name, site in plans[0].sites.items()))
+"""
+
+
+@pytest.mark.slow
+def test_the_first_plan_of_a_process_has_the_bits_of_the_next(run_fresh: RunFresh) -> None:
+    """A new thread would begin with the process's number of threads: False without `_with_one_thread`."""
+    assert run_fresh(SAME_BITS, threads=4).split()[-1] == "True"
 
 
 def test_large_matrices_stay_in_this_thread_and_company_changes_nothing(two_threads: None) -> None:

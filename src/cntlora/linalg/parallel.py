@@ -54,7 +54,7 @@ def side_by_side(
         if small:
             torch.set_num_threads(1)
             try:
-                found = _in_threads(threads, work, [items[i] for i in small])
+                found = _in_threads(threads, _with_one_thread(work), [items[i] for i in small])
                 done.update(zip(small, found, strict=True))
             finally:
                 torch.set_num_threads(threads)
@@ -130,6 +130,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def _with_one_thread(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """A new thread would begin with as many threads as the process started with, which shows in the bits."""
+
+    def run(item: Item) -> Result:
+        torch.set_num_threads(1)
+        return work(item)
+
+    return run
 
 
 def _without_gradients(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
