@@ -8,7 +8,8 @@ A template asks a question, answers it, and says which numbers show it:
 
 is a table of these methods, each at its best learning rate. `STUDY: ` before the methods takes another study than the
 one that the template is named after, `| at 0.003` behind the columns takes that learning rate, `| by loss` chooses the
-best learning rate by a held-out metric. Columns are those of `COLUMNS` and every held-out metric.
+best learning rate by a held-out metric. Columns are those of `COLUMNS` and every held-out metric. `<!-- rates NAME -->`
+is a table of `benchmarks.rates`, over all studies.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import rates
 from benchmarks.machine import RESULTS as RECORDS
 from benchmarks.overview import ROOT, RUNS, starts, study_of
 
@@ -35,6 +37,7 @@ from cntlora.lab.report.tables import metric_name, number_spec
 PAGES, IMAGES, OUT = ROOT / "studies" / "pages", ROOT / "studies" / "images", ROOT / "docs" / "results"
 MOST_ROWS, MOST_LINES = 6, 250
 TABLE = re.compile(r"^<!-- table (?:(\w+): )?([^|]+?) \| ([^|]+?)(?: \| (at|by) (\S+))? -->$", re.MULTILINE)
+RATES = re.compile(r"^<!-- rates (\w+) -->$", re.MULTILINE)
 
 STUDY = cache(study_of)
 Value = Callable[[Group, Study], Estimate]
@@ -81,12 +84,15 @@ def filled(template: Path, runs: Path = RUNS, records: Path = RECORDS) -> str:
         return _markdown(study, rows, [c.strip() for c in columns.split(",")], float(value) if word == "at" else None)
 
     text = TABLE.sub(table, template.read_text(encoding="utf-8"))
+    text = RATES.sub(lambda match: rates.TABLES[match[1]](runs), text)
     if "<!-- starts -->" in text:
         text = text.replace("<!-- starts -->", starts(records / "starts.json"))
     elif used:
         text = f"{text.rstrip()}\n\n{_sources(used)}"
     if len(text.splitlines()) > MOST_LINES or "<!--" in text:
-        raise ValueError(f"{template}: expected at most {MOST_LINES} lines and no directive but table and starts")
+        raise ValueError(
+            f"{template}: expected at most {MOST_LINES} lines and no directive but table, rates and starts"
+        )
     return text
 
 
