@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
-from cntlora.execution import site_plans
+from cntlora.execution import distributed, site_plans
 from cntlora.execution.executor import LocalExecutor, choose_executor
 from cntlora.execution.processes import gather, raise_together, world_size
 from cntlora.model.sites import find_sites
@@ -253,6 +253,15 @@ def test_a_loader_that_is_not_sharded_is_noticed(results: Any) -> None:
     for rank in results["job_ddp"]:
         assert any("every process read the same batches" in text for text in rank["equal data"])
         assert not any("every process" in text for text in rank["other data"])
+
+
+def test_the_same_batches_may_be_rounded_in_another_way() -> None:
+    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    one = [distributed._size(x.mT @ x)]
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    assert distributed._equal_sizes(one, [distributed._size((x * (1 + 1e-7))[order].mT @ x[order])])
+    assert not distributed._equal_sizes(one, [distributed._size(x[1:].mT @ x[1:])])  # the control: a row less
+    assert not distributed._equal_sizes(one, [])
 
 
 def test_parameters_that_ddp_holds_are_not_replaced(results: Any) -> None:

@@ -241,10 +241,23 @@ def _send(sums: SharedSums, group: _Group, owner: int, device: torch.device) -> 
 def _warn_of_equal_data(estimator: Estimator) -> None:
     """Every process should read its own share of the data; a loader that is not sharded gives all of them the same."""
     totals = [t for sums in estimator.accumulated for _, t in sums.groups() if not is_sharded(t)]
-    marks = [float(total.double().sum()) for total in totals]
-    everyone = gather(marks)
-    if marks and len(everyone) > 1 and all(other == marks for other in everyone):
+    everyone = gather([_size(total) for total in totals])
+    if totals and len(everyone) > 1 and all(_equal_sizes(everyone[0], other) for other in everyone):
         warn_caller(
             "every process read the same batches, so that they count several times (eq. 18 depends on their number); "
             "shard the data, for example with a DistributedSampler or accelerator.prepare(loader)"
         )
+
+
+def _size(total: torch.Tensor) -> tuple[float, float]:
+    """Sum and norm of the entries."""
+    total = total.double()
+    return float(total.sum()), float(torch.linalg.vector_norm(total))
+
+
+def _equal_sizes(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> bool:
+    """Whether sums are those of the same batches, which another process may round in another way."""
+    return len(one) == len(other) and all(
+        abs(sum_one - sum_other) <= 1e-5 * norm and abs(norm - norm_other) <= 1e-5 * norm
+        for (sum_one, norm), (sum_other, norm_other) in zip(one, other, strict=True)
+    )
