@@ -89,6 +89,34 @@ def run(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def assert_exported(folder: Path) -> None:
+    """What the block saved becomes a file of either format by the commands that the page names next."""
+    from diffusers import StableDiffusionPipeline
+    from typer.testing import CliRunner
+
+    from cntlora.cli.app import app
+
+    def weights(file: Path) -> dict[str, torch.Tensor]:
+        pipe = StableDiffusionPipeline.from_pretrained(folder / "sd", safety_checker=None)
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
+        pipe.fuse_lora()
+        parts = (pipe.unet, pipe.text_encoder)
+        return {n: p for part in parts for n, p in part.named_parameters() if n.endswith("base_layer.weight")}
+
+    saved = weights(folder / "out" / "pytorch_lora_weights.safetensors")
+    pristine = StableDiffusionPipeline.from_pretrained(folder / "sd", safety_checker=None).unet.state_dict()
+    assert len(saved) > 10 and any(
+        not torch.equal(p, pristine.get(n.replace(".base_layer", ""), p)) for n, p in saved.items()
+    )
+    for format in ("kohya", "diffusers"):
+        file = folder / f"{format}.safetensors"
+        result = CliRunner().invoke(app, ["export", str(folder / "out"), "--format", format, "--out", str(file)])
+        assert result.exit_code == 0, result.stderr
+        again = weights(file)
+        assert again.keys() == saved.keys()
+        assert all(torch.allclose(again[n], p, rtol=1e-4, atol=1e-6) for n, p in saved.items())
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "diffusers" else name for name in GIVEN]
 )
@@ -102,7 +130,7 @@ def test_the_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rank = 8 if start.base == "offset" else 4  # of descent, which a trainer with a loss may choose, as of LoraConfig
     assert sites and all(site.rank == rank and bool(site.B.detach().all(dim=0).any()) for site in sites)
     if name == "diffusers":
-        assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+        assert_exported(tmp_path)
     elif name == "sentence_transformers":
         loaded = PeftModel.from_pretrained(base_model("bert").bert, tmp_path / "out" / "adapter")
         ours = copies(model)

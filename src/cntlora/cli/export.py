@@ -20,7 +20,8 @@ def export(
     adapter: Annotated[
         Path,
         typer.Argument(
-            help="Adapter folder as PEFT, diffusers, `cntlora init` or `cntlora run` writes it, or a diffusers file."
+            help="Adapter folder as PEFT, diffusers, `cntlora init` or `cntlora run` writes it, or a file of diffusers "
+            "or kohya."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")],

@@ -44,7 +44,7 @@ def export_adapter(
 
     Args:
         adapter: a folder with `adapter_config.json` (PEFT, `save_adapter`), one with
-            `pytorch_lora_weights.safetensors`, or such a file.
+            `pytorch_lora_weights.safetensors`, or such a file, in any spelling of diffusers or of kohya's tools.
         out: the file; it is replaced whole.
         format: "diffusers", for a pipeline's `load_lora_weights`: alpha = rank at every site. "kohya", for sd-scripts,
             ComfyUI and the web UIs: one alpha for all sites, to which B is scaled, since diffusers misreads several.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..messages import unknown_name
 from .adapter_folder import CONFIG, DIFFUSERS_FILE, PREFIX, WEIGHTS
 from .inspection import by_pattern, read_folder
+from .spellings import kohya_site, split_key
 
 DIFFUSERS_HEAD = "lora_adapter_metadata"
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
@@ -36,7 +37,6 @@ _OF_PART = {
     "prior": re.compile(r"(\w+_)?blocks\."),
 }
 """What names of layers of each part begin with; a part that is named has at least one of them."""
-_HALVES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias", "lora_magnitude_vector": "magnitude"}
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,18 @@ def read_parts(source: Path, component: str | None = None) -> Parts:
     if component is not None and component not in PARTS:
         raise ValueError(unknown_name("component", component, PARTS))
     if source.suffix == ".safetensors" or (source / DIFFUSERS_FILE).is_file():
-        return _read_diffusers(source if source.suffix == ".safetensors" else source / DIFFUSERS_FILE)
+        return _read_file(source if source.suffix == ".safetensors" else source / DIFFUSERS_FILE, component)
     if not (source / CONFIG).is_file():
         raise ValueError(
             f"{source}: no adapter is there; expected a folder with {CONFIG} and {WEIGHTS} (PEFT, `cntlora init`), "
-            f"one with {DIFFUSERS_FILE} (diffusers), or a .safetensors file of diffusers"
+            f"one with {DIFFUSERS_FILE} (diffusers), or a .safetensors file of diffusers or kohya"
         )
     config, state = read_folder(source)
     named = {key.removeprefix(PREFIX): value for key, value in state.items()}
     parts: Parts = {}
-    for name, factors in _sites(named, config, source / WEIGHTS):
+    for name, halves in sorted(_halves(named, source / WEIGHTS).items()):
         part, inner = _part_of(name, component)
-        parts.setdefault(part, {})[inner] = factors
+        parts.setdefault(part, {})[inner] = _factors(name, halves, config, source / WEIGHTS)
     if component is not None and not any(_OF_PART[component].match(name) for name in parts[component]):
         raise ValueError(
             f"{source}: this is no adapter of a text-to-image model: no site is named like a layer of a {component}, "
@@ -99,7 +99,8 @@ def read_parts(source: Path, component: str | None = None) -> Parts:
     return parts
 
 
-def _read_diffusers(file: Path) -> Parts:
+def _read_file(file: Path, component: str | None) -> Parts:
+    """A file of diffusers, in any of its spellings, or of kohya."""
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file")
     try:
@@ -109,34 +110,48 @@ def _read_diffusers(file: Path) -> Parts:
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); is it cut short?") from error
     parts: Parts = {}
-    for part in sorted({key.partition(".")[0] for key in state}):
-        if part not in PARTS:
-            known = ", ".join(PARTS)
-            raise ValueError(f"{file}: key {part}… is of no part of a pipeline that is known ({known})")
-        own = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
+    for name, halves in sorted(_halves(state, file).items()):
+        part, inner = kohya_site(name) or _part_in_file(name, component, file)
         config = {key.removeprefix(f"{part}."): value for key, value in head.items() if key.startswith(f"{part}.")}
-        parts[part] = dict(_sites(own, config, file))
+        parts.setdefault(part, {})[inner] = _factors(inner, halves, config, file)
     return parts
 
 
-def _sites(state: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) -> Iterator[tuple[str, SiteFactors]]:
+def _part_in_file(name: str, component: str | None, file: Path) -> tuple[str, str]:
+    """Part and name within it; the file's own word counts before `component`."""
+    if name.startswith("lora_") and "." not in name:
+        raise ValueError(
+            f"{file}: site {name} is named as in kohya's tools, but as no layer that diffusers has in a Stable "
+            "Diffusion UNet or a CLIP text encoder; such a file is one for kohya's tools already"
+        )
+    return _part_of(name, None if name.partition(".")[0] in PARTS else component)
+
+
+def _halves(state: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
+    """Site → A, B and what else the file has of it."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        name, _, half = key.rpartition(".lora_")
-        if f"lora_{half}" not in _HALVES or not name:
+        split = split_key(key)
+        if split is None:
             raise ValueError(
                 f"{file}: it holds {key}, which files of diffusers and kohya have no place for; expected LoRA of "
                 "linear layers and convolutions alone, without modules_to_save"
             )
-        found.setdefault(name, {})[_HALVES[f"lora_{half}"]] = value
+        found.setdefault(split[0], {})[split[1]] = value
     if not found:
         raise ValueError(f"{file}: there is no LoRA in it")
-    for name, halves in sorted(found.items()):
-        A, B = halves.get("A"), halves.get("B")
-        if A is None or B is None or B.dim() < 2 or A.shape[0] != B.shape[1]:
-            shapes = {half: tuple(value.shape) for half, value in halves.items()}
-            raise ValueError(f"{file}: site {name} has {shapes}; expected A (rank, …) and B (…, rank) of the same rank")
-        yield name, SiteFactors(**halves).scaled(_scaling(name, int(A.shape[0]), config))
+    return found
+
+
+def _factors(name: str, halves: dict[str, Tensor], config: Mapping[str, Any], file: Path) -> SiteFactors:
+    A, B = halves.get("A"), halves.get("B")
+    if A is None or B is None or B.dim() < 2 or A.shape[0] != B.shape[1]:
+        shapes = {half: tuple(value.shape) for half, value in halves.items()}
+        raise ValueError(f"{file}: site {name} has {shapes}; expected A (rank, …) and B (…, rank) of the same rank")
+    rank = int(A.shape[0])
+    alpha = halves.get("alpha")  # of kohya's files, for this site, as nothing else tells
+    scaling = _scaling(name, rank, config) if alpha is None else float(alpha) / rank
+    return SiteFactors(A, B, halves.get("bias"), halves.get("magnitude")).scaled(scaling)
 
 
 def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
