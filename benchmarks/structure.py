@@ -5,8 +5,9 @@
     python benchmarks/structure.py path/to/lineax --verbose          # with the depth of every module
 
 The import depth is the number of files in the longest chain of module-level imports inside the package. Imports under
-`if TYPE_CHECKING:` and inside functions do not count. A cycle is an error. The lines of a function are counted without
-its docstring, those of a file are counted as they are.
+`if TYPE_CHECKING:` do not count. Those inside functions do not count either, since they run later; so that none hides
+there, their number is printed too. A cycle is an error. The lines of a function are counted without its docstring,
+those of a file are counted as they are.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ REST = "(the rest of the package)"
 
 @dataclass(frozen=True)
 class Structure:
-    """What was measured of a package.
+    """Measurements of a package.
 
     Attributes:
         chain: the longest chain of imports, from the importing end.
         depths: module → the length of its longest chain.
+        deferred: imports of its own modules inside functions, as (importing module, imported module).
         file_lines, function_lines: of every file, and of every function and method.
     """
 
     chain: tuple[str, ...]
     depths: dict[str, int]
+    deferred: tuple[tuple[str, str], ...]
     file_lines: tuple[int, ...]
     function_lines: tuple[int, ...]
 
@@ -61,8 +64,11 @@ def measure(root: Path, without: Iterable[str] = (), only: str = "") -> Structur
         raise FileNotFoundError(f"{root}: there is no Python file to measure")
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
     graph: dict[str, list[str]] = {REST: []}
+    deferred = []
     for name, tree in trees.items():
-        found = _imported(name, tree, modules[name].name == "__init__.py", every) - {name}
+        is_package = modules[name].name == "__init__.py"
+        found = _imported(name, _import_statements(tree.body), is_package, every) - {name}
+        deferred += [(name, other) for other in sorted(_imported(name, _inside_functions(tree), is_package, every))]
         graph[name] = sorted({other if other in modules else REST for other in found if other in modules or only})
     chains = _longest_chains(graph)
     chains.pop(REST)
@@ -70,6 +76,7 @@ def measure(root: Path, without: Iterable[str] = (), only: str = "") -> Structur
     return Structure(
         chain=max(chains.values(), key=len),
         depths={name: len(chain) for name, chain in chains.items()},
+        deferred=tuple(deferred),
         file_lines=tuple(len(path.read_text(encoding="utf-8").splitlines()) for path in modules.values()),
         function_lines=tuple(_lines(f) for f in functions if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))),
     )
@@ -96,10 +103,12 @@ def _wanted(name: str, package: str, without: list[str], only: str) -> bool:
     return not any(map(inside, without)) and (not only or inside(only))
 
 
-def _imported(module: str, tree: ast.Module, is_package: bool, modules: Iterable[str]) -> set[str]:
-    """The modules of the package that a module imports while it is loaded."""
+def _imported(
+    module: str, statements: Iterable[ast.Import | ast.ImportFrom], is_package: bool, modules: Iterable[str]
+) -> set[str]:
+    """The modules of the package that the import statements of a module name."""
     known, found = set(modules), set()
-    for node in _import_statements(tree.body):
+    for node in statements:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
             continue
@@ -128,6 +137,13 @@ def _import_statements(body: Iterable[ast.stmt]) -> Iterator[ast.Import | ast.Im
                 yield from _import_statements(part)
         elif isinstance(node, (ast.With, ast.ClassDef)):
             yield from _import_statements(node.body)
+
+
+def _inside_functions(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when a function is called."""
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    for function in functions:
+        yield from (node for node in ast.walk(function) if isinstance(node, (ast.Import, ast.ImportFrom)))
 
 
 def _longest_chains(graph: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
@@ -162,7 +178,7 @@ def main() -> int:
     parser.add_argument("root", type=Path, help="folder of the package")
     parser.add_argument("--without", nargs="*", default=[], metavar="PART", help="subpackages or modules to leave out")
     parser.add_argument("--only", default="", metavar="PART", help="the one subpackage to measure")
-    parser.add_argument("--verbose", action="store_true", help="print the depth of every module")
+    parser.add_argument("--verbose", action="store_true", help="print depths and imports inside functions")
     given = parser.parse_args()
     try:
         found = measure(given.root, given.without, given.only)
@@ -171,9 +187,12 @@ def main() -> int:
         return 1
     for name, depth in sorted(found.depths.items(), key=lambda item: (-item[1], item[0])) if given.verbose else ():
         print(f"{depth:3d}  {name}")
+    for name, other in found.deferred if given.verbose else ():
+        print(f"     {name} imports {other} inside a function")
     print(f"import depth {len(found.chain)}: {' > '.join(found.chain)}")
-    for what, lines in (("files", found.file_lines), ("functions", found.function_lines)):
-        print(f"{len(lines)} {what}, 90 % of them within {percentile(lines, 0.9)} lines")
+    print(f"{len(found.deferred)} imports of its own modules inside functions")
+    for kind, lines in (("files", found.file_lines), ("functions", found.function_lines)):
+        print(f"{len(lines)} {kind}, 90 % of them within {percentile(lines, 0.9)} lines")
     return 0
 
 

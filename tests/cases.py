@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from cntlora import InitConfig
 from cntlora.linalg.moments import Moments
 from cntlora.methods.estimator import InputReader, absorb_batch
+from cntlora.methods.factors import site_generator
 from cntlora.methods.shift import shift_constant
-from cntlora.methods.target import site_generator
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """What the relative error against the reference may be, by the dtype of the inputs."""

@@ -13,8 +13,7 @@ from tests.fuzz_models import Node, Whole, build, sizes, trees
 from torch import Tensor, nn
 
 from cntlora import InitConfig, InitPlan, InitReport, apply_plan, compute_plan, initialize
-from cntlora.methods.method import METHODS, all_options
-from cntlora.methods.options import option_names
+from cntlora.methods.method import METHODS, all_options, option_names
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

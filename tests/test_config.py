@@ -15,8 +15,7 @@ import cntlora
 from cntlora import Cross, Descent, Eva, InitConfig, Lora, Olora, Self, Shift
 from cntlora.config import BASES
 from cntlora.messages import unknown_name
-from cntlora.methods.method import METHODS
-from cntlora.methods.options import EARLIER_DEFAULTS, choices
+from cntlora.methods.method import EARLIER_DEFAULTS, METHODS, choices
 
 CHOICES: dict[str, tuple[str, ...]] = {"method": cntlora.methods(), "base": BASES, **choices(Self)}
 """The options that take one of a few names."""

@@ -18,7 +18,8 @@ from torch import nn
 from cntlora import InitConfig, InitPlan, apply_plan, compute_plan, initialize
 from cntlora.atomic import write_atomically
 from cntlora.model.sites import find_sites
-from cntlora.plan import FORMAT, sketch_distance, weight_sketch
+from cntlora.plan import FORMAT
+from cntlora.site_plan import sketch_distance, weight_sketch
 
 FIRST = "bert.encoder.layer.0.attention.self.query"
 CONFIGS = [

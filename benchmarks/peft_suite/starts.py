@@ -35,6 +35,7 @@ import cntlora
 from cntlora.data.reading_mode import as_found
 from cntlora.model.checks import usable_sites
 from cntlora.model.lora_layers import factor_slots
+from cntlora.model.sites import find_sites
 
 WEIGHTS_ONLY = ("pissa", "olora", "lora")
 """Methods that read no data."""
@@ -158,7 +159,7 @@ def _initialise(session: Session, model: nn.Module, adapter: str, changes: bool)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sites, tied, refused = usable_sites(model, adapter, config, "warn")
+            sites, tied, refused = usable_sites(model, find_sites(model, adapter), adapter, config, "warn")
         sites += [one.site for one in tied]
         refusals += [f"{name} cannot be initialised: {reason}" for name, reason in refused.items()]
         too_small = any(site.rank > min(site.in_features, site.out_features) for site in sites)

@@ -19,9 +19,10 @@ from .files.saving import save_adapter
 from .methods import *  # noqa: F403 (its `__all__`: a method is added in one place)
 from .methods import __all__ as _method_classes
 from .methods.method import methods
-from .model.freezing import freeze_offset
-from .plan import InitPlan, SitePlan
+from .model.writer import freeze_offset
+from .plan import InitPlan
 from .report import InitReport
+from .site_plan import SitePlan
 from .version import VERSION as __version__
 
 __all__ = [

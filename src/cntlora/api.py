@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict, replace
+
+import torch
 from torch import nn
 
 from .config import InitConfig
 from .execution.arguments import Request, TrainerRequest, called_with
-from .execution.compute import make_plan
-from .execution.executor import LocalExecutor, choose_executor
+from .execution.choice import with_method
+from .execution.distributed import choose_executor
+from .execution.executor import Executor, LocalExecutor
+from .execution.reached import reached_sites
+from .execution.reading import Statistics, read_statistics
+from .execution.site_plans import plan_sites, with_followers
+from .execution.step_size import with_step_size
+from .messages import warn_caller
 from .model.lora_layers import lora_layers
-from .model.sharded import is_split, recover, reshard, shards
+from .model.sharded import is_partitioned, is_split, recover, reshard, shards
 from .model.writer import write_plan
-from .model.zero3 import is_partitioned
 from .plan import InitPlan
-from .report import InitReport
+from .report import InitReport, far_cure
+from .site_plan import FAR
 from .trainers import check_trainer, closed, left_as_found, training_arguments
+from .version import VERSION
 
 
 @called_with(Request)
@@ -110,6 +121,55 @@ def initialize_from_trainer(request: TrainerRequest) -> InitReport:
     with left_as_found(trainer):
         given = training_arguments(trainer, config, request.forward, request.loss, request.adapter_name)
         return initialize(trainer.model, config=config, **{**request.options(), **given})
+
+
+def make_plan(request: Request, executor: Executor) -> InitPlan:
+    """Reads the data and works out the plan of all sites; changes nothing.
+
+    Where there are several processes, all have to call it, and get the same plan.
+    """
+    with with_method(request, executor) as (request, choice):
+        statistics = read_statistics(request, executor)
+    part = plan_from(statistics)
+    plan = executor.join(part, [site.name for site in statistics.sites])
+    plan = replace(with_step_size(plan, statistics), choice=choice)
+    if statistics.tied:
+        order = [name for name, _ in lora_layers(request.model, request.adapter_name)]
+        plan = with_followers(plan, statistics.tied, order)
+    _warn_of_far_starts(plan)
+    return plan
+
+
+def plan_from(statistics: Statistics) -> InitPlan:
+    """Estimates, factors and ranks of the sites of this process, from what was read."""
+    try:
+        reached, left_plain = reached_sites(statistics)
+        sites = plan_sites(reached, statistics)
+    finally:
+        statistics.budget.close()
+    return InitPlan(
+        sites=sites,
+        config=statistics.config,
+        skipped={**statistics.skipped, **left_plain},
+        batches=statistics.facts.batches,
+        seconds=time.perf_counter() - statistics.started,
+        forward_seconds=statistics.seconds,
+        versions={"cntlora": VERSION, "torch": torch.__version__},
+        memory=asdict(statistics.budget.use),
+        unreached=[name for name in statistics.unreached or () if name in sites],
+    )
+
+
+def _warn_of_far_starts(plan: InitPlan) -> None:
+    """Warns of starts whose ‖s·B·A‖/‖W‖ is far beyond what trained adapters reach."""
+    far = plan.far_starts()
+    if far:
+        name, size = next(iter(far.items()))
+        others = f" (and {len(far) - 1} more, see the report)" if len(far) > 1 else ""
+        warn_caller(
+            f"site {name}{others}: ‖s·B·A‖/‖W‖ of its start is {size:.3g}, expected at most {FAR:g}; trained adapters "
+            f"stay far below, and such starts train badly; {far_cure(plan.config)}"
+        )
 
 
 def _check_before_engine(model: nn.Module, adapter: str) -> None:

@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from .messages import unknown_name, warn_caller
-from .methods.method import METHODS, Method, all_options, find, from_flat
-from .methods.options import EARLIER_DEFAULTS, check_flag, check_integer, option_names, own_default
+from .messages import check_flag, check_integer, unknown_name, warn_caller
+from .methods.method import (
+    EARLIER_DEFAULTS,
+    METHODS,
+    Method,
+    all_options,
+    find,
+    from_flat,
+    option_names,
+    own_default,
+)
 
 Base = Literal["offset", "paired", "subtract", "keep"]
 BASES: tuple[Base, ...] = ("offset", "paired", "subtract", "keep")

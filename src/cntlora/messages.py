@@ -1,9 +1,10 @@
-"""What is said to the user: warnings that point at the line of their code, and errors quoted in one line."""
+"""Messages to the user: warnings that point at the line of their code, errors in one line, checks of plain values."""
 
 from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import sys
 import sysconfig
@@ -108,3 +109,27 @@ def unknown_name(what: str, name: object, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), allowed, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"{what}: {quoted(name)} is not known{hint}; expected one of: {', '.join(allowed)}"
+
+
+def check_number(name: str, value: object, low: float, high: float, hint: str, *, open_low: bool = False) -> None:
+    """Raises TypeError for what is no number, ValueError for one that is out of range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {quoted(value)}; {hint}")
+    inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
+    if not inside:
+        left = "(" if open_low else "["
+        raise ValueError(f"{name}: expected a finite number in {left}{low:g}, {high:g}], got {quoted(value)}; {hint}")
+
+
+def check_integer(name: str, value: object, low: int) -> None:
+    """Raises TypeError for what is no whole number, ValueError for one below `low`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {quoted(value)}")
+    if value < low:
+        raise ValueError(f"{name}: expected at least {low}, got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {quoted(value)}")

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .methods.options import option_names
-from .plan import FAR, InitPlan, site_dict
+from .methods.method import option_names
+from .site_plan import FAR
 
 if TYPE_CHECKING:
     from .config import InitConfig
+    from .plan import InitPlan
 
 NAMES_SHOWN = 5
 """Sites that a note under the table names; those that it is of are marked in the table."""
@@ -54,7 +55,7 @@ class InitReport:
     @classmethod
     def of(cls, plan: InitPlan) -> InitReport:
         """Make the report of a plan."""
-        sites = {name: site_dict(site) for name, site in plan.sites.items()}
+        sites = {name: site.to_dict() for name, site in plan.sites.items()}
         rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory), dict(plan.step))
         return cls(
             plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared), list(plan.unreached), plan.far_starts(),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import InitConfig
 from .data.batches import REPEATABLE, Forward, default_forward
 from .model.checks import gradient_refusal
+from .model.sites import find_sites
 
 NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 """Keys of a batch that TRL's preference trainers read themselves and keep from the model."""
@@ -63,7 +64,8 @@ def training_arguments(
     """
     reads: str = "inputs" if config.method is None else config.method.reads
     if config.method is None:
-        refusal = gradient_refusal(trainer.model, adapter, InitConfig("descent"), InitConfig("self"))
+        found = find_sites(trainer.model, adapter)
+        refusal = gradient_refusal(trainer.model, found, adapter, InitConfig("descent"), InitConfig("self"))
         reads = "inputs" if refusal else "gradients"
     if reads == "weights":
         return {"batches": None, "forward": forward, "loss": loss}

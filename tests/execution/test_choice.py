@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cntlora import InitConfig, InitPlan, InitReport, compute_plan, initialize, initialize_from_trainer
-from cntlora.execution.choice import Resumed
+from cntlora.data.batches import KeptBatches
 
 OPEN = InitConfig(method=None)
 
@@ -171,10 +171,12 @@ def test_a_source_is_begun_once() -> None:
             begun.append(1)
             return iter((1, 2, 3))
 
-    source = Resumed(Source())
+    source = KeptBatches(Source(), 9)
     assert source.first() == 1 and list(source) == [1, 2, 3] and len(begun) == 1
-    assert list(source) == [1, 2, 3] and len(begun) == 2 and source.size == 3
-    assert Resumed([]).first() is None
+    assert list(source) == [1, 2, 3] and len(begun) == 1 and source.size == 3
+    assert KeptBatches([], 9).first() is None
+    rest = iter(range(5))
+    assert list(KeptBatches(rest, 2)) == [0, 1] and next(rest) == 2  # not one more than is asked for
 
 
 def test_a_trainer_gives_its_loss(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
 from cntlora.execution import distributed, site_plans
-from cntlora.execution.executor import LocalExecutor, choose_executor
+from cntlora.execution.distributed import choose_executor
+from cntlora.execution.executor import LocalExecutor
 from cntlora.execution.processes import gather, raise_together, world_size
 from cntlora.model.sites import find_sites
 

@@ -12,8 +12,8 @@ from tests.processes import connect, run
 from tests.tiny import adapted, text_batches
 from torch import Tensor, nn
 
-from cntlora import InitConfig, compute_plan, initialize
-from cntlora.execution import compute, site_plans
+from cntlora import InitConfig, api, compute_plan, initialize
+from cntlora.execution import site_plans
 from cntlora.execution.distributed import distribute, linked_names
 from cntlora.execution.step_size import TRIED
 from cntlora.model.sites import find_sites
@@ -142,7 +142,7 @@ def job_traffic(rank: int, world: int, folder: Path) -> Any:
     connect(rank, world, folder)
     sent: list[int] = []
     kept: list[list[str]] = []
-    reduce, plan_from = dist.reduce, compute.plan_from
+    reduce, plan_from = dist.reduce, api.plan_from
 
     def counted(tensor: Tensor, **options: Any) -> Any:
         sent.append(tensor.numel())
@@ -152,11 +152,11 @@ def job_traffic(rank: int, world: int, folder: Path) -> Any:
         kept.extend(names for names, _ in statistics.estimator.accumulated[0].groups())
         return plan_from(statistics)
 
-    dist.reduce, compute.plan_from = counted, seen
+    dist.reduce, api.plan_from = counted, seen
     try:
         initialize(adapted(), text_batches(2, seed=rank), InitConfig(method="self", base="keep"))
     finally:
-        dist.reduce, compute.plan_from = reduce, plan_from
+        dist.reduce, api.plan_from = reduce, plan_from
     return {"sent": sent, "kept": kept}
 
 

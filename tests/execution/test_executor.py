@@ -12,13 +12,13 @@ import torch
 from tests.tiny import adapted, text_batches
 
 from cntlora import InitConfig, InitPlan, compute_plan
-from cntlora.execution import executor as executors
+from cntlora.api import make_plan
+from cntlora.execution import distributed
 from cntlora.execution.arguments import Request
-from cntlora.execution.compute import make_plan
-from cntlora.execution.distributed import DistributedExecutor
-from cntlora.execution.executor import LocalExecutor, choose_executor
+from cntlora.execution.distributed import DistributedExecutor, choose_executor
+from cntlora.execution.executor import LocalExecutor
 
-PACKAGE = Path(executors.__file__).parents[1]
+PACKAGE = Path(distributed.__file__).parents[1]
 
 
 def same(one: InitPlan, other: InitPlan) -> bool:
@@ -60,11 +60,11 @@ def test_several_passes_are_those_of_the_local_executor(process_group: None) -> 
 
 def test_the_executor_is_chosen_by_the_group_and_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(choose_executor(adapted()), LocalExecutor)
-    monkeypatch.setattr(executors, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     found = choose_executor(adapted())
     assert isinstance(found, DistributedExecutor) and not found.sharded
-    monkeypatch.setattr(executors, "world_size", lambda: 1)
-    monkeypatch.setattr(executors, "shards", lambda model: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    monkeypatch.setattr(distributed, "shards", lambda model: 3)
     found = choose_executor(adapted())
     assert isinstance(found, DistributedExecutor) and found.sharded
 
@@ -73,7 +73,7 @@ def test_nobody_else_asks_for_other_processes() -> None:
     """Only the module that communicates and the one that reads sharded weights know torch.distributed."""
     asks = re.compile(r"torch\.distributed|\bworld_size\(|\bget_rank\(")
     found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if asks.search(path.read_text())}
-    room = {"executor.py", "distributed.py", "sharded_inputs.py", "processes.py"}
+    room = {"distributed.py", "sharded_inputs.py", "processes.py"}
     assert {name for name in found if not name.startswith("lab/")} == {f"execution/{name}" for name in room} | {
         "model/sharded.py"
     }

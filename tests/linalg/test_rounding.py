@@ -28,7 +28,7 @@ from cntlora.methods.facts import Facts, SiteFacts
 from cntlora.methods.self_mode import self_map, self_quick
 from cntlora.methods.statistics import InputEstimator
 from cntlora.methods.target import Target
-from cntlora.plan import FAR
+from cntlora.site_plan import FAR
 
 root = pytest.mark.parametrize("root", ["paper", "symmetric", "cholesky"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=precision_of)

@@ -27,7 +27,7 @@ from tests.tiny import KINDS, adapted, changed, one_shot, state, text_batches
 from torch import Tensor, nn
 
 from cntlora import InitConfig, InitReport, compute_plan, initialize
-from cntlora.data.gradients import scalar_loss
+from cntlora.data.batches import scalar_loss
 from cntlora.execution.step_size import ENOUGH, LEAST, MOST, NEAR, TRIED, best_size, lowest_near
 from cntlora.methods.descent import ROW_NORM, descent_factors, descent_target, mean_square, whitening
 

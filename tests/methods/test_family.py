@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 import cntlora
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
-from cntlora.data.gradients import scalar_loss
-from cntlora.methods.method import METHODS, all_options
-from cntlora.methods.options import option_names
+from cntlora.data.batches import scalar_loss
+from cntlora.methods.method import METHODS, all_options, option_names
 
 PRODUCT = ("pissa", "olora", "corda", "lora_ga", "lora_one", "lora_da", "gora")
 ZERO = ("lora", "eva")

@@ -11,8 +11,8 @@ from tests import reference
 from tests.cases import SIZES, Mlp, added, array, draw, gradients, mlp, relative_error, squares, token_batches, wrapped
 
 from cntlora import InitConfig, compute_plan
+from cntlora.methods.factors import lora_down
 from cntlora.methods.gora import GAMMA, gora_ranks, gora_up
-from cntlora.methods.lora import lora_down
 from cntlora.methods.target import RankFacts
 
 R = 3

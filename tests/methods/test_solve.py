@@ -33,9 +33,9 @@ from cntlora.linalg.moments import Moments
 from cntlora.linalg.sums import SharedSums
 from cntlora.methods import shift
 from cntlora.methods.cross import cross_map
+from cntlora.methods.factors import site_generator
 from cntlora.methods.shift import ShiftEstimator, shift_resolvent
 from cntlora.methods.statistics import MapEstimator
-from cntlora.methods.target import site_generator
 
 case = pytest.mark.parametrize("case", CASES, ids=repr)
 mode = pytest.mark.parametrize("mode", MODES, ids=repr)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from cntlora import InitConfig, compute_plan, initialize, initialize_from_trainer
-from cntlora.model import zero3
+from cntlora.model import sharded, zero3
 from cntlora.model.sites import find_sites
 
 pytest.importorskip("deepspeed", reason="builds from source; `pip install deepspeed`")
@@ -105,7 +105,7 @@ def one_at_a_time(rank: int, world: int, folder: Path) -> dict[str, int]:
     """The most numbers that were gathered at once, beside those of the largest parameter and of all."""
     connect(rank, world, folder)
     model = partitioned()
-    most, held, own = 0, 0, zero3.gathered_parameters
+    most, held, own = 0, 0, sharded.gathered_parameters
 
     class Counted:
         def __init__(self, parameters: Any) -> None:
@@ -123,7 +123,7 @@ def one_at_a_time(rank: int, world: int, folder: Path) -> dict[str, int]:
             held -= self.size
             self.inner.__exit__(*error)
 
-    zero3.gathered_parameters = Counted
+    sharded.gathered_parameters = zero3.gathered_parameters = Counted
     initialize(model, batches(rank), config("self"))
     sizes = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_numel")]
     return {"most": most, "largest": max(sizes), "all": sum(sizes), "left": held}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import default_forward, device_of, to_device, unwrapped
-from ..data.gradients import gradients_of, scalar_loss
+from ..data.batches import default_forward, device_of, scalar_loss, to_device, unwrapped
+from ..data.gradients import gradients_of
 from ..data.reading_mode import as_found
 from ..model.sites import Site, find_sites
 

@@ -6,12 +6,12 @@ transformers' models are known by their configuration and methods; it is not imp
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.lora_layers import is_lora_layer
 
@@ -72,6 +72,12 @@ class Anatomy:
     def maker_of_frames(self) -> nn.Module | None:
         """The module that tells the mask of frames from that of samples."""
         return next((m for m in self.model.modules() if all(hasattr(type(m), name) for name in OF_FRAMES)), None)
+
+    @property
+    def frame_methods(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """Its methods for the mask of the frames and for their number."""
+        mask_of, length_of = (getattr(self.maker_of_frames, name) for name in OF_FRAMES)
+        return mask_of, length_of
 
     @cached_property
     def frame_options(self) -> tuple[dict[str, bool], ...]:

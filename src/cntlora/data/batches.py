@@ -1,11 +1,13 @@
-"""What a batch may be: a mapping (BatchEncoding too), a tuple or list, or a tensor; sized or not; never edited."""
+"""Batches, how a model is called with one, and the loss in what it gives.
+
+A batch is a mapping (BatchEncoding too), a tuple or list, or a tensor. It is never edited.
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -39,23 +41,28 @@ def first_batches(batches: Iterable[Any], count: int) -> Iterator[Any]:
 
 
 class KeptBatches:
-    """The first batches of a source, and later the very same ones again; in all else it is the source."""
+    """The first batches of a source, kept, so that each loop over them has the same; in all else it is the source."""
 
     def __init__(self, source: Iterable[Any], count: int) -> None:
         self.source, self.count = source, count
-        self.batches: list[Any] | None = None
+        self._kept: list[Any] = []
+        self._rest: Iterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)  # a DataLoader's generators, which are left as found
 
     def __iter__(self) -> Iterator[Any]:
-        if self.batches is not None:
-            yield from self.batches
-            return
-        self.batches = []
-        for batch in first_batches(self.source, self.count):
-            self.batches.append(batch)
+        yield from self._kept
+        if self._rest is None:
+            self._rest = first_batches(self.source, self.count)
+        for batch in self._rest:
+            self._kept.append(batch)
             yield batch
+        self._rest = iter(())  # a DataLoader's workers end
+
+    def first(self) -> Any:
+        """The first batch, read ahead; None where there is none."""
+        return next(iter(self), None)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -81,23 +88,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-@contextmanager
-def read_eagerly(model: nn.Module) -> Iterator[None]:
-    """Inside, what torch.compile has compiled runs as it is written, so that hooks are called; nothing is forgotten."""
-    if not any(map(_is_compiled, model.modules())):
-        yield
-        return
-    if not hasattr(torch.compiler, "set_stance"):  # torch before 2.6
-        raise ValueError("the model is compiled (torch.compile); initialise first, then compile it, or use torch 2.6")
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """By torch.compile(module), or in place by module.compile()."""
-    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-
-
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """model(**batch), model(*batch) or model(batch), by the kind of the batch.
 
@@ -118,6 +108,49 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
 REPEATABLE: set[Forward] = {default_forward}
 """Our own ways to call a model, which may call it once more: a function of the user may count or print."""
+
+
+def loss_in(output: Any, index: int) -> Tensor:
+    """The loss in what a model gave: itself, `output.loss`, `output["loss"]`, or the first of a tuple.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    loss = output
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif hasattr(output, "loss"):
+        loss = output.loss
+    elif isinstance(output, (tuple, list)) and output:
+        loss = output[0]
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f" of shape {tuple(loss.shape)}, expected a scalar" if isinstance(loss, Tensor) else ""
+        raise ValueError(
+            f"batch {index}: this method reads gradients and so needs a loss, and the model's output "
+            f"({type(output).__name__}{shape}) has none; put labels into the batches, or give loss=, a function of the "
+            "model and the batch that returns a scalar"
+        )
+    return loss
+
+
+def scalar_loss(output: Any, index: int) -> Tensor:
+    """The loss in what a model gave, ready for a backward pass.
+
+    Raises:
+        ValueError: if there is none, it is not finite, or, where gradients are enabled, it does not depend on weights.
+    """
+    loss = loss_in(output, index)
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError(
+            f"batch {index}: the loss does not depend on the weights of the adapted layers, so it has no gradient; is "
+            "the model called under torch.no_grad(), or the adapter on layers that do not reach the loss?"
+        )
+    if not bool(loss.isfinite()):
+        raise ValueError(
+            f"batch {index}: the loss is {float(loss.detach())}, expected a finite number; check the batch and dtype "
+            "(all its labels may be −100)"
+        )
+    return loss
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

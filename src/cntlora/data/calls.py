@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .rows import Rows, lead_of
+if TYPE_CHECKING:
+    from .rows import Rows
 
 MAIN = ("input_ids", "inputs_embeds", "hidden_states", "x", "input", "inputs")
 """Names of the argument that a module works on; else it is its first tensor that is no mask and no position."""
@@ -40,10 +41,9 @@ class Call:
     made: dict[torch.Size, Rows] = field(default_factory=dict)
     last: Rows | None = None
 
-    def returns(self, x: Tensor) -> Rows | None:
+    def returns(self, x: Tensor, lead: torch.Size) -> Rows | None:
         """The rows of what it returns: those of its input in the same leading shape, or one a sequence."""
         assert self.rows is not None
-        lead = lead_of(x)
         if self.rows.keep is None or lead == self.lead:
             return self.rows
         sequences = x.dim() == 2 and self.lead is not None and len(self.lead) == 2 and lead == self.lead[:1]

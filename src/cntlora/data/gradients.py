@@ -13,6 +13,7 @@ from ..linalg.parallel import read_back
 from ..model.layouts import as_matrix
 from ..model.patches import is_convolution
 from ..model.sharded import full
+from .batches import scalar_loss
 
 if TYPE_CHECKING:
     from ..model.sites import Site
@@ -124,46 +125,3 @@ def _backward(loss: Tensor, weights: list[Tensor], begin: Callable[[], None]) ->
     begin()
     loss.backward()  # type: ignore[no-untyped-call]
     return 1.0
-
-
-def loss_in(output: Any, index: int) -> Tensor:
-    """The loss in what a model gave: itself, `output.loss`, `output["loss"]`, or the first of a tuple.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    loss = output
-    if isinstance(output, Mapping):
-        loss = output.get("loss")
-    elif hasattr(output, "loss"):
-        loss = output.loss
-    elif isinstance(output, (tuple, list)) and output:
-        loss = output[0]
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f" of shape {tuple(loss.shape)}, expected a scalar" if isinstance(loss, Tensor) else ""
-        raise ValueError(
-            f"batch {index}: this method reads gradients and so needs a loss, and the model's output "
-            f"({type(output).__name__}{shape}) has none; put labels into the batches, or give loss=, a function of the "
-            "model and the batch that returns a scalar"
-        )
-    return loss
-
-
-def scalar_loss(output: Any, index: int) -> Tensor:
-    """The loss in what a model gave, ready for a backward pass.
-
-    Raises:
-        ValueError: if there is none, it is not finite, or, where gradients are enabled, it does not depend on weights.
-    """
-    loss = loss_in(output, index)
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise ValueError(
-            f"batch {index}: the loss does not depend on the weights of the adapted layers, so it has no gradient; is "
-            "the model called under torch.no_grad(), or the adapter on layers that do not reach the loss?"
-        )
-    if not bool(loss.isfinite()):
-        raise ValueError(
-            f"batch {index}: the loss is {float(loss.detach())}, expected a finite number; check the batch and dtype "
-            "(all its labels may be −100)"
-        )
-    return loss

@@ -44,6 +44,10 @@ class TokenMasks:
         """Every mask that the batch or the user gave."""
         return [mask for mask, _ in self.streams.values()] + [mask for mask in self.sites.values() if mask is not None]
 
+    def stream_of(self, key: str) -> str | None:
+        """The stream whose mask a batch has under this key."""
+        return next((stream for stream, own in KEYS.items() if own == key), None)
+
     def needed(self) -> bool:
         """Whether there is any token that may not count, or anything to say about one."""
         return bool(self.streams or self.sites or self.reached or self.unusable or self.pad_id is not None)

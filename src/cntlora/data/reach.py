@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .gradients import loss_in
+from .batches import loss_in
 from .reading_mode import as_found
 
 if TYPE_CHECKING:

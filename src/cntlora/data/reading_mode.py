@@ -13,7 +13,6 @@ from torch import nn
 
 from ..model.bypass import bypassed
 from ..model.quantised import left_unpacked
-from .batches import read_eagerly
 
 if TYPE_CHECKING:
     from ..model.sites import Site
@@ -67,3 +66,20 @@ def reading_mode(model: nn.Module, sites: list[Site], batches: Iterable[Any]) ->
     with as_found(model, batches), bypassed(sites), left_unpacked(model), read_eagerly(model):
         model.eval()
         yield
+
+
+@contextmanager
+def read_eagerly(model: nn.Module) -> Iterator[None]:
+    """Inside, what torch.compile has compiled runs as it is written, so that hooks are called; nothing is forgotten."""
+    if not any(map(_is_compiled, model.modules())):
+        yield
+        return
+    if not hasattr(torch.compiler, "set_stance"):  # torch before 2.6
+        raise ValueError("the model is compiled (torch.compile); initialise first, then compile it, or use torch 2.6")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By torch.compile(module), or in place by module.compile()."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None

@@ -13,17 +13,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .anatomy import OF_FRAMES, Anatomy
 from .calls import ASIDE, Call, call_inside, counted_by, main_of, own_mask, picks_rows, returned_by, tensors_of
-from .padding import KEYS, TokenMasks
 from .rows import Rows, found_by_value, is_flat, lead_of, same_ids, seen_as_view
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+    from .padding import TokenMasks
 
 
 class Streams:
@@ -78,7 +80,7 @@ class Streams:
         if "label" in key:
             return
         if "mask" in key:
-            stream = next((name for name, of in KEYS.items() if of == key), None)
+            stream = self.masks.stream_of(key)
             if stream in self.streams:
                 self.keys.append((value, self.streams[stream]))
             return
@@ -114,7 +116,7 @@ class Streams:
             return {}
         mask, reached = text[0], self.masks.reached.get("text")
         made: dict[torch.Size, Rows] = {}
-        mask_of, length_of = (getattr(model.maker_of_frames, name) for name in OF_FRAMES)
+        mask_of, length_of = model.frame_methods
         for options in model.frame_options:
             size = int(length_of(torch.tensor(mask.shape[1]), **options))
             lead = torch.Size([mask.shape[0], size])
@@ -187,7 +189,7 @@ class Streams:
         around = self.calls[-1] if self.calls else None
         for x in returned_by(output):
             rows = self.tags.get(x)
-            if rows is None and (rows := call.returns(x)) is not None:
+            if rows is None and (rows := call.returns(x, lead_of(x))) is not None:
                 self.tag(x, rows)
             if rows is not None and around is not None:
                 around.made[lead_of(x)] = rows

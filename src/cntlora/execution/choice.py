@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..config import InitConfig
-from ..data.batches import REPEATABLE, default_forward, device_of, first_batches, to_device, unwrapped
+from ..data.batches import REPEATABLE, KeptBatches, default_forward, device_of, to_device, unwrapped
 from ..data.reach import first_row, has_loss, is_watched
 from ..data.reading_mode import as_found, reading_mode
 from ..methods.method import find
 from ..model.checks import gradient_refusal
 from ..model.sharded import is_sharded
+from ..model.sites import find_sites
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,15 +30,15 @@ if TYPE_CHECKING:
 def with_method(request: Request, executor: Executor) -> Iterator[tuple[Request, str]]:
     """The request with a method, and why it was chosen; as it is where it names one.
 
-    Where there are several processes, all have to call it, and choose the same. The first batch is kept for the pass
-    that follows, which has to be made inside: random states are as found only afterwards.
+    Where there are several processes, all have to call it, and choose the same. The batches are kept for the pass that
+    follows, which has to be made inside: random states are as found only afterwards.
     """
     config = request.config or InitConfig()
     if config.method is not None:
         yield request, ""
         return
     with as_found(request.model, () if request.batches is None else request.batches):
-        batches = request.batches if request.batches is None else Resumed(request.batches)
+        batches = request.batches if request.batches is None else KeptBatches(request.batches, config.num_batches)
         found = executor.run(lambda: _usable(replace(request, batches=batches)), "the choice of a method")
         everywhere = executor.gather(found)
         descent = all(has for has, _ in everywhere)
@@ -61,21 +60,22 @@ def _usable(request: Request) -> tuple[bool, str]:
         )
     if torch.is_inference_mode_enabled():
         return False, "gradients cannot be read in torch.inference_mode"
-    refusal = gradient_refusal(request.model, request.adapter_name, InitConfig("descent"), InitConfig("self"))
+    found = find_sites(request.model, request.adapter_name)
+    refusal = gradient_refusal(request.model, found, request.adapter_name, InitConfig("descent"), InitConfig("self"))
     if refusal is not None:
         return False, f"gradients cannot be read: {refusal}"
     if request.loss is not None:
         return True, "a loss was given"
-    batch = request.batches.first() if isinstance(request.batches, Resumed) else None
+    batch = request.batches.first() if isinstance(request.batches, KeptBatches) else None
     labelled = isinstance(batch, Mapping) and "labels" in batch
     call = request.forward or default_forward
     sharded = any(map(is_sharded, request.model.parameters()))
     if call in REPEATABLE and not is_watched(request.model) and not sharded:
         try:
-            found = _gives_loss(request.model, call, batch)
+            gives = _gives_loss(request.model, call, batch)
         except Exception:  # the pass that follows raises it where it is one, with the batch and the cure
-            found = labelled
-        return found, f"the model gives {'a' if found else 'no'} loss for the batches"
+            gives = labelled
+        return gives, f"the model gives {'a' if gives else 'no'} loss for the batches"
     # it is not called once more just to look, since the caller would notice
     return labelled, f"the batches have {'labels' if labelled else 'no labels, and no loss was given'}"
 
@@ -88,25 +88,3 @@ def _gives_loss(model: nn.Module, call: Forward, batch: Any) -> bool:
     with reading_mode(model, [], ()), torch.no_grad():
         output = call(unwrapped(model), to_device(first_row(batch), device_of(model)))
     return has_loss(output)
-
-
-class Resumed:
-    """A source of batches whose first one may be looked at before they are read; the source is begun once."""
-
-    def __init__(self, source: Iterable[Any]) -> None:
-        self.source = source
-        self._begun: Iterator[Any] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)  # a DataLoader's generators, which are left as found
-
-    def first(self) -> Any:
-        """The first batch, which comes first in the next loop too; None where there is none."""
-        rest = first_batches(self.source, sys.maxsize)
-        first = list(islice(rest, 1))
-        self._begun = chain(first, rest)
-        return first[0] if first else None
-
-    def __iter__(self) -> Iterator[Any]:
-        begun, self._begun = self._begun, None
-        return first_batches(self.source, sys.maxsize) if begun is None else begun

@@ -18,9 +18,9 @@ from torch import nn
 from ..messages import warn_caller
 from ..methods.facts import Facts
 from ..model.layouts import as_matrix
-from ..model.sharded import full, full_at, is_sharded, partitioned
+from ..model.sharded import full, full_at, is_sharded, partitioned, shards
 from ..model.zero3 import gathering
-from ..plan import InitPlan
+from .executor import Executor, LocalExecutor
 from .processes import (
     exchange_bytes,
     gather,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..linalg.sums import SharedSums
     from ..methods.estimator import Estimator
     from ..model.sites import Site
-    from .executor import Executor
+    from ..plan import InitPlan
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class DistributedExecutor:
         if world_size() == 1:
             return part
         data = run_together(part.to_bytes)
-        plans = [InitPlan.from_bytes(bits, f"the plan of rank {n}") for n, bits in enumerate(exchange_bytes(data))]
+        plans = [part.from_bytes(bits, f"the plan of rank {n}") for n, bits in enumerate(exchange_bytes(data))]
         sites = {name: site for plan in plans for name, site in plan.sites.items()}
         return replace(plans[0], sites={name: sites[name] for name in order if name in sites})
 
@@ -261,3 +261,16 @@ def _equal_sizes(one: list[tuple[float, float]], other: list[tuple[float, float]
         abs(sum_one - sum_other) <= 1e-5 * norm and abs(norm - norm_other) <= 1e-5 * norm
         for (sum_one, norm), (sum_other, norm_other) in zip(one, other, strict=True)
     )
+
+
+def choose_executor(model: nn.Module) -> Executor:
+    """The executor for a model: this process, or all processes of the group.
+
+    A model with sharded weights is read together also in a group of one.
+
+    Raises:
+        ValueError: if the model is parallel by other means than `fully_shard` or ZeRO-3.
+    """
+    if shards(model):
+        return DistributedExecutor(LocalExecutor(), model)
+    return DistributedExecutor(LocalExecutor()) if world_size() > 1 else LocalExecutor()

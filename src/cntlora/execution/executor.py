@@ -1,4 +1,4 @@
-"""The executor: it decides how the work is spread over processes. Chosen once, when a call begins.
+"""The executor: it decides how the work is spread over processes. Chosen once, when a call begins (`choose_executor`).
 
 Everything that differs between one process and several is a method here. `LocalExecutor` does all work in this process;
 `distributed.DistributedExecutor` shares it with the other processes of the process group.
@@ -9,13 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from torch import nn
-
 from ..linalg.parallel import side_by_side
 from ..methods.estimator import absorb_batch
-from ..model.sharded import shards
-from .distributed import DistributedExecutor
-from .processes import world_size
 
 if TYPE_CHECKING:
     from ..data.batches import Forward
@@ -115,16 +110,3 @@ class LocalExecutor:
 
     def join(self, part: InitPlan, order: Sequence[str]) -> InitPlan:
         return part
-
-
-def choose_executor(model: nn.Module) -> Executor:
-    """The executor for a model: this process, or all processes of the group.
-
-    A model with sharded weights is read together also in a group of one.
-
-    Raises:
-        ValueError: if the model is parallel by other means than `fully_shard` or ZeRO-3.
-    """
-    if shards(model):
-        return DistributedExecutor(LocalExecutor(), model)
-    return DistributedExecutor(LocalExecutor()) if world_size() > 1 else LocalExecutor()

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import device_of
-from ..data.gradients import loss_in
+from ..data.batches import device_of, loss_in
 
 if TYPE_CHECKING:
     from ..data.batches import Forward

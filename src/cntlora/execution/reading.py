@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..config import InitConfig
-from ..data.batches import REPEATABLE, KeptBatches, default_forward, unwrapped
+from ..data.batches import REPEATABLE, KeptBatches, default_forward, scalar_loss, unwrapped
 from ..data.collect import collect
-from ..data.gradients import scalar_loss, weight_gradients
+from ..data.gradients import weight_gradients
 from ..data.memory import Budget, parse_limits
 from ..data.reach import has_loss, is_watched, unreached
 from ..linalg.moments import Moments
@@ -26,6 +26,7 @@ from ..methods.facts import Facts
 from ..methods.statistics import GradientSums
 from ..model.checks import check_adapter, usable_sites
 from ..model.sharded import is_sharded, reshard
+from ..model.sites import find_sites
 from ..model.weight_files import WeightFiles
 from .losses import Losses
 
@@ -264,7 +265,9 @@ def _prepared(request: Request, executor: Executor) -> Statistics:
     if request.on_missing not in ON_MISSING:
         raise ValueError(f"on_missing: expected one of {', '.join(ON_MISSING)}, got {quoted(request.on_missing)}")
     limits = parse_limits(request.max_memory)
-    sites, tied, skipped = usable_sites(request.model, request.adapter_name, config, request.on_missing)
+    adapter = request.adapter_name
+    found = find_sites(request.model, adapter)
+    sites, tied, skipped = usable_sites(request.model, found, adapter, config, request.on_missing)
     if request.weights is not None:
         files = WeightFiles(request.weights)
         sites = [files.serve(site) for site in sites]

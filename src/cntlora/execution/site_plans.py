@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from ..linalg.factors import Spectrum, offset, paired, product_norm, spectrum
 from ..methods.statistics import InputEstimator
 from ..methods.target import RankFacts, SiteTarget, Target
-from ..plan import SitePlan, weight_sketch
+from ..site_plan import SitePlan, weight_sketch
 
 if TYPE_CHECKING:
     from ..config import InitConfig
     from ..model.sites import Site
+    from ..model.ties import Tied
+    from ..plan import InitPlan
     from .reading import Statistics
 
 DTYPE = torch.float64
@@ -173,3 +175,32 @@ def _arranged(B: Tensor, A: Tensor, r: int, base: str) -> tuple[Tensor, Tensor]:
     if base == "paired":
         return paired(B, A, r)
     return B, A
+
+
+def with_followers(plan: InitPlan, tied: Sequence[Tied], order: Sequence[str]) -> InitPlan:
+    """The plan with the sites that follow others: the same factors, crossed where they are.
+
+    A collective where the weights of those sites are sharded.
+    """
+    sites, skipped, shared = dict(plan.sites), dict(plan.skipped), {}
+    for follower in tied:
+        name, leader = follower.site.name, follower.leader.name
+        if leader in sites:
+            sites[name] = _follower_plan(sites[leader], follower)
+            shared[name] = leader
+        else:
+            skipped[name] = f"it shares its factors with {leader}: {skipped[leader]}"
+    return replace(plan, sites={n: sites[n] for n in order if n in sites}, skipped=skipped, shared=shared)
+
+
+def _follower_plan(leader: SitePlan, tied: Tied) -> SitePlan:
+    A, B = (leader.B.mT, leader.A.mT) if tied.crossed else (leader.A, leader.B)
+    W = tied.site.weight()
+    return replace(
+        leader,
+        A=A.contiguous(),
+        B=B.contiguous(),
+        weight_norm=float(W.norm()),
+        sketch=weight_sketch(W),
+        seconds=0.0,
+    )

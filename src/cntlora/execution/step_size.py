@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..data.batches import default_forward, device_of, to_device, unwrapped
-from ..data.gradients import loss_in
+from ..data.batches import default_forward, device_of, loss_in, to_device, unwrapped
 from ..data.reading_mode import reading_mode
 from ..linalg.factors import halves_cancel
 from ..model.layouts import shaped_like
 
 if TYPE_CHECKING:
     from ..model.sites import Site
-    from ..plan import InitPlan, SitePlan
+    from ..plan import InitPlan
+    from ..site_plan import SitePlan
     from .reading import Statistics
 
 TRIED = 4

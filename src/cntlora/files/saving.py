@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..atomic import not_written, temporary
 from ..execution.processes import on_first_process
 from ..model.layouts import shaped_like
 from ..model.lora_layers import base_name, config_holder, lora_paths, uses_rslora
@@ -26,28 +21,13 @@ from ..model.sharded import full, reshard, shards
 from ..model.sites import Site, find_sites
 from ..model.ties import Tied, asked_to_tie, groups, tied_embedding
 from ..version import VERSION
-from .adapter_folder import CARD, CONFIG, PREFIX, WEIGHTS
-from .class_names import NAMES, class_names, write_names
-from .model_card import SavedSites, card_section, updated_card
+from .adapter_folder import PREFIX, AdapterFiles, factor_keys, file_key, write_folder
+from .class_names import class_names
+from .model_card import SavedSites, card_section
 from .public_names import public_name, public_values
 
 if TYPE_CHECKING:
     from ..plan import InitPlan
-
-
-@dataclass(frozen=True)
-class _Files:
-    """What goes into the folder; `section` is that of the model card, None for a folder without one.
-
-    `names` are those of the classes of a head that is saved with the adapter, if it has them.
-    `base_model` is what the base model was loaded from, maybe a path of this machine: it gets into no file as it is.
-    """
-
-    state: dict[str, Tensor]
-    config: dict[str, Any]
-    section: str | None
-    base_model: str | None
-    names: tuple[str, ...] = ()
 
 
 def save_adapter(
@@ -90,12 +70,12 @@ def save_adapter(
     sharded = shards(model)
     files = _files(model, adapter_name, fold_alpha, plan, model_card)
     if sharded:
-        on_first_process(lambda: _write_folder(Path(path), files))
+        on_first_process(lambda: write_folder(Path(path), files))
     else:
-        _write_folder(Path(path), files)
+        write_folder(Path(path), files)
 
 
-def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | None, card: bool) -> _Files:
+def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | None, card: bool) -> AdapterFiles:
     """Weights, configuration and section of the model card; a collective where the model is sharded."""
     sites, _ = find_sites(model, adapter)  # says which adapters there are, if not this one
     holder = config_holder(model, adapter)
@@ -131,7 +111,7 @@ def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | No
     start = start_of(model, adapter) if plan is None else Start.of(plan)
     names = class_names(_state_owner(model, adapter) or holder[1], state)
     section = card_section(start, SavedSites(shapes, values["use_rslora"], names), _versions())
-    return _Files(state, values, section if card else None, config.base_model_name_or_path, names)
+    return AdapterFiles(state, values, section if card else None, config.base_model_name_or_path, names)
 
 
 def _state(model: nn.Module, holder: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -139,7 +119,7 @@ def _state(model: nn.Module, holder: nn.Module, adapter: str) -> dict[str, Tenso
     from peft import get_peft_model_state_dict
 
     owner: Any = _state_owner(model, adapter) or holder
-    state = {_file_key(k): v for k, v in get_peft_model_state_dict(owner, adapter_name=adapter).items()}
+    state = {file_key(k): v for k, v in get_peft_model_state_dict(owner, adapter_name=adapter).items()}
     return {key: full(value).cpu().contiguous().clone() for key, value in state.items()}
 
 
@@ -161,12 +141,6 @@ def _state_owner(model: nn.Module, adapter: str) -> nn.Module | None:
     return None
 
 
-def _file_key(key: str) -> str:
-    """Keys of an adapter file start with PEFT's prefix, also where the model in memory has none, or is compiled."""
-    key = key.replace("_orig_mod.", "")
-    return key if key.startswith(PREFIX) else PREFIX + key
-
-
 def _start(name: str, layer: Any, adapter: str, plan: InitPlan | None) -> tuple[Tensor, Tensor] | None:
     """A₀ and B₀ that base "subtract" took off the weight of a site, or None where it took nothing."""
     if plan is not None and plan.config.effective_base == "subtract" and name in plan.sites:
@@ -178,7 +152,7 @@ def _for_pristine_base(state: dict[str, Tensor], site: str, start: tuple[Tensor,
     """Appends what base "subtract" took off the weight of a site to its factors in `state`; returns its rank."""
     if start is None:
         return 0
-    down, up = _keys(state, site)
+    down, up = factor_keys(state, site)
     A, B = state[down], state[up]
     A0, B0 = start
     state[down] = torch.cat([A, shaped_like(A, A0.to(A))], dim=0)
@@ -193,21 +167,14 @@ def _fold(state: dict[str, Tensor], site: str, scaling: float) -> None:
             state[key] = state[key] * scaling
 
 
-def _keys(state: dict[str, Tensor], site: str) -> tuple[str, str]:
-    """The keys of A and B of a site."""
-    plain = f"{site}lora_A.weight" in state
-    down, up = (f"{site}lora_{half}.weight" if plain else f"{site}lora_embedding_{half}" for half in "AB")
-    return down, up
-
-
 def _pair(state: dict[str, Tensor], paths: dict[str, str], tied: Tied) -> list[tuple[str, Tensor]]:
     """The key of each factor of a site that follows, and what its leader has for it; nothing where PEFT gives none."""
-    found = _keys(state, paths[tied.leader.name])
-    if not all(key in state for key in (*found, *_keys(state, paths[tied.site.name]))):
+    found = factor_keys(state, paths[tied.leader.name])
+    if not all(key in state for key in (*found, *factor_keys(state, paths[tied.site.name]))):
         return []
     A, B = (state[key] for key in found)
     values = (B.mT, A.mT) if tied.crossed else (A, B)
-    return list(zip(_keys(state, paths[tied.site.name]), values, strict=True))
+    return list(zip(factor_keys(state, paths[tied.site.name]), values, strict=True))
 
 
 def _as_one(state: dict[str, Tensor], paths: dict[str, str], tied: Tied) -> bool:
@@ -241,38 +208,3 @@ def _file_config(config: Any, shapes: dict[str, tuple[int, float]], fold_alpha: 
     values: dict[str, Any] = config.to_dict()
     name = public_name(values.get("base_model_name_or_path"))
     return {**public_values(values), "base_model_name_or_path": name}
-
-
-def _write_folder(path: Path, files: _Files) -> None:
-    """All files into a temporary folder beside `path`, which is then renamed; or its files, if `path` is there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(path, folder=True) as unfinished:
-            _write_files(unfinished, files, path / CARD)
-            if path.is_dir():
-                for name in (WEIGHTS, CONFIG, CARD, NAMES):
-                    if (unfinished / name).exists():
-                        (unfinished / name).replace(path / name)
-                if not files.names:  # those of an adapter that was there before
-                    (path / NAMES).unlink(missing_ok=True)
-            else:
-                unfinished.chmod(0o755)
-                unfinished.replace(path)
-    except OSError as error:
-        raise not_written(path, error) from error
-    except SafetensorError as error:  # how a full disk looks from there
-        raise not_written(path, OSError(str(error))) from error
-
-
-def _write_files(folder: Path, files: _Files, card: Path) -> None:
-    save_file(files.state, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(files.config, indent=2, sort_keys=True, default=str), encoding="utf-8")
-    write_names(folder, files.names)
-    if files.section is not None:
-        old = card.read_bytes().decode("utf-8", "surrogateescape") if card.is_file() else None
-        text = updated_card(old, files.section, files.base_model)
-        (folder / CARD).write_bytes(text.encode("utf-8", "surrogateescape"))
-    for file in folder.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-        file.chmod(0o644)

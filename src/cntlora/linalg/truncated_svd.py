@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .pseudo_inverse import eigh_descending
-
 if TYPE_CHECKING:
     from .low_rank import Matrix
 
@@ -46,8 +44,8 @@ def leading_triplets(
     while True:
         residual = space.residual()
         if space.steps >= look:
-            D, W = eigh_descending(space.gram)
-            S, W = D[:q].sqrt(), W[:, :q]
+            D, W = _leading_eigenpairs(space.gram, q)
+            S = D.sqrt()
             norms = torch.linalg.vector_norm(residual @ W[-residual.shape[1] :], dim=0) / S
             last, first, near = torch.stack([S[-1], S[0], (norms / S.clamp_min(least)).amax()]).tolist()
             if last <= 1e-5 * first:
@@ -110,12 +108,18 @@ def gram_triplets(M: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """
     wide = M.shape[0] < M.shape[1]
     tall = M.mT if wide else M
-    D, V = eigh_descending(tall.mT @ tall)
-    if float(D[q - 1]) <= 0.03**2 * float(D[0]):
+    D, V = _leading_eigenpairs(tall.mT @ tall, q)
+    if float(D[-1]) <= 0.03**2 * float(D[0]):
         return None
-    S, V = D[:q].sqrt(), V[:, :q]
+    S = D.sqrt()
     U = (tall @ V) / S
     return (V, S, U.mT) if wide else (U, S, V.mT)
+
+
+def _leading_eigenpairs(S: Tensor, q: int) -> tuple[Tensor, Tensor]:
+    """The q largest eigenvalues (q,), descending and not below zero, and their eigenvectors (n, q), of S (n, n)."""
+    values, vectors = torch.linalg.eigh(S)
+    return values[-q:].flip(0).clamp_min(0.0), vectors[:, -q:].flip(1)
 
 
 def _start(tall: Matrix, block: int) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..linalg.pseudo_inverse import damped_inverse
 from .estimator import Estimator
+from .factors import product_factors
 from .method import Method, Settings, WeightOf
 from .statistics import InputEstimator
-from .target import SiteTarget, Target, product_factors
+from .target import SiteTarget, Target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from ..linalg.low_rank import LowRank, low_rank
 from ..linalg.moments import Moments
 from ..linalg.pseudo_inverse import cholesky_inverse, default_rtol
 from .estimator import Estimator
+from .factors import product_factors
 from .method import Method, Settings, WeightOf
 from .statistics import MapEstimator
-from .target import SiteTarget, product_factors
+from .target import SiteTarget
 
 
 @dataclass(frozen=True, kw_only=True)

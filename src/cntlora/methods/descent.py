@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..linalg.pseudo_inverse import damped
 from .estimator import Estimator
+from .factors import product_factors
 from .method import Method, Settings, WeightOf
 from .statistics import GradientSums, InputEstimator
-from .target import SiteTarget, Target, product_factors
+from .target import SiteTarget, Target
 
 ROW_NORM = 1 / math.sqrt(3)
 """Norm of a row of A: that of plain LoRA's, uniform in ±1/√d, so that learning rates are of the same size."""

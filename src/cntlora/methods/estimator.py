@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..linalg.low_rank import LowRank
-from ..linalg.moments import Moments
 from ..linalg.parallel import full_precision, read_back, side_by_side
-from ..linalg.sums import SharedSums
-from .facts import Facts
 
 if TYPE_CHECKING:
+    from ..linalg.low_rank import LowRank
+    from ..linalg.moments import Moments
+    from ..linalg.sums import SharedSums
+    from .facts import Facts
     from .target import Target
 
 QUEUED = 2**30

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..linalg.factors import input_spectrum
 from ..linalg.parallel import once
 from .estimator import Estimator
+from .factors import zero_up
 from .method import Method, Settings, WeightOf
 from .statistics import InputEstimator
-from .target import SiteTarget, Target, zero_up
+from .target import SiteTarget, Target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from ..linalg.factors import Spectrum
 from ..linalg.low_rank import formed
 from ..linalg.sums import SharedSums
 from .estimator import Estimator
+from .factors import lora_down, site_generator
 from .facts import Facts
-from .lora import lora_down
 from .method import Method, Settings, WeightOf
 from .statistics import GradientSums
-from .target import RankFacts, SiteTarget, Target, site_generator
+from .target import RankFacts, SiteTarget, Target
 
 GAMMA = 0.05
 """γ of its authors' runs."""

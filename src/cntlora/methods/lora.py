@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .estimator import Estimator
+from .factors import lora_down, site_generator, zero_up
 from .method import Method, Settings, WeightOf
 from .statistics import WeightEstimator
-from .target import SiteTarget, site_generator, zero_up
+from .target import SiteTarget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +30,3 @@ class Lora(Method):
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
         d = site.shape[1]
         return zero_up(lora_down(site.r, d, site_generator(settings.seed, site.name)), site.shape[0])
-
-
-def lora_down(r: int, d: int, generator: torch.Generator) -> Tensor:
-    """A (r, d) uniform in ±1/√d (LoRA, Hu et al. 2021; eq. 22), as its authors' code and PEFT draw it.
-
-    Equation 22 prints N(0, I), which is larger by √(3d); `kaiming_uniform_(a=√5)` of the code is this.
-    """
-    return (2.0 * torch.rand(r, d, generator=generator, dtype=torch.float64) - 1.0) / math.sqrt(d)

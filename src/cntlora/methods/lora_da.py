@@ -11,7 +11,9 @@ Layout: G = ∂L/∂W (k, d), the mean over batches; C = X Xᵀ / n (d, d) over 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from ..linalg.factors import Spectrum
 from ..linalg.parallel import once
 from ..linalg.pseudo_inverse import damped_inverse, fix_signs
 from .estimator import Estimator
-from .method import Method, Settings, WeightOf
+from .method import Method, Range, Settings, WeightOf
 from .statistics import GradientSums, InputEstimator, OutputGradientSums
 from .target import SiteTarget, Target
 
@@ -49,6 +51,9 @@ class LoraDa(Method):
     summary = "directions of least error of the fine-tuned weight"
     source = "Zhang et al. 2025, arXiv 2510.24561"
     reads = "gradients"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "variance": (0.0, math.inf, "0.03 is LoRA-DA's own, 0 leaves the term out")
+    }
 
     strength: float | None = None
     damping: float = 0.01

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .estimator import Estimator
+from .factors import product_factors
 from .method import Method, Settings, WeightOf
 from .statistics import GradientEstimator
-from .target import SiteTarget, Target, product_factors
+from .target import SiteTarget, Target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,27 @@
-"""What a method is: its options, what it reads of the data, and how its factors are made; and the table of methods."""
+"""`Method`: its options, what it reads of the data, how its factors are made; and the table of methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from torch import Tensor
 
 from ..linalg import allocation
-from ..messages import quoted, unknown_name
-from .options import at_earlier_default, check_options, choices, option_names
+from ..messages import check_flag, check_integer, check_number, quoted, unknown_name
 
 if TYPE_CHECKING:
     from .estimator import Estimator
@@ -17,6 +29,9 @@ if TYPE_CHECKING:
 
 WeightOf = Callable[[str], Tensor]
 """Site name → its weight W (k, d), float32 or float64, made on demand."""
+
+Range = tuple[float, float, str]
+"""The least and the largest value of an option, and a hint for the message."""
 
 
 class Settings(Protocol):
@@ -49,6 +64,7 @@ class Method(Protocol):
         site_sums: whether its estimator may need a sum for each site besides the one for each input.
         gram: G of a batch as the "sum" over its tokens, or the "mean".
         batch_weights: weight w_j of each batch in all sums; None for 1 each.
+        ranges: of its numeric options, by name; without an entry any finite number is taken.
     """
 
     name: ClassVar[str]
@@ -61,6 +77,7 @@ class Method(Protocol):
     ranked: ClassVar[bool] = True
     sized: ClassVar[bool] = False
     site_sums: ClassVar[bool] = False
+    ranges: ClassVar[Mapping[str, Range]] = {}
 
     @property
     def gram(self) -> str:
@@ -174,3 +191,94 @@ def from_flat(cls: Any, values: Mapping[str, Any]) -> Method:
             )
     method: Method = cls(**given)
     return method
+
+
+_SHARED_RANGES: Mapping[str, Range] = {
+    "p": (0.0, 1.0, "0.5 balances A and B, 1 gives the whole spectrum to A"),
+    "rtol": (0.0, 1.0, "0 takes max(d, b)·eps"),
+    "damping": (0.0, math.inf, "0.01 is CorDA's own"),
+}
+"""Ranges of options that several methods have."""
+_ANY: Range = (-math.inf, math.inf, "any number will do")
+
+EARLIER_DEFAULTS: Mapping[str, Any] = {
+    "decomposition": "svd",
+    "p": 0.5,
+    "strength": None,
+    "gram": "sum",
+    "root": "paper",
+    "rtol": None,
+    "shift_constant": 1.0,
+    "center": True,
+    "damping": 0.01,
+    "batch_weights": None,
+    "initial_weight": "pretrained",
+}
+"""Defaults of version 0.1, whose configurations, and so its plans and records, have the options of all methods."""
+
+
+def option_names(method: type | Any) -> tuple[str, ...]:
+    """The options of a method, or of its class."""
+    return tuple(f.name for f in fields(method))
+
+
+def own_default(method: type | Any, name: str) -> Any:
+    """The default of an option of a method."""
+    return next(f.default for f in fields(method) if f.name == name)
+
+
+@cache
+def choices(cls: Any) -> dict[str, tuple[str, ...]]:
+    """The options of a method that take one of a few names, with those names."""
+    hints = get_type_hints(cls)
+    found = {name: hints[name] for name in option_names(cls)}
+    return {name: get_args(hint) for name, hint in found.items() if get_origin(hint) is Literal}
+
+
+def check_options(method: Any) -> None:
+    """Checks every option of a method, and makes plain numbers of its batch weights.
+
+    Raises:
+        ValueError, TypeError: for a value that the option does not take; names it and what is expected.
+    """
+    cls: Any = type(method)
+    named = choices(cls)
+    for option in fields(method):
+        name, value = option.name, getattr(method, option.name)
+        if name in named:
+            if value not in named[name]:
+                raise ValueError(unknown_name(name, value, named[name]))
+        elif value is None and option.default is None:
+            continue
+        elif name == "batch_weights":
+            object.__setattr__(method, name, _weights(value))
+        elif isinstance(option.default, bool):
+            check_flag(name, value)
+        elif name == "strength":
+            check_number(name, value, 0.0, math.inf, "1 starts at [ΔW]_r itself", open_low=True)
+        elif isinstance(option.default, int):
+            check_integer(name, value, 1)
+        elif name == "shift_constant" and isinstance(value, str):
+            if value != "gaussian":
+                raise ValueError(unknown_name(name, value, ["gaussian", "or a number"]))
+        else:
+            check_number(name, value, *{**_SHARED_RANGES, **cls.ranges}.get(name, _ANY))
+
+
+def at_earlier_default(name: str, value: object) -> bool:
+    """Whether an option has the value that version 0.1 wrote where it was not set."""
+    plain = isinstance(value, (str, int, float))
+    return value is None or (plain and name in EARLIER_DEFAULTS and value == EARLIER_DEFAULTS[name])
+
+
+def _weights(values: object) -> tuple[float, ...]:
+    """Any iterable of numbers as plain floats."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"batch_weights: expected one number a batch, such as (1.0, 0.5), got {quoted(values)}")
+    weights = tuple(values)
+    for w in weights:
+        if isinstance(w, (str, bytes, bool)) or not hasattr(w, "__float__"):
+            raise TypeError(f"batch_weights: expected a number for each batch, got {quoted(w)}")
+    if not weights or not all(map(math.isfinite, weights)):
+        raise ValueError(f"batch_weights: expected one number a batch, all of them finite, got {weights}")
+    return tuple(float(w) for w in weights)

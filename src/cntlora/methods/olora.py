@@ -8,10 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from .estimator import Estimator
+from .factors import product_factors
 from .method import Method, Settings, WeightOf
-from .pissa import pissa_target
 from .statistics import WeightEstimator
-from .target import SiteTarget, product_factors
+from .target import SiteTarget, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Olora(Method):
     strength: float | None = None
 
     def estimator(self, weight_of: WeightOf, settings: Settings) -> Estimator:
-        return WeightEstimator(weight_of, pissa_target)
+        return WeightEstimator(weight_of, lambda W: Target(M=W, is_delta=True))
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
         return product_factors(site, self.decomposition)

@@ -8,9 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from .estimator import Estimator
+from .factors import product_factors
 from .method import Method, Settings, WeightOf
 from .statistics import WeightEstimator
-from .target import SiteTarget, Target, product_factors
+from .target import SiteTarget, Target
 
 
 @dataclass(frozen=True, kw_only=True)

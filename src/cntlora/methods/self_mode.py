@@ -23,9 +23,10 @@ from ..linalg.pseudo_inverse import (
     triangular_inverse,
 )
 from .estimator import Estimator
+from .factors import product_factors
 from .method import Method, Settings, WeightOf
 from .statistics import MapEstimator
-from .target import SiteTarget, product_factors
+from .target import SiteTarget
 
 
 @dataclass(frozen=True, kw_only=True)

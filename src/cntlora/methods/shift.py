@@ -7,9 +7,9 @@ Layout: W (k, d), X (d, b), G = X Xᵀ (d, d). W stands inside the pseudo-invers
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from ..linalg.moments import Moments
 from ..linalg.pseudo_inverse import column_condition, default_rtol, full_rank, pinv, tall_pinv
 from ..linalg.sums import SharedSums
 from .estimator import Contribution, Estimator
+from .factors import product_factors, site_generator
 from .facts import Facts
-from .method import Method, Settings, WeightOf
+from .method import Method, Range, Settings, WeightOf
 from .statistics import combine
-from .target import SiteTarget, Target, product_factors, site_generator
+from .target import SiteTarget, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Shift(Method):
     source = "Das et al. 2025, eq. 17"
     reads = "inputs"
     site_sums = True
+    ranges: ClassVar[Mapping[str, Range]] = {"shift_constant": (-math.inf, math.inf, "1 is the identity")}
 
     decomposition: Literal["svd", "qr", "qr_pivoted"] = "svd"
     p: float = 0.5

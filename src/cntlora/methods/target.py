@@ -1,16 +1,16 @@
-"""From the target of a site to its factors: what an estimator gives, and how methods split it into B and A."""
+"""The data that pass from an estimator to the factors of a site: `Target`, `RankFacts`, `SiteTarget`."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from ..linalg.factors import Spectrum, qr_factors, svd_factors
-from ..linalg.low_rank import Matrix, formed
+if TYPE_CHECKING:
+    from ..linalg.factors import Spectrum
+    from ..linalg.low_rank import Matrix
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,3 @@ class SiteTarget:
     spectrum: Spectrum
     r: int
     scale: float
-
-
-def product_factors(site: SiteTarget, decomposition: str = "svd", p: float = 0.5) -> tuple[Tensor, Tensor]:
-    """B (k, r) and A (r, d) with B·A = scale·[M]_r·right, by SVD with the fraction p, or by QR."""
-    M, right = site.target.M, site.target.right
-    if decomposition == "svd":
-        B, A = svd_factors(site.spectrum, site.r, p, site.scale)
-    else:
-        assert M is not None
-        B, A = qr_factors(formed(M), site.r, decomposition == "qr_pivoted", site.scale)
-    return B, A if right is None else A @ right
-
-
-def zero_up(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """B = 0 (k, r) beside A (r, d): the start of LoRA and EVA."""
-    return A.new_zeros(k, A.shape[0]), A
-
-
-def site_generator(seed: int, name: str) -> torch.Generator:
-    """The random stream of one site, by seed and site name alone."""
-    # torch's CPU generator reads only the low 32 bits of its seed, so both must reach those
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

@@ -12,19 +12,22 @@ from .layouts import INSIDE_ATTENTION
 from .lora_layers import config_holder, factor_of, factor_slots
 from .offloaded import fetched
 from .sharded import check_rank
-from .sites import Site, find_sites
 from .ties import Group, Tied, groups, leader_of
 
 if TYPE_CHECKING:
     from ..config import InitConfig
+    from .sites import Site
+
+FoundSites = tuple[list["Site"], dict[str, str]]
+"""The sites of a model, and the layers that cannot be one with the reason (`sites.find_sites`)."""
 
 
 def usable_sites(
-    model: nn.Module, adapter: str, config: InitConfig, on_missing: str
+    model: nn.Module, found: FoundSites, adapter: str, config: InitConfig, on_missing: str
 ) -> tuple[list[Site], list[Tied], dict[str, str]]:
     """The sites to be initialised, those that share the factors of one of them, and those that cannot be, with why."""
-    sites, refused = find_sites(model, adapter)
-    found = groups(model, sites, adapter)
+    sites, refused = found[0], dict(found[1])
+    shared = groups(model, sites, adapter)
     holder = config_holder(model, adapter)
     lora: Any = None if holder is None else holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
     started_by = getattr(lora, "init_lora_weights", True)
@@ -35,8 +38,8 @@ def usable_sites(
         )
     method = config.chosen
     factors_weight = method.reads != "gradients" and not method.zero_start
-    tied = {t.site.name: t for group in found for t in group.led_by(leader_of(group, method.reads))}
-    refused |= _unfit(found, config)
+    tied = {t.site.name: t for group in shared for t in group.led_by(leader_of(group, method.reads))}
+    refused |= _unfit(shared, config)
     for site in sites:
         check_fresh(site)
         if site.name in refused or site.name in tied:
@@ -57,12 +60,14 @@ def usable_sites(
     return own, [t for name, t in tied.items() if name not in refused], refused
 
 
-def gradient_refusal(model: nn.Module, adapter: str, gradients: InitConfig, inputs: InitConfig) -> str | None:
+def gradient_refusal(
+    model: nn.Module, found: FoundSites, adapter: str, gradients: InitConfig, inputs: InitConfig
+) -> str | None:
     """Why a method that reads gradients cannot have a site that one can have that reads inputs; None if it has all."""
-    sites, refused = find_sites(model, adapter)
-    found = groups(model, sites, adapter)
-    either = refused | _unfit(found, inputs)
-    for name, reason in _unfit(found, gradients).items():
+    sites, refused = found
+    shared = groups(model, sites, adapter)
+    either = refused | _unfit(shared, inputs)
+    for name, reason in _unfit(shared, gradients).items():
         if name not in either:
             return f"site {name}: {reason}"
     for site in sites:
@@ -199,37 +204,3 @@ def check_any_left(sites: Sequence[Site], problems: Mapping[str, str]) -> None:
             f"none of the {len(problems)} adapted layers can be initialised, on_missing='warn' leaves nothing to do; "
             f"the first is site {name}: {reason}"
         )
-
-
-def plain_without_gradient(without: Sequence[str], others: int, batches: int, on_missing: str) -> dict[str, str]:
-    """The sites without a gradient, each with the reason why it is left as plain LoRA.
-
-    Some models have a few of them by their build: the last layer's queries of a classifier that reads one token through
-    another attention (Longformer), the first decoder layer whose input is zero (DETR). Plain LoRA starts there as well
-    as anything can. Where they are most, something else is wrong.
-
-    Args:
-        others: how many sites have a gradient.
-
-    Raises:
-        ValueError: if more sites have none than have one, unless `on_missing` is "warn".
-    """
-    reason = "the loss does not depend on it: its gradient is zero in every batch"
-    if not without:
-        return {}
-    if len(without) > others:
-        report_missing(
-            dict.fromkeys(
-                without,
-                f"{reason}, as are those of {len(without)} of {len(without) + others} sites; "
-                "is the adapter on layers that reach the loss, and is it the loss of the training?",
-            ),
-            on_missing,
-        )
-    else:
-        more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
-        warn_caller(
-            f"site {without[0]}{more} of {len(without) + others}: {reason} of {batches}; left as plain LoRA, which may "
-            "still train where the loss of other batches depends on it"
-        )
-    return dict.fromkeys(without, reason)

@@ -4,65 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .lora_layers import factor_of, factor_slots
-from .provenance import start_of
-from .sharded import full, is_sharded, part_of, reshard
-from .sites import Site, find_sites
+from .sharded import is_sharded, part_of
+
+if TYPE_CHECKING:
+    from .sites import Site
 
 _HANDLES: Any = WeakIdKeyDictionary()  # parameter → handle of its mask, so that a mask is never put on twice
 _WATCHES: Any = WeakIdKeyDictionary()  # parameter → what puts the mask on the one that takes its place
-
-
-def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
-    """Freeze the negative half of an adapter of base "offset": its gradients are zero from now on.
-
-    `initialize` and `apply_plan` do this themselves, and loading a checkpoint into such a model keeps it. Call it
-
-    - if the adapter is loaded from a file into a new model (`PeftModel.from_pretrained(..., is_trainable=True)`),
-      because a file of an ordinary LoRA cannot say that half of it is frozen;
-    - after `copy.deepcopy(model)` or `load_state_dict(..., assign=True)`, which make new parameters.
-
-    Calling it twice does no harm. After `fully_shard` (FSDP2) it is not needed: the sharded parameters take the mask.
-
-    Gradients are masked before they are accumulated, so gradient accumulation, clipping and DDP see the masked ones.
-    Decoupled weight decay (AdamW) shrinks both halves alike, so that the directions that did not train keep cancelling.
-
-    Call it for adapters of base "offset" only: a file does not distinguish them from those of "paired", whose halves
-    both train.
-
-    Returns:
-        The number of sites.
-
-    Raises:
-        ValueError: if a site has an odd rank, so that it has no two halves, or a second half of B that is zero, or the
-            adapter was initialised in this process with another base.
-    """
-    reshard(model)
-    sites, _ = find_sites(model, adapter_name)
-    for site in sites:
-        if site.A.shape[0] % 2:
-            raise ValueError(
-                f"site {site.name}: rank {site.A.shape[0]} is odd; base 'offset' writes 2r. Is it another base?"
-            )
-        if not bool(full(site.B)[:, site.A.shape[0] // 2 :].any()):
-            raise ValueError(
-                f"site {site.name}: the second half of its lora_B is zero, where base 'offset' writes −B; an adapter "
-                "that starts at B = 0 (plain LoRA, eva) has no half to freeze"
-            )
-    start = start_of(model, adapter_name)
-    if start is not None and start.base != "offset":
-        how = "starts at B = 0" if start.base == "zero" else f"was initialised with base {start.base!r}"
-        raise ValueError(
-            f"adapter {adapter_name!r} {how}, where all of the rank trains; freeze_offset is for base 'offset' alone"
-        )
-    freeze_sites(sites)
-    return len(sites)
 
 
 def freeze_sites(sites: Iterable[Site]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import quantised, zero3
+from . import quantised
 from .offloaded import fetched, is_offloaded
 from .patches import convolution_refusal
-from .sharded import full, is_sharded, refusal, write
+from .sharded import WHY_FIXED, full, is_partitioned, is_sharded, refusal, shape_of, write
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def layout_of(layer: nn.Module) -> Layout:
     reason = layout.refusal(layer) or _storage_refusal(layer, stored)
     if reason is not None:
         raise ValueError(reason)
-    shape = zero3.shape_of(stored)
+    shape = shape_of(stored)
     if len(shape) != layout.dims:
         raise ValueError(
             f"its weight has shape {tuple(shape)}, expected {layout.dims} dimensions: the first FSDP keeps flat parts "
@@ -170,8 +170,8 @@ def write_matrix(layer: nn.Module, W: Tensor) -> None:
 
 def why_fixed(layer: nn.Module) -> str | None:
     """Why the weight of a layer can neither be written nor have a gradient, or None."""
-    if zero3.is_partitioned(stored_weight(layer)):
-        return zero3.WHY_FIXED
+    if is_partitioned(stored_weight(layer)):
+        return WHY_FIXED
     kind = quantised.kind_of(stored_weight(layer))
     if kind is not None:
         return f"its weight is quantised ({kind})"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..config import InitConfig
 from .lora_layers import lora_layers
 
 if TYPE_CHECKING:
-    from ..plan import InitPlan, SitePlan
+    from ..plan import InitPlan
+    from ..site_plan import SitePlan
 
 _STARTS: Any = WeakIdKeyDictionary()
 _SUBTRACTED: Any = WeakIdKeyDictionary()
@@ -57,7 +57,7 @@ class Start:
     def of(cls, plan: InitPlan) -> Start:
         """What `plan` tells."""
         config, reads = plan.config, plan.config.chosen.reads
-        default = InitConfig(method=type(config.chosen)()).to_dict()
+        default = type(config)(method=type(config.chosen)()).to_dict()
         options = {key: value for key, value in config.to_dict().items() if value != default[key] and key != "base"}
         tokens = [site.tokens for site in plan.sites.values()] or [0]
         return cls(

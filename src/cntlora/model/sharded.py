@@ -1,13 +1,14 @@
-"""Weights that FSDP2 (`fully_shard`) has split over processes: read whole, written whole. The only place with DTensors.
+"""Weights that are split over processes: read whole, and those of FSDP2 (`fully_shard`) written whole.
 
-Those that DeepSpeed ZeRO-3 has partitioned are read whole too, see `zero3`.
-
-What gives a whole tensor is a collective: every process has to call it, in the same order.
+The only place with DTensors and with the parameters of DeepSpeed ZeRO-3, which is not imported: such a parameter is
+empty, and carries its shape and its part. What gives a whole tensor is a collective: every process has to call it, in
+the same order.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,18 +16,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import zero3
+WHY_FIXED = "its weight is partitioned over processes (DeepSpeed ZeRO-3)"
+"""Why a weight can neither be written nor have a gradient here."""
 
 
 def is_sharded(tensor: object) -> bool:
     """Whether each process holds only a part of a tensor: a DTensor, or a parameter of ZeRO-3."""
-    return is_dtensor(tensor) or zero3.is_partitioned(tensor)
+    return is_dtensor(tensor) or is_partitioned(tensor)
 
 
 def is_dtensor(tensor: object) -> bool:
     """Whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # not imported by anyone: then there is none
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether a parameter is one of ZeRO-3's, gathered at the moment or not."""
+    return hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor")
+
+
+def shape_of(tensor: Any) -> torch.Size:
+    """The shape of a parameter, of the whole one where it is partitioned."""
+    return torch.Size(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
+
+
+def gathered_parameters(parameters: Sequence[Any]) -> Any:
+    """A context in which partitioned parameters are whole on every process. A collective."""
+    zero = sys.modules["deepspeed"].zero  # whoever made them has imported it
+    return zero.GatheredParameters(list(parameters))
+
+
+def full_copy(parameter: Any) -> Tensor:
+    """A copy of all of a partitioned parameter. A collective."""
+    with gathered_parameters([parameter]):
+        copy: Tensor = parameter.detach().clone()
+    return copy
+
+
+def full_copy_where(parameter: Any, here: bool) -> Tensor | None:
+    """`full_copy` where `here`, None on the processes that only take part. A collective."""
+    with gathered_parameters([parameter]):
+        return parameter.detach().clone() if here else None
 
 
 def shards(model: nn.Module) -> int:
@@ -46,7 +77,7 @@ def shards(model: nn.Module) -> int:
 
 def partitioned(model: nn.Module) -> int:
     """How many parameters of a model are partitioned by ZeRO-3."""
-    return sum(zero3.is_partitioned(parameter) for parameter in model.parameters())
+    return sum(is_partitioned(parameter) for parameter in model.parameters())
 
 
 def is_split(model: nn.Module) -> bool:
@@ -111,8 +142,8 @@ def check_rank(name: str, A: Tensor, rank: int) -> None:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole value on every process, detached; a tensor that is whole already is not copied. A collective."""
-    if zero3.is_partitioned(tensor):
-        return zero3.full_copy(tensor)
+    if is_partitioned(tensor):
+        return full_copy(tensor)
     if not is_sharded(tensor):
         return tensor.detach()
     whole: Tensor = _on_mesh(tensor.detach()).full_tensor()
@@ -122,8 +153,8 @@ def full(tensor: Tensor) -> Tensor:
 def full_at(tensor: Tensor, owner: int) -> Tensor | None:
     """The whole value on rank `owner`, None elsewhere: the others send their part and hold no more. A collective."""
     mine = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == owner
-    if zero3.is_partitioned(tensor):
-        return zero3.full_copy_where(tensor, mine)
+    if is_partitioned(tensor):
+        return full_copy_where(tensor, mine)
     if not is_sharded(tensor):
         return tensor.detach() if mine else None
     sharded = _on_mesh(tensor.detach())
@@ -161,7 +192,7 @@ def write(parameter: Any, value: Tensor) -> None:
 
 def address(tensor: Any) -> int:
     """Where the values that this process holds begin, to tell whether two tensors share them."""
-    if zero3.is_partitioned(tensor):
+    if is_partitioned(tensor):
         return int(tensor.ds_tensor.data_ptr())
     local: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor
     return local.data_ptr()

@@ -68,27 +68,24 @@ def groups(model: nn.Module, sites: Sequence[Site], adapter: str) -> list[Group]
     """The sites that share factors, also those that PEFT was asked to tie and has not (a cast parts what it ties)."""
     asked = set(asked_to_tie(model, sites, adapter))
     linked: dict[str, list[Site]] = {site.name: [site] for site in sites}
-    for one, other in _neighbours(sites):
-        if linked[one.name] is not linked[other.name]:
-            linked[one.name].extend(linked[other.name])
-            linked.update(dict.fromkeys((s.name for s in linked[other.name]), linked[one.name]))
-    for head in asked:  # an asked tie that is there in memory is known already
-        embedding = tied_embedding(model, sites, adapter)
-        if embedding is not None and linked[head] is not linked[embedding.name]:
-            linked[embedding.name].extend(linked[head])
-            linked.update(dict.fromkeys((s.name for s in linked[head]), linked[embedding.name]))
+    embedding = tied_embedding(model, sites, adapter) if asked else None
+    heads = [(embedding.name, name) for name in asked] if embedding is not None else []
+    for one, other in (*_neighbours(sites), *heads):
+        if linked[one] is not linked[other]:
+            linked[one].extend(linked[other])
+            linked.update(dict.fromkeys((site.name for site in linked[other]), linked[one]))
     order = {site.name: index for index, site in enumerate(sites)}
     found = {id(members): members for members in linked.values() if len(members) > 1}
     others = _places(model, adapter)
     return [_group(sorted(m, key=lambda s: order[s.name]), asked, others) for m in found.values()]
 
 
-def _neighbours(sites: Iterable[Site]) -> Iterator[tuple[Site, Site]]:
-    """Pairs of sites of which a factor of one lies where a factor of the other does."""
-    held: dict[Any, Site] = {}
+def _neighbours(sites: Iterable[Site]) -> Iterator[tuple[str, str]]:
+    """Names of pairs of sites of which a factor of one lies where a factor of the other does."""
+    held: dict[Any, str] = {}
     for site in sites:
         for factor in (site.A, site.B):
-            yield held.setdefault(_place(factor), site), site
+            yield held.setdefault(_place(factor), site.name), site.name
 
 
 def _place(factor: Tensor) -> Any:
@@ -129,11 +126,8 @@ def asked_to_tie(model: nn.Module, sites: Sequence[Site], adapter: str) -> Itera
         tied = site.name in names or site.name.endswith(tuple(f".{name}" for name in names))
         # on different devices they cannot share memory, and what fully_shard holds cannot be replaced
         together = adapter in site.layer.lora_A and site.A.device == embedding.A.device and not is_sharded(site.A)
-        if (
-            tied
-            and together
-            and (site.in_features, site.out_features) == (embedding.out_features, embedding.in_features)
-        ):
+        crossed = (site.in_features, site.out_features) == (embedding.out_features, embedding.in_features)
+        if tied and together and crossed:
             yield site.name
 
 
@@ -163,10 +157,7 @@ def _unfit(members: Sequence[Site], alike: Sequence[bool | None], strangers: Seq
     """Why sites that share factors cannot be initialised as one, or None."""
     named = " and ".join(site.name for site in members)
     if strangers:
-        return (
-            f"it shares its factors with {strangers[0]}, which cannot be initialised; give each layer factors of its "
-            "own"
-        )
+        return f"it shares its factors with {strangers[0]}, which cannot be initialised; give each layer its own"
     if None in alike:
         return (
             f"{named} share one of their two factors, and no start fits both; let them share A and B, or give each "

@@ -1,50 +1,17 @@
-"""Weights that DeepSpeed ZeRO-3 has partitioned: gathered one module at a time. DeepSpeed itself is not imported.
+"""Forward passes over weights that DeepSpeed ZeRO-3 has partitioned: each module gathers its own while it runs.
 
-Such a parameter is empty, and carries its shape and its part. What gathers it is a collective: every process has to
-call it, in the same order.
+What gathers them is a collective: every process has to call it, in the same order.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-WHY_FIXED = "its weight is partitioned over processes (DeepSpeed ZeRO-3)"
-"""Why a weight can neither be written nor have a gradient here."""
-
-
-def is_partitioned(tensor: Any) -> bool:
-    """Whether a parameter is one of ZeRO-3's, gathered at the moment or not."""
-    return hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor")
-
-
-def shape_of(tensor: Any) -> torch.Size:
-    """The shape of a parameter, of the whole one where it is partitioned."""
-    return torch.Size(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
-
-
-def gathered_parameters(parameters: Sequence[Any]) -> Any:
-    """A context in which partitioned parameters are whole on every process. A collective."""
-    zero = sys.modules["deepspeed"].zero  # whoever made them has imported it
-    return zero.GatheredParameters(list(parameters))
-
-
-def full_copy(parameter: Any) -> Tensor:
-    """A copy of all of a partitioned parameter. A collective."""
-    with gathered_parameters([parameter]):
-        copy: Tensor = parameter.detach().clone()
-    return copy
-
-
-def full_copy_where(parameter: Any, here: bool) -> Tensor | None:
-    """`full_copy` where `here`, None on the processes that only take part. A collective."""
-    with gathered_parameters([parameter]):
-        return parameter.detach().clone() if here else None
+from .sharded import gathered_parameters, is_partitioned
 
 
 def gathering(call: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:

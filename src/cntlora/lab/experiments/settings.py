@@ -11,8 +11,7 @@ from typing import Any
 
 from ...config import InitConfig
 from ...messages import unknown_name
-from ...methods.method import METHODS, all_options
-from ...methods.options import option_names
+from ...methods.method import METHODS, all_options, option_names
 from ..recipes.train_settings import TrainSettings
 from .arms import Arm, parse_arm
 from .sections import LoraSettings, Override, SweepSettings

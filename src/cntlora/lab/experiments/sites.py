@@ -13,7 +13,8 @@ from ...analysis.diagnostics import StartDiagnostics, start_diagnostics
 from ...linalg.factors import halves_cancel, product_norm
 from ...model.kinds import depth_of, kind_of
 from ...model.sites import Site, find_sites
-from ...plan import InitPlan, SitePlan
+from ...plan import InitPlan
+from ...site_plan import SitePlan
 from ..record import SiteFacts
 from .arms import Arm
 
