@@ -1,4 +1,4 @@
-"""How far the factors are from the exact ones, on real layers: cross, self and shift, † as NumPy has it.
+"""Distance of the factors from the exact ones, on real layers: cross, self and shift, † as NumPy has it.
 
     python benchmarks/accuracy.py    # some layers of minilm, dinov2, smollm2; writes benchmarks/records/accuracy.json
 

@@ -16,7 +16,7 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def kept(values: Tensor, rtol: float) -> Tensor:
-    """Which of some descending values are above rtol·max."""
+    """Tell which of some descending values are above rtol·max."""
     return values > rtol * values[0]
 
 
@@ -64,7 +64,7 @@ def errors(D: Tensor, product: Tensor, r: int) -> tuple[float, float]:
 
 
 def margin(batches: Sequence[Tensor]) -> float:
-    """How many times max(d, b)·eps·λ_max, under which † drops them, the smallest kept eigenvalue of any G is.
+    """Return the smallest kept eigenvalue of any G, in units of max(d, b)·eps·λ_max, under which † drops them.
 
     Near 1 the estimate is ill-posed: G itself carries rounding noise of that size, and what is kept depends on it.
     """

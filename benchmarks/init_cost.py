@@ -48,7 +48,7 @@ def names_of(text: str | None, known: list[str], default: list[str], what: str) 
 
 
 def run(workload: str, rows: list[str], options: argparse.Namespace) -> None:
-    """Measures one workload, prints its table and writes its record."""
+    """Measure one workload, print its table and write its record."""
     record = {
         "workload": workload,
         "about": WORKLOADS[workload].about,

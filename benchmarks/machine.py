@@ -44,7 +44,7 @@ def total_memory_gib() -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when the device has done all that was queued."""
+    """Return when the device has done all that was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -69,5 +69,5 @@ def memory_mib(field: str) -> float:
 
 
 def reset_peak() -> None:
-    """Makes VmHWM start again from now; Linux only."""
+    """Make VmHWM start again from now; Linux only."""
     Path("/proc/self/clear_refs").write_text("5")

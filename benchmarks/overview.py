@@ -112,7 +112,7 @@ def comparison(results: Path, columns: Sequence[str] | None = None) -> str:
 
 
 def reached(group: Group, loss: float) -> str:
-    """At which share of its steps the mean held-out loss of a group falls to a value, between its evaluations."""
+    """Return the share of a group's steps at which its mean held-out loss falls to a value, between evaluations."""
     found = [[(e["step"], e["loss"]) for e in run["evaluations"]] for run in group.finished]
     steps = [step for step, _ in found[0]]
     means = [sum(run[i][1] for run in found) / len(found) for i in range(len(steps))]
@@ -149,7 +149,7 @@ def halves(results: Path) -> str:
 
 
 def starts(record: Path) -> str:
-    """What benchmarks/starts.py found: the inputs of every task, and its starts."""
+    """Return what benchmarks/starts.py found: the inputs of every task, and its starts."""
     words = {name: title.partition(" (")[0] for name, title, *_ in TASKS}
     found = json.loads(record.read_text())["tasks"]
     tasks = {name: {**task, "title": words[name.removesuffix("_modes")]} for name, task in found.items()}

@@ -1,4 +1,4 @@
-"""What an initialisation consists of: floating-point operations part by part, and the rate of each on this machine.
+"""The parts of an initialisation: floating-point operations part by part, and the rate of each on this machine.
 
 A batch is digested once for every distinct input ("group") of d features and b tokens, n = min(d, b):
 
@@ -50,12 +50,12 @@ class Group:
 
 
 def add(counts: Counts, part: str, size: int, operations: float) -> None:
-    """Adds operations of a part at a size."""
+    """Add operations of a part at a size."""
     counts[part, size] = counts.get((part, size), 0.0) + operations
 
 
 def data_pass(counts: Counts, method: str, group: Group, b: int, batches: int) -> None:
-    """Adds what all batches of b tokens cost at one group, beyond the forward pass."""
+    """Add what all batches of b tokens cost at one group, beyond the forward pass."""
     d, n = group.d, min(group.d, b)
     dual = b <= d
     small = [k for k in group.outputs if k < d] if method == "shift" else []
@@ -80,7 +80,7 @@ def data_pass(counts: Counts, method: str, group: Group, b: int, batches: int) -
 
 
 def factorisation(counts: Counts, method: str, group: Group, tokens: int, rank: int) -> None:
-    """Adds what one group's sites cost after the last batch, `tokens` being those of all batches."""
+    """Add what one group's sites cost after the last batch, `tokens` being those of all batches."""
     d = group.d
     if method == "eva":
         add(counts, "triplets", d, TRIPLET_PASSES * 2.0 * d * d * (rank + 4))
@@ -101,7 +101,7 @@ def factorisation(counts: Counts, method: str, group: Group, tokens: int, rank: 
 
 
 def forward(counts: Counts, groups: Sequence[Group], tokens: int) -> None:
-    """Adds the forward pass of the layers, 2 operations a weight and token (attention itself is left out)."""
+    """Add the forward pass of the layers, 2 operations a weight and token (attention itself is left out)."""
     for group in groups:
         add(counts, "forward", group.d, 2.0 * tokens * group.d * sum(group.outputs))
 

@@ -99,7 +99,7 @@ def predictions(cpu: Rates, gpu: Mapping[str, Any] | None = None) -> list[dict[s
 
 
 def against_block(cpu: Rates, record: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the parts foretell for the workload llama-7b-block, beside what `init_cost.py` measured for it.
+    """Return what the parts foretell for the workload llama-7b-block, beside what `init_cost.py` measured for it.
 
     Args:
         record: that of the workload, or None if it has not been measured.

@@ -1,4 +1,4 @@
-"""Which learning rate: best rates, losses without a sweep and widths of the good range, from the tables of runs.
+"""Learning rates: the best ones, losses without a sweep and widths of the good range, from the tables of runs.
 
     python benchmarks/rates.py     # prints the tables that benchmarks/study_pages.py puts on their page
 
@@ -127,7 +127,7 @@ def best_rates(results: Path = RUNS) -> str:
 
 
 def untuned(results: Path = RUNS) -> str:
-    """How far the loss at one rate is above that of tuned plain LoRA: median and worst over the tasks."""
+    """Return how far the loss at one rate is above that of tuned plain LoRA: median and worst over the tasks."""
     columns = {rate: _with_rate(results, rate) for rate in UNTUNED}
     rows = []
     for method, label in METHODS.items():
@@ -150,7 +150,7 @@ def _with_rate(results: Path, rate: float) -> list[str]:
 
 
 def widths(results: Path = RUNS) -> str:
-    """How wide the range of good rates is, and what one rate for all tasks costs."""
+    """Return the width of the range of good rates, and what one rate for all tasks costs."""
     rows = []
     for method, label in METHODS.items():
         own = [curves(results, task)[method] for task in tasks()]
@@ -237,7 +237,7 @@ QUANTITIES = (
 
 
 def predicted(results: Path = RUNS) -> str:
-    """How well a quantity at step 0 predicts the best rate, beside the mean of the other tasks."""
+    """Return how well a quantity at step 0 predicts the best rate, beside the mean of the other tasks."""
     rows = []
     for label, key, relative in QUANTITIES:
         known = at_step_0(results, key, relative)

@@ -1,4 +1,4 @@
-"""What was tried to break it: wrong inputs, kills, Ctrl-C, a full disk, damaged files, random uses.
+"""Attempts to break it: wrong inputs, kills, Ctrl-C, a full disk, damaged files, random uses.
 
     python benchmarks/reliability.py                          # a quarter of an hour; writes the record and the document
     python benchmarks/reliability.py --kills 8 --cases 200    # minutes
@@ -105,7 +105,7 @@ def interrupts(count: int) -> dict[str, dict[str, float]]:
 
 
 def full_disk() -> list[dict[str, str]]:
-    """What each writer says on a full disk."""
+    """Return what each writer says on a full disk."""
     from tests.disk_cases import fill, no_longer_files_than, refused, small_disk, writers
 
     rows = []

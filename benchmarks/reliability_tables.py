@@ -11,7 +11,7 @@ from cntlora.atomic import write_atomically
 
 
 def put_into(document: Path, record: dict[str, Any]) -> None:
-    """Puts every table between its two marks; wrong inputs have a page of their own in the folder beside the document.
+    """Put every table between its two marks; wrong inputs have a page of their own in the folder beside the document.
 
     Raises:
         ValueError: if the document lacks a mark; names it.
@@ -22,7 +22,7 @@ def put_into(document: Path, record: dict[str, Any]) -> None:
 
 
 def put_between(document: Path, name: str, content: str) -> None:
-    """Puts a text between the two marks of a name.
+    """Put a text between the two marks of a name.
 
     Raises:
         ValueError: if the document lacks a mark; names it.

@@ -1,4 +1,4 @@
-"""How much of the inputs of a task is rounding: its model in float32, bfloat16 and under autocast against float64.
+"""Share of rounding in the inputs of a task: its model in float32, bfloat16 and under autocast against float64.
 
     python benchmarks/rounding.py studies/tweets.toml studies/vision_emoji.toml studies/language.toml
 
@@ -42,7 +42,7 @@ HEADS = (
 
 
 def noise_facts(X: Tensor, exact: Tensor, precision: torch.dtype, came_in: torch.dtype) -> dict[str, float]:
-    """Of one site, X and `exact` (d, b) in float64.
+    """Facts of one site, X and `exact` (d, b) in float64.
 
     Returns:
         "entries" and "sums": the largest noise along a direction of the smaller half, in units of
@@ -66,7 +66,7 @@ def noise_facts(X: Tensor, exact: Tensor, precision: torch.dtype, came_in: torch
 
 
 def task_facts(experiment: Experiment, seed: int) -> dict[str, list[dict[str, float]]]:
-    """Of all sites of a task's model on its first batch, for each kind of precision."""
+    """Facts of all sites of a task's model on its first batch, for each kind of precision."""
     task = make_task(experiment.task)
     options = lora_options(Run(experiment, "lora", 1e-3, seed), task)
     model = get_peft_model(task.build_model(seed), LoraConfig(**options))  # type: ignore[arg-type]

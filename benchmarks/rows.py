@@ -65,7 +65,7 @@ class Bench:
 
     @cached_property
     def adapted(self) -> nn.Module:
-        """With plain LoRA; a plan leaves the model as it was, so this one serves all our rows."""
+        """Adapt with plain LoRA; a plan leaves the model as it was, so this one serves all our rows."""
         return with_lora(self.workload, self.build())
 
     @cached_property

@@ -1,4 +1,4 @@
-"""How the cost of an initialisation grows, and what that foretells for large models.
+"""Growth of the cost of an initialisation, and what that foretells for large models.
 
     python benchmarks/scaling.py            # under 6 minutes on 2 cores; writes benchmarks/records/scaling.json
     python benchmarks/scaling.py --quick    # seconds, small sizes, for tests
@@ -60,7 +60,7 @@ def gpu_record(folder: Path) -> dict[str, Any] | None:
 
 
 def measure_rates(device: torch.device, threads: int, folder: Path) -> None:
-    """Measures the rates of a device, prints and writes them."""
+    """Measure the rates of a device, print and write them."""
     rates = measured_rates((512, 1024, 2048, 4096, 8192), 3, 4.0, device)
     record = {"machine": describe(threads, device), "rates": rates}
     print(rates_markdown(rates), flush=True)

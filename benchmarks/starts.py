@@ -1,4 +1,4 @@
-"""Why starts differ: the inputs' G of a task, and the size, the loss and the curvature of every start on it.
+"""Differences of starts: the inputs' G of a task, and the size, the loss and the curvature of every start on it.
 
     python benchmarks/starts.py studies/tweets_modes.toml studies/vision_emoji.toml
     python benchmarks/starts.py --methods lora,self,descent studies/language.toml
@@ -44,7 +44,7 @@ RTOL = 1e-3
 
 
 def spectrum_facts(inputs: list[Tensor]) -> dict[str, float]:
-    """Of one site: what the eigenvalues of G = X Xᵀ of the first batch, and of the sum over batches, are like."""
+    """Facts of one site: what the eigenvalues of G = X Xᵀ of the first batch, and of the sum over batches, are like."""
     X = inputs[0]
     one = torch.linalg.svdvals(X).square()
     kept = one[one > max(X.shape) * EPS * one[0]]
@@ -79,7 +79,7 @@ def input_facts(experiment: Experiment, seed: int) -> dict[str, float]:
 
 
 def start_facts(experiment: Experiment, method: str, seed: int, iterations: int) -> dict[str, Any]:
-    """Of one start: ‖s·B·A‖/‖W‖ (median over sites), the change of the first batch's loss, and the curvature."""
+    """Facts of one start: ‖s·B·A‖/‖W‖ (median over sites), the change of the first batch's loss, and the curvature."""
     task = make_task(experiment.task)
     run, model = Run(experiment, method, 1e-3, seed), task.build_model(seed)
     batch = next(iter(task.train_batches(seed)))

@@ -47,7 +47,7 @@ class ImportCycleError(Exception):
 
 
 def measure(root: Path, without: Iterable[str] = (), only: str = "") -> Structure:
-    """Measures the package in the folder `root`.
+    """Measure the package in the folder `root`.
 
     Args:
         without: subpackages and modules to leave out, relative to the package.
@@ -172,7 +172,7 @@ def _lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def main() -> int:
-    """Prints the measurement; the exit code is 1 if there is a cycle."""
+    """Print the measurement; the exit code is 1 if there is a cycle."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the package")

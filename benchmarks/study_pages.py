@@ -165,7 +165,7 @@ def index(templates: list[Path]) -> str:
 
 
 def make(out: Path = OUT, runs: Path = RUNS) -> list[Path]:
-    """Writes all pages, their images and the files with all tables; returns the pages."""
+    """Write all pages, their images and the files with all tables; return the pages."""
     templates = sorted(path for path in PAGES.glob("*.md") if path.name != "index.md")
     texts = {out / template.name: filled(template, runs) for template in templates}
     texts[out / "index.md"] = index(templates)

@@ -112,7 +112,7 @@ def starts_table(task: dict[str, Any]) -> str:
 
 
 def inputs_table(tasks: dict[str, Any]) -> str:
-    """What the inputs of the tasks are like, medians over sites."""
+    """Return what the inputs of the tasks are like, medians over sites."""
     head = ["task", "features", "tokens a batch", "rank of G", "condition of G", "above 10⁻³ of the largest",
             "effective rank", "of the sum over batches"]  # fmt: skip
     keys = ("features", "tokens", "rank", "condition", "kept", "effective_rank", "effective_rank_of_sum")

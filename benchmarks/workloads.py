@@ -1,4 +1,4 @@
-"""What the cost of an initialisation is measured on: real models on real data, and random weights (`shapes`).
+"""Workloads of the cost of an initialisation: real models on real data, and random weights (`shapes`).
 
 A workload is one row of `WORKLOADS`. Everything is drawn under fixed seeds, so that two runs do the same work.
 """
@@ -61,7 +61,7 @@ def with_lora(workload: Workload, base: nn.Module) -> nn.Module:
 
 
 def forward_pass(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """What no method that reads data can avoid: every batch once through the model."""
+    """Run every batch once through the model, which no method that reads data can avoid."""
     with torch.no_grad():
         for batch in batches:
             model(**batch)

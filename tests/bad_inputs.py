@@ -1,4 +1,4 @@
-"""What users get wrong, each as a real call, and the error that it gives."""
+"""Mistakes of users, each as a real call, and the error that it gives."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ WRONG: dict[str, Call] = {
 
 
 def refusals() -> Iterator[tuple[str, str, str]]:
-    """What is wrong, the kind of the error, and its message without the folder of this trial."""
+    """Return the mistake, the kind of the error, and its message without the folder of this trial."""
     for what, call in WRONG.items():
         with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -267,5 +267,5 @@ def refusals() -> Iterator[tuple[str, str, str]]:
 
 
 def is_clear(kind: str, message: str) -> bool:
-    """Whether an error is one of the documented kinds, in one line of some length."""
+    """Return whether an error is one of the documented kinds, in one line of some length."""
     return kind in ("ValueError", "TypeError", "FileNotFoundError") and "\n" not in message and 20 < len(message) < 600

@@ -1,4 +1,4 @@
-"""How far rounding may move a result: bounds that follow from the conditioning of what is computed.
+"""Bounds on how far rounding may move a result: they follow from the conditioning of what is computed.
 
 A bound that was read off one CPU is red on the next, since kernels and numbers of threads add in other orders. Here a
 bound is eps times the condition of the problem, to first order what the theory gives, times `MARGIN`.

@@ -37,12 +37,12 @@ def relative_error(got: Tensor | np.ndarray, expected: Tensor | np.ndarray) -> f
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How the reference names a dtype."""
+    """Return the reference's name for a dtype."""
     return str(dtype).removeprefix("torch.")
 
 
 def array(M: Tensor | np.ndarray) -> np.ndarray:
-    """As a float64 numpy array."""
+    """Convert to a float64 NumPy array."""
     return (M.detach().cpu().double().numpy() if isinstance(M, Tensor) else np.asarray(M)).astype(np.float64)
 
 
@@ -163,7 +163,7 @@ def moments(X: Tensor, gram: str = "sum", pieces: int = 1) -> Moments:
 
 
 def absorb(estimator: Any, names: Sequence[str], X: Moments, weight: float) -> None:
-    """Adds one batch that the sites `names` saw as `X`, times w_j."""
+    """Add one batch that the sites `names` saw as `X`, times w_j."""
     assert isinstance(estimator, InputReader)
     absorb_batch(estimator, [(names, X)], weight)
 

@@ -36,7 +36,7 @@ WORKER_BYTES = 3 * 2**30
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Of `pytest -n auto`: as many as cores and free memory allow; 0, and pytest runs all itself, where that is one."""
+    """Workers of `pytest -n auto`: as many as cores and free memory allow; 0 (pytest itself) where that is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores // THREADS, _free_memory() // WORKER_BYTES, WORKERS)
     return workers if workers > 1 else 0
@@ -70,7 +70,7 @@ def _the_same_for_every_test() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_fresh(tmp_path_factory: pytest.TempPathFactory) -> RunFresh:
-    """Runs a script in a new interpreter and returns what it prints; `block` makes importing cntlora an error."""
+    """Run a script in a new interpreter and return what it prints; `block` makes importing cntlora an error."""
 
     def run(script: str, *arguments: object, block: bool = False, threads: int = 1) -> str:
         head = "import sys, warnings\nwarnings.simplefilter('ignore')\n"

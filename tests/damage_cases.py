@@ -39,7 +39,7 @@ def record_bytes(folder: Path) -> bytes:
 
 
 def record_reader(folder: Path) -> Reader:
-    """Reads bytes as a record, by way of a file."""
+    """Read bytes as a record, by way of a file."""
 
     def read(data: bytes) -> object:
         (folder / "read.json").write_bytes(data)

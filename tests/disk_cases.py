@@ -22,7 +22,7 @@ Writer = Callable[[Path], object]
 
 
 def writers(folder: Path) -> dict[str, Writer]:
-    """What writes → the function that does, into the folder that it is given; `folder` is for what they read."""
+    """Return name → a function that writes into the folder that it is given; `folder` is for what they read."""
     plan, model = compute_plan(adapted(), text_batches(), config=InitConfig(method="self")), adapted()
     initialize(model, text_batches(), config=InitConfig(method="self"))
     record = {"schema": 1, "status": "finished", "losses": [0.123456789] * 5000}
@@ -56,7 +56,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """Takes all the room of a disk with one file."""
+    """Take all the room of a disk with one file."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         for size in (65536, 4096, 1):
@@ -70,7 +70,7 @@ def fill(folder: Path) -> Path:
 
 @contextmanager
 def no_longer_files_than(size: int) -> Iterator[None]:
-    """Inside, a file that grows beyond `size` bytes is an error, as on a full disk."""
+    """Context in which a file that grows beyond `size` bytes is an error, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

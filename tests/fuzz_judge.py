@@ -1,4 +1,4 @@
-"""What must hold of a random use of the library (`fuzz_cases`): a correct plan, or one documented error."""
+"""Properties of every random use of the library (`fuzz_cases`): a correct plan, or one documented error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ARGUMENTS = ("batches", "token_mask", "max_memory", "on_missing", "loss", "adapt
 
 
 def outcomes(count: int, first: int = 0) -> Counter[str]:
-    """Judges so many cases, the same ones every time for the same `first`; the number of each outcome.
+    """Judge so many cases, the same ones every time for the same `first`; the number of each outcome.
 
     A case that is judged wrong ends it with an error that shows the case, which can be pasted into a test.
     """
@@ -57,7 +57,7 @@ def outcomes(count: int, first: int = 0) -> Counter[str]:
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Raises AssertionError in a block that takes longer; only in the main thread."""
+    """Raise AssertionError in a block that takes longer; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -99,7 +99,7 @@ def as_it_is(model: nn.Module, weights: bool) -> dict[str, Any]:
 
 
 def documented(error: Exception, case: Case, model: nn.Module) -> bool:
-    """Whether an error is one line that names a site, a batch or an option."""
+    """Return whether an error is one line that names a site, a batch or an option."""
     options = [*(f.name for f in fields(InitConfig)), *all_options(), "InitConfig option"]
     sites = [n for n, m in model.named_modules() if hasattr(m, "lora_A")]
     names = [f"site {n.removeprefix('base_model.model.')}" for n in sites] + ["adapter '"]
@@ -110,7 +110,7 @@ def documented(error: Exception, case: Case, model: nn.Module) -> bool:
 
 
 def judge(case: Case) -> str:
-    """What came of a case: "plan", "refused: " and the error, or "no adapter" where PEFT itself refuses.
+    """Return the outcome of a case: "plan", "refused: " and the error, or "no adapter" where PEFT itself refuses.
 
     Raises:
         AssertionError: if something does not hold that must.
@@ -161,7 +161,7 @@ def product(site: Site) -> Tensor:
 
 
 def probed(layer: nn.Module, site: Site) -> Tensor:
-    """What a layer gives for a fixed input, in eval mode; of the kind that its base layer takes."""
+    """Return the output of a layer for a fixed input, in eval mode; of the kind that its base layer takes."""
     g, base = torch.Generator().manual_seed(1), site.base
     size = (2, 1, 3, 4) if isinstance(base, nn.Conv2d) else (2, 5, site.in_features)
     x = torch.randn(size, generator=g).to(site.A.dtype)

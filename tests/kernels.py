@@ -48,7 +48,7 @@ print(hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in found)).
 
 
 def environment(kernel: str, threads: int) -> dict[str, str]:
-    """Of a run under `kernel`; what another kernel sets is taken away."""
+    """Environment of a run under `kernel`; what another kernel sets is taken away."""
     others = {name for variables in KERNELS.values() for name in variables}
     plain = {name: value for name, value in os.environ.items() if name not in others}
     return {**plain, "CNTLORA_TEST_THREADS": str(threads), **KERNELS[kernel]}
@@ -70,7 +70,7 @@ def settings(kernels: list[str], everything: bool, once: bool) -> list[tuple[str
 
 
 def run(kernel: str, threads: int, arguments: list[str]) -> tuple[bool, str]:
-    """Whether pytest passed, and a line that says what it counted and how long it took."""
+    """Return whether pytest passed, and a line that says what it counted and how long it took."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "auto", *arguments]
     done = subprocess.run(

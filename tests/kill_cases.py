@@ -36,7 +36,7 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.tru
 
 @dataclass(frozen=True)
 class Moment:
-    """When a process gets `signal`: before the `change`-th change of a file, or after `seconds`; neither for never."""
+    """The time of `signal`: before the `change`-th change of a file, or after `seconds`; neither for never."""
 
     change: int = 0
     seconds: float = 0.0
@@ -48,7 +48,7 @@ NEVER = Moment()
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended.
+    """The end of a process.
 
     Attributes:
         code: exit code, negative for a signal.
@@ -69,7 +69,7 @@ class Ended:
 
 
 def run_command(arguments: list[str], folder: Path, moment: Moment = NEVER) -> Ended:
-    """Runs `cntlora` with these arguments in a fork; `folder` is the one that it writes into."""
+    """Run `cntlora` with these arguments in a fork; `folder` is the one that it writes into."""
     from cntlora.cli.app import main
 
     def command() -> None:
@@ -82,7 +82,7 @@ def run_command(arguments: list[str], folder: Path, moment: Moment = NEVER) -> E
 
 
 def run_fork(work: Callable[[], object], folder: Path, moment: Moment = NEVER) -> Ended:
-    """Runs a function in a fork of this process, which gets a signal, with all its processes, at the moment.
+    """Run a function in a fork of this process, which gets a signal, with all its processes, at the moment.
 
     Args:
         folder: changes of files are counted below it.
@@ -103,7 +103,7 @@ def run_fork(work: Callable[[], object], folder: Path, moment: Moment = NEVER) -
 
 
 def _work(work: Callable[[], object], folder: Path, moment: Moment, counted: int, told: int) -> None:
-    """In the fork; never returns."""
+    """Work in the fork; never return."""
     code = 70
     try:
         os.setsid()
@@ -127,7 +127,7 @@ def _work(work: Callable[[], object], folder: Path, moment: Moment, counted: int
 
 
 def _count_changes(folder: Path, moment: Moment, counted: int) -> None:
-    """Counts the changes of files under `folder`, and sends the signal before the one of the moment.
+    """Count the changes of files under `folder`, and send the signal before the one of the moment.
 
     A process that is started counts on from where the one that started it was; each number is written to `counted`.
     """
@@ -273,12 +273,12 @@ def visible(folder: Path, command: Command) -> dict[str, str]:
 
 
 def hidden(folder: Path) -> list[str]:
-    """What is left of unfinished files."""
+    """Return what is left of unfinished files."""
     return sorted(p.name for p in folder.rglob(".*"))
 
 
 def survives(command: Command, old: Path, moment: Moment) -> tuple[Ended, list[str]]:
-    """Kills a command that replaces old files, checks them, lets it run again; how it ended, and what it left behind.
+    """Kill a command that replaces old files, check them, let it run again; how it ended, and what it left behind.
 
     Args:
         old: a folder that the command has made with its old arguments; worked on is a copy.

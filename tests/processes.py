@@ -23,7 +23,7 @@ SECONDS = 300.0
 
 
 def connect(rank: int, world: int, folder: Path, seconds: float = 120.0) -> None:
-    """Joins a gloo group that gives up after `seconds`."""
+    """Join a gloo group that gives up after `seconds`."""
     import torch.distributed as dist
 
     store = dist.FileStore(str(folder / "store"), world)
@@ -31,7 +31,7 @@ def connect(rank: int, world: int, folder: Path, seconds: float = 120.0) -> None
 
 
 def run(file: str, folder: Path, jobs: dict[str, int]) -> dict[str, list[Any]]:
-    """What every job of a test file gives, by rank; for a rank that ended without a result the text of its error."""
+    """Return what every job of a test file gives, by rank; the text of its error for a rank without a result."""
     wanted = [f"{job}:{world}" for job, world in jobs.items()]
     root = str(Path(__file__).parents[1])
     module = ".".join(Path(file).resolve().relative_to(root).with_suffix("").parts)
@@ -51,7 +51,7 @@ def _result(path: Path) -> Any:
 
 
 def outcome(call: Any) -> dict[str, Any]:
-    """What an error says, and how long it took to come."""
+    """Return what an error says, and how long it took to come."""
     start = time.monotonic()
     try:
         call()

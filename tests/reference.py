@@ -14,7 +14,7 @@ EPS = float(np.finfo(np.float64).eps)
 
 
 def _f64(array: object) -> np.ndarray:
-    """Any array-like as a float64 array."""
+    """Convert any array-like to a float64 array."""
     return np.asarray(array, dtype=np.float64)
 
 
@@ -31,7 +31,7 @@ def _row_signs(rows: np.ndarray) -> np.ndarray:
 
 
 def _check_rank(r: int, limit: int) -> None:
-    """Refuses a rank for which there are not enough directions."""
+    """Refuse a rank for which there are not enough directions."""
     if not 0 <= r <= limit:
         raise ValueError(f"rank {r} is not between 0 and {limit}")
 

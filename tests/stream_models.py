@@ -57,7 +57,7 @@ def _text(lengths: list[int], side: str, extra: int, labels: str = "tokens", pos
 
 
 def _begun(batch: Batch) -> Batch:
-    """Without the label of each row's first token, which padding on the left would predict."""
+    """Return the batch without the label of each row's first token, which padding on the left would predict."""
     first = batch["attention_mask"].cumsum(1) == 1
     return {**batch, "labels": batch["labels"].masked_fill(first, -100)}
 
@@ -495,5 +495,5 @@ def adapted(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any
 
 
 def cast(batch: Batch, dtype: torch.dtype = torch.float64) -> Batch:
-    """With the floating tensors of a batch in the dtype of a model."""
+    """Cast the floating tensors of a batch to the dtype of a model."""
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}

@@ -87,7 +87,7 @@ def test_calls_by_name_and_by_place_are_the_same() -> None:
 def test_a_function_of_one_object_is_called_with_its_fields() -> None:
     @called_with(Request)
     def number(request: Request) -> int:
-        """Counts.
+        """Count.
 
         Returns:
             What was given.
@@ -95,7 +95,7 @@ def test_a_function_of_one_object_is_called_with_its_fields() -> None:
         return len(request.options())
 
     assert number(adapted()) == len(OPTIONS) and number.__name__ == "number"
-    assert (number.__doc__ or "").startswith("Counts.\n\nArgs:\n    model: carries LoRA layers")
+    assert (number.__doc__ or "").startswith("Count.\n\nArgs:\n    model: carries LoRA layers")
     assert set(Options.__dataclass_fields__) == set(OPTIONS)
     assert set(TrainerRequest.__dataclass_fields__) - set(OPTIONS) == {"trainer", "config"}
 

@@ -249,7 +249,7 @@ def test_the_plan_is_accurate_on_the_tiny_workload(tmp_path: Path, capsys: pytes
 
 
 def rounding_bound(method: str, margin: float) -> float:
-    """What rounding may do to the factors of a site: that of its float32 factors, and that of G.
+    """Bound the rounding of the factors of a site: that of its float32 factors, and that of G.
 
     G carries rounding of max(d, b)·eps·λ_max, which moves 1/λ_min by 1/margin: 0.03 at the worst of the tiny model's
     sites, 3e-8 and less at most. The direction of λ_min is then nearly all of ΔW, so that the error is that of ΔW.

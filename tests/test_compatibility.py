@@ -1,4 +1,4 @@
-"""What the docs say was run has a test of that name."""
+"""Every run that the docs name has a test of that name."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from cntlora.linalg import factors as factor
 
 
 def kinds(found: Counter[str]) -> Counter[str]:
-    """Without the text of the errors."""
+    """Outcomes without the text of the errors."""
     total: Counter[str] = Counter()
     for outcome, count in found.items():
         total[outcome.partition(":")[0]] += count
@@ -34,7 +34,7 @@ def test_thousands_of_random_uses_end_well() -> None:
 
 
 def judged(fault: str) -> str:
-    """What the judge says of random uses of a library with a fault."""
+    """Return what the judge says of random uses of a library with a fault."""
     try:
         outcomes(60)
     except AssertionError as error:

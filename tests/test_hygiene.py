@@ -77,7 +77,7 @@ def loud(model: nn.Module, batch: Batch) -> Any:
 
 
 def failing(at: int) -> Callable[[nn.Module, Batch], Any]:
-    """Raises in the middle of a forward pass, after some sites have been seen, at batch `at`."""
+    """Raise in the middle of a forward pass, after some sites have been seen, at batch `at`."""
     count = iter(range(100))
 
     def forward(model: nn.Module, batch: Batch) -> Any:

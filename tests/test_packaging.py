@@ -1,4 +1,4 @@
-"""What a package index and a stranger read agrees with itself: versions, supported Pythons, oldest dependencies."""
+"""Agreement of what a package index and a stranger read: versions, supported Pythons, oldest dependencies."""
 
 from __future__ import annotations
 

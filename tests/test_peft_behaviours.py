@@ -1,4 +1,4 @@
-"""What PEFT's own tests ask of EVA, CorDA, LoRA-GA and PiSSA, asked of ours, and where PEFT refuses, that ours works.
+"""Questions of PEFT's own tests to EVA, CorDA, LoRA-GA and PiSSA, put to ours; where PEFT refuses, ours works.
 
 After its `test_initialization.py`, `test_lora_ga.py` and `test_gpu_examples.py` (EVA): consistency across shuffles,
 hooks and fields left on the model, the same output after conversion and loading with patterns and rsLoRA, Conv1D,

@@ -24,7 +24,7 @@ from cntlora.model import writer
 
 @pytest.fixture(autouse=True)
 def _ctrl_c_is_heard() -> Iterator[None]:
-    """Also where the tests run in the background of a shell, whose children ignore it."""
+    """Hear Ctrl-C also where the tests run in the background of a shell, whose children ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

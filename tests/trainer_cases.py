@@ -1,4 +1,4 @@
-"""What the tests of trainers share: a tokenizer and rows of data for the tiny models, and what holds in any trainer."""
+"""Parts that the tests of trainers share: a tokenizer and data for the tiny models, and what holds in any trainer."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Logged(TrainerCallback):
 
 
 def logged(trainer: Any) -> Logged:
-    """That of a trainer that was made with one."""
+    """Return the log of a trainer that was made with one."""
     return next(c for c in trainer.callback_handler.callbacks if type(c) is Logged)
 
 
@@ -84,7 +84,7 @@ def assert_trained(model: nn.Module, start: dict[str, Tensor], held: set[int]) -
 
 
 def assert_trains_from_the_base(plain: Any, ours: Any) -> None:
-    """Trains both trainers: the same loss at the first step, others later, and every factor of the second moves."""
+    """Train both trainers: the same loss at the first step, others later, and every factor of the second moves."""
     start = copies(ours.model)
     for trainer in (plain, ours):
         trainer.train()
@@ -95,7 +95,7 @@ def assert_trains_from_the_base(plain: Any, ours: Any) -> None:
 
 
 def assert_plain(model: Any, folder: Path, kind: str = "llama", moved: float = 1e-3) -> None:
-    """What a trainer saved is an ordinary adapter: plain PEFT gives the same outputs on a base that nobody touched."""
+    """Assert that a trainer saved an ordinary adapter: plain PEFT gives the same outputs on an untouched base."""
     batch = causal_batches(1, seed=7)[0]
     loaded = PeftModel.from_pretrained(base_model(kind), folder).eval()
     there = logits(model.eval(), batch)

@@ -45,7 +45,7 @@ loader = [{"input_ids": r, "attention_mask": torch.ones_like(r), "labels": r} fo
 
 
 def check_archives(wheel: Path, sdist: Path) -> None:
-    """Both hold the package, its data and the licence, and nothing of the repository around it."""
+    """Check that both hold the package, its data and the licence, and nothing of the repository around it."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert all(name in names for name in NEEDED), f"{wheel.name} lacks one of {NEEDED}"
@@ -69,7 +69,7 @@ def readme_example() -> str:
 
 
 def run(command: Iterable[object], folder: Path) -> str:
-    """What a command prints; an error if it fails."""
+    """Return what a command prints; an error if it fails."""
     done = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))[:200]} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

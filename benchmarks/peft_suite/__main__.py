@@ -143,7 +143,7 @@ def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
 def _run(
     options: argparse.Namespace, setting: str, path: Path, refusals: list[Refusal], environment: dict[str, str]
 ) -> str | None:  # fmt: skip
-    """Runs the suites in one setting; what stopped them as a whole, or None."""
+    """Run the suites in one setting; what stopped them as a whole, or None."""
     path.unlink(missing_ok=True)
     unfinished = path.with_suffix(".part")
     unfinished.unlink(missing_ok=True)

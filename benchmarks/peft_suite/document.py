@@ -16,7 +16,7 @@ MARK = "peft's own tests"
 
 
 def put_table(document: Path, record: dict[str, Any]) -> None:
-    """Puts the tables of a record between their two marks."""
+    """Put the tables of a record between their two marks."""
     put_between(document, MARK, content(record))
 
 

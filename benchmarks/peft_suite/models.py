@@ -131,7 +131,7 @@ ADAPTERS = {"peft-internal-testing/tiny-OPTForCausalLM-lora": "peft-internal-tes
 
 
 def fill_cache(cache: Path, asked: str) -> None:
-    """Writes models that are not there into a cache of huggingface_hub, with a tokenizer or an image processor.
+    """Write models that are not there into a cache of huggingface_hub, with a tokenizer or an image processor.
 
     Args:
         asked: text of the tests; a model is made if its name stands in it.

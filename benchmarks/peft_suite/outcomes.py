@@ -1,4 +1,4 @@
-"""What came of PEFT's tests: judged by the list of expected failures, and put into tables. Pure."""
+"""Outcomes of PEFT's tests: judged by the list of expected failures, and put into tables. Pure."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def judge(
     failures: Sequence[Failure],
     refusals: Sequence[Refusal],
 ) -> Judged:
-    """Sorts the outcomes of one suite in one setting.
+    """Sort the outcomes of one suite in one setting.
 
     Args:
         lines, plain: of this setting, and of the same tests with PEFT's own initialisation.

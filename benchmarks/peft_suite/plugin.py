@@ -23,7 +23,7 @@ _KEY: pytest.StashKey[Any] = pytest.StashKey()
 
 
 class EveryModelIsCached(defaultdict):  # type: ignore[type-arg]
-    """In place of PEFT's record of models that were fetched: all were, so that its tests never go online."""
+    """Stand-in for PEFT's record of models that were fetched: all were, so that its tests never go online."""
 
     def __init__(self) -> None:
         super().__init__(int)
@@ -78,7 +78,7 @@ def _stand_in_for_data() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
-    """Puts LoRA among the cases of test_quantization.py, which PEFT tests there for its other methods only."""
+    """Put LoRA among the cases of test_quantization.py, which PEFT tests there for its other methods only."""
     from peft import LoraConfig
 
     cases = getattr(collector.obj, "TEST_CASES", None)
@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def concerns_lora(item: Any) -> bool:
-    """Whether a test is about LoRA: by its parameters, else by its source, its class, its name or its file."""
+    """Return whether a test is about LoRA: by its parameters, else by its source, its class, its name or its file."""
     from peft import LoraConfig
 
     parameters = getattr(getattr(item, "callspec", None), "params", {})

@@ -43,7 +43,7 @@ WEIGHTS_ONLY = ("pissa", "olora", "lora")
 
 @dataclass
 class Session:
-    """What runs now: the setting, the test, and what became of the adapters that it made.
+    """The present run: the setting, the test, and what became of the adapters that it made.
 
     Attributes:
         refusals: patterns of the messages by which cntlora may refuse an adapter; any other refusal fails the test.
@@ -60,7 +60,7 @@ class Session:
 
 
 def install(session: Session) -> None:
-    """Replaces PEFT's functions; before any test module is imported, since they import them by name."""
+    """Replace PEFT's functions; before any test module is imported, since they import them by name."""
     import peft.mapping
     import peft.mapping_func
 
@@ -132,7 +132,7 @@ def _configs(model: nn.Module, adapter: str) -> list[Any]:
 
 
 def _tell(model: nn.Module, adapter: str, config: LoraConfig) -> None:
-    """Puts the ranks that the sites have into the caller's configuration, as if the test had asked for them."""
+    """Put the ranks that the sites have into the caller's configuration, as if the test had asked for them."""
     for own in _configs(model, adapter)[-1:]:
         for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
             setattr(config, name, copy.copy(getattr(own, name)))
@@ -145,7 +145,7 @@ def _is_ours(session: Session, config: Any) -> bool:
 
 
 def _initialise(session: Session, model: nn.Module, adapter: str, changes: bool) -> bool:
-    """Calls `cntlora.initialize` on the sites that it accepts; the others keep the start that the test asked for.
+    """Call `cntlora.initialize` on the sites that it accepts; the others keep the start that the test asked for.
 
     Returns:
         Whether a site is too small for the rank that the test asked for.
@@ -188,7 +188,7 @@ def _initialise(session: Session, model: nn.Module, adapter: str, changes: bool)
 
 
 def _fitted(site: Any, doubles: bool, even: bool) -> Callable[[], None]:
-    """Lowers the rank of a fresh site to what leaves the file with the test's rank; returns what undoes that.
+    """Lower the rank of a fresh site to what leaves the file with the test's rank; return what undoes that.
 
     Args:
         doubles: the base policy doubles the rank.
@@ -227,7 +227,7 @@ def _init_config(session: Session, changes: bool) -> Any:
 
 
 def _randomise_fresh(model: nn.Module, adapter: str) -> None:
-    """Makes the random start that the test asked for, at sites that were refused."""
+    """Make the random start that the test asked for, at sites that were refused."""
     for module in model.modules():
         plain = getattr(getattr(module, "lora_B", None), "_modules", {}).get(adapter)
         if plain is not None and hasattr(plain, "reset_parameters") and not plain.weight.any():

@@ -124,7 +124,7 @@ def initialize_from_trainer(request: TrainerRequest) -> InitReport:
 
 
 def make_plan(request: Request, executor: Executor) -> InitPlan:
-    """Reads the data and works out the plan of all sites; changes nothing.
+    """Read the data and work out the plan of all sites; change nothing.
 
     Where there are several processes, all have to call it, and get the same plan.
     """
@@ -161,7 +161,7 @@ def plan_from(statistics: Statistics) -> InitPlan:
 
 
 def _warn_of_far_starts(plan: InitPlan) -> None:
-    """Warns of starts whose ‖s·B·A‖/‖W‖ is far beyond what trained adapters reach."""
+    """Warn of starts whose ‖s·B·A‖/‖W‖ is far beyond what trained adapters reach."""
     far = plan.far_starts()
     if far:
         name, size = next(iter(far.items()))
@@ -173,7 +173,7 @@ def _warn_of_far_starts(plan: InitPlan) -> None:
 
 
 def _check_before_engine(model: nn.Module, adapter: str) -> None:
-    """Raises ValueError if ZeRO-3 has partitioned the adapter too: its optimizer would go on with the old one."""
+    """Raise ValueError if ZeRO-3 has partitioned the adapter too: its optimizer would go on with the old one."""
     for name, layer in lora_layers(model, adapter):
         if any(is_partitioned(p) for n, p in layer.named_parameters() if ".lora_" in f".{n}"):
             raise ValueError(

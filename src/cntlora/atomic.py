@@ -24,7 +24,7 @@ SUFFIX = ".cntlora"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `path`, then renames: the old file or the new one, never half of one.
+    """Write to a temporary name beside `path`, then rename: the old file or the new one, never half of one.
 
     Raises:
         OSError: if it cannot be written, as on a full disk; names the file, which is as it was.
@@ -63,7 +63,7 @@ def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> int:
-    """Removes what processes that were killed while they wrote the file `name`, or any, left in a folder; their number.
+    """Remove what processes that were killed while they wrote the file `name`, or any, left in a folder; their number.
 
     What another process is writing stays.
     """
@@ -97,7 +97,7 @@ def _maker(path: Path, folder: bool) -> Callable[[], Path]:
 
 
 def _locked(make: Callable[[], Path]) -> tuple[Path, int | None]:
-    """What `make` makes, and the descriptor that holds its lock; None without locks."""
+    """Return what `make` makes, and the descriptor that holds its lock; None without locks."""
     while True:
         unfinished = make()
         if fcntl is None:

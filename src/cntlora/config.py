@@ -152,7 +152,7 @@ class InitConfig:
         return {**own, "method": None if self.method is None else self.method.name, **lists}
 
     def stated(self) -> dict[str, Any]:
-        """As `to_dict`, in the form of the records: with the options of all methods, and what is in force.
+        """Convert to the plain values of the records: with the options of all methods, and what is in force.
 
         The base policy is the one in force. An option is at its default of version 0.1 where it is at the method's own
         or is none of its options. The tolerance is None where it is NumPy's, or there is none; "rounding" where it
@@ -168,7 +168,7 @@ class InitConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> InitConfig:
-        """From plain values with flat keys; an unknown key is an error that names the nearest right one.
+        """Make it from plain values with flat keys; an unknown key is an error that names the nearest right one.
 
         It reads what version 0.1 wrote, too, where the options of all methods stand beside each other.
         """

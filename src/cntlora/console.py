@@ -1,4 +1,4 @@
-"""How every command ends when something is wrong: one line that says what to change."""
+"""The end of every command when something is wrong: one line that says what to change."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ ANNOUNCED = threading.Event()
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Inside, Ctrl-C waits, so that what is written is written whole; it comes at the end of the block.
+    """Context in which Ctrl-C waits, so that what is written is written whole; it comes at the end of the block.
 
     Only the main thread is ever interrupted, and only where Python has its own answer to Ctrl-C.
     """

@@ -28,7 +28,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def _passed_over(frame: FrameType) -> bool:
-    """Whether a frame is of this package, or of the standard library, as `functools.cached_property` is."""
+    """Return whether a frame is of this package, or of the standard library, as `functools.cached_property` is."""
     file = frame.f_code.co_filename
     ours = frame.f_globals.get("__name__", "").partition(".")[0] == "cntlora"
     return ours or (file.startswith(_STANDARD) and not file.startswith(_PACKAGES))
@@ -51,7 +51,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def quiet_logging(library: Any) -> Iterator[None]:
-    """Only errors are said inside, and no bar is drawn; then all is as it was.
+    """Silence all but errors inside, and draw no bar; then all is as it was.
 
     Args:
         library: `transformers.utils.logging`, or that of diffusers, which has the same functions.
@@ -69,7 +69,7 @@ def quiet_logging(library: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers reports no new head and draws no bar for a second of loading."""
+    """Context in which transformers reports no new head and draws no bar for a second of loading."""
     from transformers.utils import logging as transformers_logging
 
     with quiet_logging(transformers_logging):
@@ -82,7 +82,7 @@ def first_line(error: BaseException) -> str:
 
 
 def in_short(text: object, most: int = 300) -> str:
-    """What a text or an exception says, in one line; from the middle of a long one something is left out.
+    """Return what a text or an exception says, in one line; from the middle of a long one something is left out.
 
     The cause of an error may be at either end, and in between whole models may be printed.
     """
@@ -112,7 +112,7 @@ def unknown_name(what: str, name: object, allowed: Iterable[str]) -> str:
 
 
 def check_number(name: str, value: object, low: float, high: float, hint: str, *, open_low: bool = False) -> None:
-    """Raises TypeError for what is no number, ValueError for one that is out of range."""
+    """Raise TypeError for what is no number, ValueError for one that is out of range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {quoted(value)}; {hint}")
     inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
@@ -122,7 +122,7 @@ def check_number(name: str, value: object, low: float, high: float, hint: str, *
 
 
 def check_integer(name: str, value: object, low: int) -> None:
-    """Raises TypeError for what is no whole number, ValueError for one below `low`."""
+    """Raise TypeError for what is no whole number, ValueError for one below `low`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {quoted(value)}")
     if value < low:
@@ -130,6 +130,6 @@ def check_integer(name: str, value: object, low: int) -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raises TypeError for what is neither True nor False."""
+    """Raise TypeError for what is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {quoted(value)}")

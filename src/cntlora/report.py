@@ -135,7 +135,7 @@ def _unmasked_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _memory_lines(memory: Mapping[str, int]) -> list[str]:
-    """Where the statistics were held, if that was not simply beside the model."""
+    """Tell where the statistics were held, if that was not simply beside the model."""
     elsewhere = [f"{memory[place] / 2**20:.0f} MiB on the {place}" for place in ("cpu", "disk") if memory[place]]
     if memory["passes"] > 1:
         elsewhere.insert(0, f"{memory['passes']} passes over the batches")
@@ -157,7 +157,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _rank_poor(s: Mapping[str, Any]) -> bool:
-    """Whether the data determine fewer directions than the rank has."""
+    """Return whether the data determine fewer directions than the rank has."""
     return s["effective_rank"] is not None and s["effective_rank"] < s["rank"]
 
 
@@ -181,7 +181,7 @@ def _cells(s: Mapping[str, Any], masks: bool, far: bool) -> tuple[str, ...]:
 
 
 def far_cure(config: InitConfig) -> str:
-    """What makes a start smaller."""
+    """Return what makes a start smaller."""
     if "rtol" not in option_names(config.chosen):
         return "lower strength"
     return "raise rtol (1e-3 cuts off what the data hardly determine), read more or larger batches, or lower strength"

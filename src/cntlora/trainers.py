@@ -1,4 +1,4 @@
-"""What is read of a trainer: its batches, how its model is called with one, and its loss. No trainer is imported.
+"""The parts of a trainer that are read: its batches, the call of its model, and its loss. No trainer is imported.
 
 Trainers are told apart by what they have: sentence-transformers' has `collect_features`, TRL's preference trainers
 `ref_model`, and the rest is a `transformers.Trainer`.
@@ -26,7 +26,7 @@ LOGS = ("_metrics", "accum_loss_components", "_total_train_tokens")
 
 
 def check_trainer(trainer: Any, config: InitConfig) -> None:
-    """Raises TypeError for what is no trainer, ValueError if it is too late or the base of `config` would be wrong."""
+    """Raise TypeError for what is no trainer, ValueError if it is too late or the base of `config` would be wrong."""
     if not callable(getattr(trainer, "get_train_dataloader", None)) or not isinstance(
         getattr(trainer, "model", None), nn.Module
     ):
@@ -49,7 +49,7 @@ def check_trainer(trainer: Any, config: InitConfig) -> None:
 
 
 def _refers_to_base(trainer: Any) -> bool:
-    """Whether a trainer takes its own model without the adapter as the reference from now on (TRL's DPO, KTO, …)."""
+    """Return whether a trainer takes its own model without the adapter as the reference (TRL's DPO, KTO, …)."""
     compares = bool(getattr(trainer, "beta", None)) and getattr(trainer, "ref_model", trainer) is None
     return compares and not getattr(trainer, "precompute_ref_logps", False)
 
@@ -85,7 +85,7 @@ def training_arguments(
 
 
 def _generates(trainer: Any) -> bool:
-    """Whether a trainer's batches are prompts alone, to which its model writes the answers (TRL's GRPO, RLOO, …)."""
+    """Return whether its batches are prompts alone, to which the model writes the answers (TRL's GRPO, RLOO, …)."""
     return callable(getattr(trainer, "_generate", None))
 
 
@@ -138,7 +138,7 @@ class Columns:
 
 @contextmanager
 def left_as_found(trainer: Any) -> Iterator[None]:
-    """Afterwards the trainer's sums for its logs, and its accelerator's list of loaders, are what they were."""
+    """Leave the trainer's sums for its logs, and its accelerator's list of loaders, as they were."""
     logs = {name: copy.deepcopy(getattr(trainer, name)) for name in LOGS if hasattr(trainer, name)}
     prepared = getattr(getattr(trainer, "accelerator", None), "_dataloaders", None)
     known = len(prepared) if prepared is not None else 0
@@ -153,7 +153,7 @@ def left_as_found(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def closed(batches: Any) -> Iterator[None]:
-    """Afterwards accelerate does not take a prepared loader, of which only the first batches were read, for in use."""
+    """Let accelerate not take a prepared loader, of which only the first batches were read, for in use afterwards."""
     state = getattr(batches, "gradient_state", None)
     before = _in_use(state, batches)
     try:

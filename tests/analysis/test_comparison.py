@@ -1,4 +1,4 @@
-"""How an adapter moved: table 2's quantities, from models, folders, snapshots; and the state before the first step."""
+"""The way of an adapter: table 2's quantities, from models, folders, snapshots; and the state before the first step."""
 
 from __future__ import annotations
 

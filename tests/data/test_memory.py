@@ -26,7 +26,7 @@ METHODS = ("cross", "self", "shift", "eva", "corda")
 
 
 def same(one: InitPlan, two: InitPlan) -> bool:
-    """Whether two plans write the same bits."""
+    """Return whether two plans write the same bits."""
     return list(one.sites) == list(two.sites) and all(
         torch.equal(site.A, two.sites[name].A) and torch.equal(site.B, two.sites[name].B) and
         site.tokens == two.sites[name].tokens and site.effective_rank == two.sites[name].effective_rank

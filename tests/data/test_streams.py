@@ -113,7 +113,7 @@ def test_padding_changes_nothing(kind: str, side: str, method: str) -> None:
 
 
 def distances(one: InitPlan, other: InitPlan) -> dict[str, float]:
-    """Of B·A at each site that both have."""
+    """Distances of B·A at each site that both have."""
     both = one.sites.keys() & other.sites.keys()
     return {
         name: relative_error(other.sites[name].B @ other.sites[name].A, one.sites[name].B @ one.sites[name].A)
@@ -179,7 +179,7 @@ WORDS = ("embed_tokens", "word_embeddings", "word_embedding", "wte", "shared")
 
 
 def gradients_at_embeddings(model: Any, batch: Batch) -> list[Tensor]:
-    """Of the loss by what each call of a word embedding gives, (batch, tokens): whether it is not zero."""
+    """Gradients of the loss by what each call of a word embedding gives, (batch, tokens): whether it is not zero."""
     outputs: list[Tensor] = []
     kinds = {id(m): m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(WORDS)}
     handles = [
@@ -194,7 +194,7 @@ def gradients_at_embeddings(model: Any, batch: Batch) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", REACHED)
 def test_tokens_that_the_loss_does_not_reach_are_those_without_a_gradient(case: str) -> None:
-    """What labels say is what autograd says, at the embeddings of every stream."""
+    """Labels and autograd say the same, at the embeddings of every stream."""
     make, batch = REACHED[case]
     model = make()
     masks = token_masks(Anatomy(model), batch, None, by_loss=True)
@@ -224,7 +224,7 @@ def test_tokens_that_the_loss_does_not_reach_are_those_without_a_gradient(case: 
 
 
 def counted(model: Any, batch: Batch, rule: Any = None) -> dict[str, tuple[int, str, str]]:
-    """Of every site its tokens, its mask, and why it has none."""
+    """Return for every site its tokens, its mask, and why it has none."""
     plan = compute_plan(model, [cast(batch)], InitConfig(method="self", base="keep"), token_mask=rule, progress=False)
     return {name: (site.tokens, site.mask, site.unmasked) for name, site in plan.sites.items()}
 
@@ -263,7 +263,7 @@ def test_the_decoder_counts_its_own_tokens(kind: str, change: dict[str, Tensor],
 
 
 def test_a_last_label_that_is_the_padding_token_may_be_the_end_of_the_text() -> None:
-    """Where both are one token, the first of the run that ends a row counts."""
+    """If both are one token, the first of the run that ends a row counts."""
     model = adapted("bart")
     model.get_base_model().config.eos_token_id = 0
     labels = torch.tensor([[5, 6, 0, 0, 0], [7, 8, 9, 5, 0]])

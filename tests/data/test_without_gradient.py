@@ -83,7 +83,7 @@ MODELS = {"longformer": longformer, "detr": detr, "chain": chain}
 
 
 def has_a_gradient(model: Any, batches: list[Any]) -> dict[str, bool]:
-    """By autograd alone: whether any batch gives the weight of a site a gradient other than zero."""
+    """Tell by autograd alone whether any batch gives the weight of a site a gradient other than zero."""
     sites = find_sites(model)[0]
     found = dict.fromkeys([site.name for site in sites], False)
     model.eval()

@@ -59,7 +59,7 @@ def plan_of(model: nn.Module, batches: Any, config: InitConfig | None = None, **
 
 
 def same(one: InitPlan, other: InitPlan, tolerance: float = 0.0) -> bool:
-    """Whether two plans hold the same factors: the same bits, or within a relative error."""
+    """Return whether two plans hold the same factors: the same bits, or within a relative error."""
     if list(one.sites) != list(other.sites):
         return False
     for name, site in one.sites.items():
@@ -290,7 +290,7 @@ class Pair(NamedTuple):
 
 
 class Plain(UserDict):  # type: ignore[type-arg]
-    """What transformers' BatchEncoding is: a UserDict, not a dict."""
+    """Stand-in for transformers' BatchEncoding: a UserDict, not a dict."""
 
 
 class Stream(IterableDataset):  # type: ignore[type-arg]
@@ -460,7 +460,7 @@ def test_a_mask_that_makes_no_sense_is_an_error(rule: Any, change: dict[str, Any
 
 
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Records the shape of whatever enters a Moments."""
+    """Record the shape of whatever enters a Moments."""
     calls: list[tuple[int, int]] = []
     plain = Moments.update
 

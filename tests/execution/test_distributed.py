@@ -38,7 +38,7 @@ TIMEOUT = 3.0
 
 
 def same(model: nn.Module) -> bool:
-    """Whether both ranks hold the same bits."""
+    """Return whether both ranks hold the same bits."""
     bits = torch.cat([t.double().flatten() for t in model.state_dict().values()])
     other = [torch.zeros_like(bits), torch.zeros_like(bits)]
     dist.all_gather(other, bits)
@@ -103,7 +103,7 @@ def job_ddp(rank: int, world: int, folder: Path) -> Any:
 
 
 def job_failures(rank: int, world: int, folder: Path) -> Any:
-    """What goes wrong on the second rank: its data, its factors."""
+    """Let something go wrong on the second rank: its data, its factors."""
     connect(rank, world, folder)
     failing = text_batches(1, seed=rank)
     if rank == 1:
@@ -155,14 +155,14 @@ def job_killed_in_factors(rank: int, world: int, folder: Path) -> Any:
 
 
 def job_stopped_in_factors(rank: int, world: int, folder: Path) -> Any:
-    """Hangs for longer than the timeout, which alone can tell."""
+    """Hang for longer than the timeout, which alone can tell."""
     if rank == 0:
         return dying(rank, world, folder, "factors", None)
     return dying(rank, world, folder, "factors", lambda: time.sleep(TIMEOUT + 3) or os._exit(1))
 
 
 def job_accelerate(rank: int, world: int, folder: Path) -> Any:
-    """As `accelerate launch` starts processes: by the environment."""
+    """Start as `accelerate launch` starts processes: by the environment."""
     from accelerate import Accelerator
 
     port_file = folder / "port"

@@ -62,7 +62,7 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 def same_everywhere(model: nn.Module, report: Any) -> bool:
-    """Whether all ranks hold the same bits and say the same."""
+    """Return whether all ranks hold the same bits and say the same."""
     bits = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (bits, report.to_dict()))
@@ -111,7 +111,7 @@ def job_methods(rank: int, world: int, folder: Path) -> Any:
 
 
 def job_four(rank: int, world: int, folder: Path) -> Any:
-    """As `job_methods`, and a model of one site: three processes have nothing to factor."""
+    """Do as `job_methods`, and with a model of one site: three processes have nothing to factor."""
     results = job_methods(rank, world, folder)
     model = adapted(target_modules=["layer.0.attention.self.query"])
     report = initialize(model, own_batches(rank), InitConfig(method="self"), forward=forward)

@@ -22,7 +22,7 @@ PACKAGE = Path(distributed.__file__).parents[1]
 
 
 def same(one: InitPlan, other: InitPlan) -> bool:
-    """Whether two plans hold the same bits and facts."""
+    """Return whether two plans hold the same bits and facts."""
     facts = ("rank", "tokens", "batches", "mask", "effective_rank", "rtol", "slope")
     return one.batches == other.batches and all(
         torch.equal(one.sites[name].A, other.sites[name].A)

@@ -112,7 +112,7 @@ def job_methods(rank: int, world: int, folder: Path) -> Any:
 
 
 def job_passes(rank: int, world: int, folder: Path) -> Any:
-    """With little memory the batches are read several times, by all processes alike."""
+    """Read with little memory: the batches are read several times, by all processes alike."""
     connect(rank, world, folder)
     results = {}
     for method in ("self", "shift"):

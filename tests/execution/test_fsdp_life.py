@@ -1,4 +1,4 @@
-"""What may happen to a model that FSDP2 shards: training, saving, errors on one process, a process that dies."""
+"""The life of a model that FSDP2 shards: training, saving, errors on one process, a process that dies."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train(model: nn.Module, rank: int) -> None:
 
 
 def masked(rank: int, prepare: Any) -> dict[str, bool]:
-    """Whether the negative half only shrinks by weight decay, and the other trains."""
+    """Return whether the negative half only shrinks by weight decay, and the other trains."""
     model = prepare()
     start, positive, decay = negative(model), negative(model, 0), (1 - 1e-2 * 0.1) ** 2
     train(model, rank)
@@ -77,7 +77,7 @@ def job_offset(rank: int, world: int, folder: Path) -> Any:
         return model
 
     def through_meta() -> Any:
-        """As accelerate loads: sharded without values, then values put in by assignment."""
+        """Load as accelerate does: sharded without values, then values put in by assignment."""
         model = started()
         values, buffers = state(model), {name: buffer.clone() for name, buffer in model.named_buffers()}
         model = shard(model.to("meta"))
@@ -160,7 +160,7 @@ def job_dies(rank: int, world: int, folder: Path) -> Any:
 
 
 def job_failures(rank: int, world: int, folder: Path) -> Any:
-    """What goes wrong on one rank is an error on both, and at once: no process is left in a forward pass."""
+    """An error on one rank is an error on both, and at once: no process is left in a forward pass."""
     connect(rank, world, folder)
     hidden, poisoned = batches(rank), batches(rank)
     if rank == 1:

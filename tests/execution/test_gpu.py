@@ -1,4 +1,4 @@
-"""On a GPU: the plan of the CPU, no wait in the hooks, TF32 off, the model left on its device. Skipped without one."""
+"""A GPU: the plan of the CPU, no wait in the hooks, TF32 off, the model left on its device. Skipped without one."""
 
 from __future__ import annotations
 

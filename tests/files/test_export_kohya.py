@@ -81,7 +81,7 @@ def test_kohya_files_give_the_same_output(saved: Saved, tmp_path: Path, uniform:
 
 
 def test_diffusers_misreads_kohya_files_of_several_alphas(saved: Saved, tmp_path: Path) -> None:
-    """Why there is one alpha: with alpha = rank at each site, as right by kohya's rule, the conversion is off."""
+    """One alpha is needed: with alpha = rank at each site, as right by kohya's rule, the conversion is off."""
     file = tmp_path / "kohya.safetensors"
     export_adapter(saved.folder, file, "kohya")
     state = load_file(file)
@@ -132,7 +132,7 @@ def test_sdxl_has_two_text_encoders(tmp_path: Path) -> None:
 
 
 def test_a_diffusers_file_is_read_again(saved: Saved, tmp_path: Path) -> None:
-    """What the recipes write: the folder, with or without metadata, becomes a kohya file too."""
+    """The folder that the recipes write, with or without metadata, becomes a kohya file too."""
     (tmp_path / "folder").mkdir()
     for metadata in (False, True):
         file = tmp_path / "folder" / "pytorch_lora_weights.safetensors"

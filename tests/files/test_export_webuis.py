@@ -1,4 +1,4 @@
-"""Which keys ComfyUI and the web UI of AUTOMATIC1111 read: their rules, written down here, applied to our files.
+"""Keys that ComfyUI and the web UI of AUTOMATIC1111 read: their rules, written down here, applied to our files.
 
 ComfyUI: `comfy/lora.py` and `comfy/weight_adapter/lora.py` at commit 0323d874. AUTOMATIC1111, and forks of it:
 `load_network` and `convert_diffusers_name_to_compvis` of `extensions-builtin/Lora/networks.py`.
@@ -94,7 +94,7 @@ def test_comfyui_reads_all_of_a_kohya_file(saved: Saved, files: dict[str, dict[s
 
 
 def test_comfyui_reads_no_unet_of_a_diffusers_file(files: dict[str, dict[str, Tensor]]) -> None:
-    """Why the docs name kohya's format for it: attention is looked for under `.processor.`, which nobody writes now."""
+    """The docs name kohya's format, since attention is looked for under `.processor.`, which nobody writes now."""
     _, unread = read_by_comfyui(files["diffusers"])
     assert unread and all(key.startswith("unet.") for key in unread)
     assert any(".to_q." in key for key in unread)

@@ -31,7 +31,7 @@ def record(losses: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def written() -> dict[str, tuple[Write, Write, Write]]:
-    """What writes: old files, new files, and the reader of both."""
+    """A writer: old files, new files, and the reader of both."""
     plans = [compute_plan(adapted(), text_batches(n), config=InitConfig(method="self")) for n in (1, 2)]
     models = [adapted(r=r) for r in (2, 4)]
     for model in models:

@@ -330,7 +330,7 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path: Path, monkeypatch: 
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("cntlora.files.saving.save_file", full)
+    monkeypatch.setattr("cntlora.files.adapter_folder.save_file", full)
     with pytest.raises(OSError, match="no space"):
         save_adapter(model, tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == old
@@ -345,7 +345,7 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("cntlora.files.saving.save_file", full)
+    monkeypatch.setattr("cntlora.files.adapter_folder.save_file", full)
     with pytest.raises(OSError, match="out could not be written.*pace"):
         save_adapter(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -380,7 +380,7 @@ def test_a_passing_set_scale_is_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_a_copy_of_a_subtracted_model_is_saved_with_its_plan(tmp_path: Path, fold: bool) -> None:
-    """What was subtracted is known of the very object that was initialised; the plan tells it of any other."""
+    """The subtracted factors are known of the very object that was initialised; the plan tells it of any other."""
     model, batches = adapted(target_modules=DENSE), text_batches()
     plan = compute_plan(model, batches, InitConfig.from_dict({"method": "self", "base": "subtract", **ADAPTIVE}))
     apply_plan(model, plan)

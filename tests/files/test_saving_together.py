@@ -1,4 +1,4 @@
-"""What is done with adapters after training: merged, swapped, weighted, several on one model. Outputs are compared."""
+"""Adapters after training: merged, swapped, weighted, several on one model. Outputs are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the controls of an initialisation read: other content in the same shape, and the batches left as found."""
+"""Controls of an initialisation: other content in the same shape, and the batches left as found."""
 
 from __future__ import annotations
 

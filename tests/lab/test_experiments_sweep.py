@@ -46,7 +46,7 @@ def fake_run(run: Run, out: Path) -> dict[str, Any]:
 
 
 def slow_run(run: Run, out: Path) -> dict[str, Any]:
-    """As `fake_run`, long enough to be interrupted, with a record that takes long to write."""
+    """Stand in as `fake_run`, long enough to be interrupted, with a record that takes long to write."""
     time.sleep(0.1)
     return {**fake_run(run, out), "losses": [0.123456789] * 100_000}
 
@@ -90,7 +90,7 @@ def test_every_run_gets_a_record_and_none_is_repeated(tmp_path: Path) -> None:
 
 
 def graded_run(run: Run, out: Path) -> dict[str, Any]:
-    """As `fake_run`, with a loss that depends on the learning rate, and on the method which one is best."""
+    """Stand in as `fake_run`, with a loss that depends on the learning rate, and on the method which one is best."""
     best = {"lora": 3e-3, "self": 1e-2}.get(run.method, 1e-3)
     loss = abs(run.learning_rate - best) if run.seed == 0 else 1.0
     diverged = run.method == "self" and run.learning_rate == 1e-2

@@ -191,7 +191,7 @@ def test_pixels_are_whole_pictures_in_the_networks_range() -> None:
 @pytest.mark.packages
 @pytest.mark.slow
 def test_the_real_pictures_are_all_there() -> None:
-    """Downloads 300 MB at the first run; needs npm and a Debian."""
+    """Download 300 MB at the first run; needs npm and a Debian."""
     sizes = {
         pictures.stamps: (785, 16), pictures.emoji: (1911, 10), pictures.textiles: (2000, 3),
         pictures.fashion_mnist: (60000, 10),
@@ -212,7 +212,7 @@ def test_the_real_pictures_are_all_there() -> None:
 @pytest.mark.packages
 @pytest.mark.slow
 def test_efficientnet_is_the_packages_own_and_knows_animals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Downloads the weights (17 MB), the code they were published with (22 kB) and the names of the classes (3 MB)."""
+    """Download the weights (17 MB), the code they were published with (22 kB) and the names of the classes (3 MB)."""
     folder = downloads.packaged_file(
         "efficientnet-lite-pytorch",
         "0.1.0",

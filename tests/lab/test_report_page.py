@@ -214,7 +214,7 @@ addEventListener("load", async () => {
 
 
 def browse(text: str, folder: Path, extra: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Opens a page in a headless browser without network: what the probe found, and the console's messages."""
+    """Open a page in a headless browser without network: what the probe found, and the console's messages."""
     (folder / "page.html").write_text(text.replace("</body>", extra + PROBE + "</body>"))
     # the window is as tall as the page: plots are drawn when they come near it, and nothing scrolls without frames
     options = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"

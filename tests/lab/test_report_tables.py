@@ -118,7 +118,7 @@ class TestRecords:
 
 class TestBestLearningRate:
     def rates(self, **changes: object) -> list[dict[str, object]]:
-        """At 0.001 a loss of 0.9, at 0.003 one of 0.5; `changes` go to one seed at 0.003."""
+        """Make records: at 0.001 a loss of 0.9, at 0.003 one of 0.5; `changes` go to one seed at 0.003."""
         low = [cases.record("lora", 0.001, seed, mean_loss=0.9) for seed in (0, 1)]
         high = [cases.record("lora", 0.003, seed, mean_loss=0.5) for seed in (0, 1)]
         return [*low, high[0], high[1] | changes]

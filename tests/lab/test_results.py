@@ -1,4 +1,4 @@
-"""What is published is what the tables of runs in studies/ give, to the byte."""
+"""Published pages equal what the tables of runs in studies/ give, byte for byte."""
 
 from __future__ import annotations
 

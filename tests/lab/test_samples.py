@@ -120,7 +120,7 @@ def onnx_features(path: Path, images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.packages
 @pytest.mark.slow
 def test_dinov2_gives_what_its_file_gives() -> None:
-    """Downloads 90 MB at the first run."""
+    """Download 90 MB at the first run."""
     from transformers import Dinov2Model
 
     from cntlora.lab.recipes.samples.models import dinov2_folder
@@ -142,7 +142,7 @@ def test_dinov2_gives_what_its_file_gives() -> None:
 @pytest.mark.packages
 @pytest.mark.slow
 def test_smollm2_goes_on_sensibly_and_takes_lora() -> None:
-    """Downloads 93 MB at the first run."""
+    """Download 93 MB at the first run."""
     from peft import LoraConfig, get_peft_model
 
     from cntlora.lab.recipes.samples.models import smollm2

@@ -75,7 +75,7 @@ def test_tables_of_orange_are_read_below_their_three_rows(tmp_path: Path) -> Non
 @pytest.mark.packages
 @pytest.mark.slow
 def test_the_real_texts_are_all_there() -> None:
-    """Downloads 38 MB at the first run."""
+    """Download 38 MB at the first run."""
     pairs = texts.newsgroup_pairs()
     assert (len(pairs), sum(pairs.labels)) == (9028, 4514)
     assert len({*pairs.texts, *pairs.seconds}) == 2 * 9028

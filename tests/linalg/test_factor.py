@@ -1,4 +1,4 @@
-"""From ΔW to factors: the formulas after eq. 18, Eckart–Young, p, QR, and the arrangements that start at zero."""
+"""Factors of ΔW: the formulas after eq. 18, Eckart–Young, p, QR, and the arrangements that start at zero."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_pivots_fall_and_permuting_columns_permutes_a_only() -> None:
 
 @pytest.mark.parametrize("pivoted", [False, True])
 def test_past_the_rank_b_stays_orthonormal(pivoted: bool) -> None:
-    """What is left after the rank is rounding noise: as a direction it would be neither new nor of length one."""
+    """The rest beyond the rank is rounding noise: as a direction it would be neither new nor of length one."""
     zero = torch.zeros(4, 6, dtype=torch.float64)
     for M in (MATRICES["rank 3"], MATRICES["repeated"], zero, zero.mT):
         r = min(M.shape)

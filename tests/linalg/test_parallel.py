@@ -189,7 +189,7 @@ class ReadsBack(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["cross", "shift"])
 def test_a_batch_is_read_back_once_however_many_inputs_it_has(method: str) -> None:
-    """What stands for no synchronisation a layer on a GPU; `.tolist()` of one tensor counts once an element."""
+    """Stand-in for no synchronisation a layer on a GPU; `.tolist()` of one tensor counts once an element."""
 
     def reads(inputs: int) -> int:
         W = draw(0, 9, 6)

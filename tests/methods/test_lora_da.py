@@ -50,7 +50,7 @@ def factors(G: Tensor, X: Tensor, f: Tensor, damping: float = 0.01, variance: fl
 
 
 def overlap(A: Tensor, other: Tensor) -> float:
-    """Of two row spaces, 1 where they are the same; the rows of both are orthonormal."""
+    """Overlap of two row spaces, 1 where they are the same; the rows of both are orthonormal."""
     return float((A @ other.mT).square().sum()) / len(A)
 
 

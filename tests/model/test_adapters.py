@@ -1,4 +1,4 @@
-"""What is written into a model: where training starts, which gradients flow, and what stays as it was."""
+"""Writing into a model: where training starts, which gradients flow, and what stays as it was."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STARTS_AT_ZERO = ["offset", "paired"]
 
 
 def in_dtype(model: nn.Module, batch: Batch) -> Any:
-    """Calls a model of lower precision; images are floating-point inputs."""
+    """Call a model of lower precision; images are floating-point inputs."""
     dtype = next(model.parameters()).dtype
     return model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()})
 
@@ -46,7 +46,7 @@ def halves_product(site: Site) -> Tensor:
 
 
 def rounding(site: Site, x: Tensor, W: Tensor) -> Tensor:
-    """What rounding may change in an output of the layer: eps·(|W||x| + s|B||A||x|), a few times over."""
+    """Return what rounding may change in an output of the layer: eps·(|W||x| + s|B||A||x|), a few times over."""
     A, B, x = site.A.detach().double().abs(), site.B.detach().double().abs(), x.double().abs()
     eps = torch.finfo(site.base.weight.dtype).eps
     return 4 * eps * (x @ W.double().abs().mT + site.scaling * (x @ A.mT) @ B.mT) + 1e-30

@@ -119,7 +119,7 @@ def test_a_quantised_weight_is_unpacked_as_its_own_layer_does(kind: str, folder:
 
 @contextmanager
 def living(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Counts the layers whose W is unpacked at the same time, and how often any is unpacked."""
+    """Count the layers whose W is unpacked at the same time, and how often any is unpacked."""
     alive: dict[int, int] = {}
     counts = {"most": 0, "calls": 0}
 

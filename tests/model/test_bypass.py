@@ -16,7 +16,7 @@ from cntlora.model.sites import find_sites
 
 
 def calls_of(model: torch.nn.Module, **options: Any) -> int:
-    """How often an adapter's own matrices are called while a plan is made."""
+    """Count the calls of an adapter's own matrices while a plan is made."""
     count = 0
 
     def counted(*_: object) -> None:

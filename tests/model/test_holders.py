@@ -1,4 +1,4 @@
-"""Who else holds the parameters of an adapter: told by their reference counts, and searched for only if anyone does."""
+"""Other holders of an adapter's parameters: told by reference counts, and searched for only if there is any."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Looks = list[int]
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
-    """Grows with every look at all Python objects."""
+    """Grow with every look at all Python objects."""
     made: Looks = []
     search = holders._holders
 

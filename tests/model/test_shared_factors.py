@@ -108,7 +108,7 @@ def pair(model: nn.Module) -> tuple[Site, Site]:
 
 
 def is_one(model: nn.Module) -> bool:
-    """Whether both have the same values in the same memory, one transposed."""
+    """Return whether both have the same values in the same memory, one transposed."""
     embedding, head = pair(model)
     same = torch.equal(head.A, embedding.B.mT) and torch.equal(head.B, embedding.A.mT)
     return same and (address(head.A), address(head.B)) == (address(embedding.B), address(embedding.A))
@@ -260,7 +260,7 @@ def test_the_report_says_where_the_factors_were_made() -> None:
 
 
 def test_the_factors_are_those_of_the_head_alone() -> None:
-    """What a head without a tie gets, of the same inputs."""
+    """The same as a head without a tie gets, of the same inputs."""
     one, other = tied("gemma"), tied("gemma", tie=False, target_modules=["q_proj", "lm_head"])
     for model in (one, other):
         initialize(model, batches(), InitConfig(method="self", base="keep"))

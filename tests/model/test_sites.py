@@ -1,4 +1,4 @@
-"""Which layers are sites, under which names, whoever put the adapter in and whatever is wrapped around."""
+"""Sites and their names, whoever put the adapter in and whatever is wrapped around."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def names(model: nn.Module, adapter: str = "default") -> list[str]:
 
 
 class Wrapper(nn.Module):
-    """What DDP, compile or an own module put around a model."""
+    """Stand-in for what DDP, compile or an own module put around a model."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ def connect(rank: int, world: int, folder: Path) -> None:
 
 
 def partitioned(kind: str = "llama") -> Any:
-    """As `from_pretrained` leaves a model under ZeRO-3: base weights partitioned, the adapter put on afterwards."""
+    """Make a model as under ZeRO-3 `from_pretrained` does: base weights partitioned, the adapter put on afterwards."""
     base = base_model(kind)
     deepspeed.zero.Init(module=base, config_dict_or_path=CONFIG, dtype=torch.float32)
     return get_peft_model(base, lora_config(kind))
@@ -62,7 +62,7 @@ def products(model: nn.Module) -> dict[str, Tensor]:
 
 
 def away(model: nn.Module) -> bool:
-    """Whether every base weight is partitioned again, and no hook is left."""
+    """Return whether every base weight is partitioned again, and no hook is left."""
     base = [p for n, p in model.named_parameters() if ".lora_" not in n]
     hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     return all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE and p.numel() == 0 for p in base) and not hooks
@@ -72,7 +72,7 @@ def away(model: nn.Module) -> bool:
 
 
 def agrees(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """How far the plans are from those of one process with the whole model and all batches."""
+    """Return the distance of the plans from those of one process with the whole model and all batches."""
     connect(rank, world, folder)
     found = {}
     for method in METHODS:
@@ -162,7 +162,7 @@ def life(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 
 def _frozen(state: dict[str, Tensor], start: dict[str, tuple[Tensor, Tensor]]) -> list[bool]:
-    """Whether the second half is to the bit what it was, and the first is not, of every site."""
+    """Return whether the second half is to the bit what it was, and the first is not, of every site."""
     found = []
     for name, (A, B) in start.items():
         a, b = (state[f"base_model.model.{name}.lora_{x}.default.weight"] for x in "AB")

@@ -23,7 +23,7 @@ AVAILABLE, NOT_AVAILABLE = SimpleNamespace(name="AVAILABLE"), SimpleNamespace(na
 
 
 def partition(parameter: Any) -> None:
-    """Leaves this process its part of a parameter, as `deepspeed.zero.Init` does."""
+    """Leave this process its part of a parameter, as `deepspeed.zero.Init` does."""
     values = parameter.detach().flatten()
     size = -(-values.numel() // dist.get_world_size())
     padded = torch.cat([values, values.new_zeros(size * dist.get_world_size() - values.numel())])
@@ -34,7 +34,7 @@ def partition(parameter: Any) -> None:
 
 
 class GatheredParameters:
-    """Inside, the parameters are whole; `most` is the largest number of values that were at once."""
+    """Context in which the parameters are whole; `most` is the largest number of values that were at once."""
 
     held = most = 0
 

@@ -150,7 +150,7 @@ def test_offset_and_subtract_log_the_same_losses(tmp_path: Path) -> None:
 
 
 class Fused(nn.Module):
-    """As unsloth's and axolotl's kernels do: a projection from the weights of its LoRA layer, which is never called."""
+    """Kernel as in unsloth and axolotl: a projection from the weights of its LoRA layer, which is never called."""
 
     def __init__(self) -> None:
         super().__init__()

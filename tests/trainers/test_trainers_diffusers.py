@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pipeline(folder: Path, adapted: bool = False, alpha: int = 4) -> Any:
-    """With adapters as `train_dreambooth_lora.py` adds them; alpha above the rank, as users set it."""
+    """Make a pipeline with adapters as `train_dreambooth_lora.py` adds them; alpha above the rank, as users set it."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.text_encoder):
@@ -98,7 +98,7 @@ def lora_state(part: nn.Module) -> dict[str, Tensor]:
 
 
 def saved(pipe: Any, out: Path, metadata: bool) -> Path:
-    """As the scripts save; older ones write no metadata."""
+    """Save as the scripts do; older ones write no metadata."""
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     StableDiffusionPipeline.save_lora_weights(
         out, unet_lora_layers=lora_state(pipe.unet), text_encoder_lora_layers=lora_state(pipe.text_encoder),

@@ -90,7 +90,7 @@ def run(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_exported(folder: Path) -> None:
-    """What the block saved becomes a file of either format by the commands that the page names next."""
+    """The file that the block saved becomes a file of either format by the commands that the page names next."""
     from diffusers import StableDiffusionPipeline
     from typer.testing import CliRunner
 

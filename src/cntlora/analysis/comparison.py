@@ -168,7 +168,7 @@ def _ratio(inner: float, sizes: list[float]) -> float | None:
 
 
 def _second_half_stayed(before: Factors, after: Factors) -> bool:
-    """Whether the second half cancelled the first and has only been scaled since: base "offset", where it is frozen."""
+    """Return whether the second half cancelled the first and was only scaled since: base "offset", which freezes it."""
     h = before.A.shape[0] // 2
     if before.A.shape[0] % 2 or not halves_cancel(before.B, before.A):
         return False
@@ -176,6 +176,6 @@ def _second_half_stayed(before: Factors, after: Factors) -> bool:
 
 
 def _parallel(one: Tensor, other: Tensor) -> bool:
-    """Whether they differ by a positive factor alone (decoupled weight decay shrinks what is frozen)."""
+    """Return whether they differ by a positive factor alone (decoupled weight decay shrinks what is frozen)."""
     inner, norms = float((one * other).sum()), float(one.norm() * other.norm())
     return inner > (1.0 - 1e-11) * norms if norms else True

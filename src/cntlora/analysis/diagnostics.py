@@ -139,7 +139,7 @@ def _norm(parts: list[Tensor]) -> Tensor:
 def _gradients(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Any] | None, sites: list[Site]
 ) -> Iterator[Callable[[], tuple[float, list[Tensor]]]]:
-    """Inside, the yielded function gives the loss in eval mode and its gradients by all A and B; 0 where none comes."""
+    """Context in which the yielded function gives the loss in eval mode, and gradients by A and B (0 for none)."""
     factors, bare = _factors(sites), unwrapped(model)
     on_device = to_device(batch, device_of(bare))
 

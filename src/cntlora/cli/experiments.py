@@ -53,7 +53,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")
 
 @dataclass(frozen=True)
 class Options:
-    """What `run` and `compare` share."""
+    """Options that `run` and `compare` share."""
 
     out: Path | None
     jobs: int | None
@@ -67,7 +67,7 @@ class Options:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to the application."""
+    """Add the commands to the application."""
     app.command()(run)
     app.command()(compare)
     app.command()(report)
@@ -197,7 +197,7 @@ def unpack(
 
 
 def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options, *, table: bool) -> None:
-    """Reads the file, runs the sweep, says what came out; exit code 1 if a run failed."""
+    """Read the file, run the sweep, say what came out; exit code 1 if a run failed."""
     with one_line_errors("a comparison of methods", "lab"):
         from ..lab.experiments.settings import load_experiment, replaced
 
@@ -258,7 +258,7 @@ def _listed(name: str, text: str | None, kind: type) -> list[Any] | None:
 
 @contextmanager
 def _folder(experiment: Experiment, options: Options) -> Iterator[Path]:
-    """Where the records go: --out, else a folder under results; a temporary one for a trial."""
+    """Return the folder of the records: --out, else a folder under results; a temporary one for a trial."""
     from ..lab.experiments.user_data import default_folder
 
     temporary = tempfile.TemporaryDirectory() if options.smoke and options.out is None else nullcontext()
@@ -339,7 +339,7 @@ def _left(sweep: Sweep) -> str:
 
 
 def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
-    """What came out: for machines, or as a table and one line."""
+    """Print the outcome: for machines, or as a table and one line."""
     if options.as_json:
         typer.echo(json.dumps({**sweep.to_dict(), "out": None if options.smoke else str(out)}, indent=2))
         return

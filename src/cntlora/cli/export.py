@@ -12,7 +12,7 @@ from ..console import one_line_errors
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to the application."""
+    """Add the command to the application."""
     app.command()(export)
 
 

@@ -1,4 +1,4 @@
-"""What a model is, as far as its tokens go: its decoder, what it makes frames with, the modules whose calls tell.
+"""Parts of a model that matter for its tokens: its decoder, what makes frames, the modules whose calls are followed.
 
 transformers' models are known by their configuration and methods; it is not imported.
 """
@@ -50,14 +50,14 @@ class Anatomy:
 
     @cached_property
     def is_causal(self) -> bool:
-        """Whether a token sees those before it alone: by what transformers' attention modules say, or by the class."""
+        """Return whether a token sees those before it alone: by transformers' attention modules, or by the class."""
         said = [module.__dict__.get("is_causal") for module in self.innermost.modules()]
         known = [causal for causal in said if isinstance(causal, bool)]
         return any(known) if known else type(self.innermost).__name__.endswith("ForCausalLM")
 
     @cached_property
     def predicts_the_next(self) -> bool:
-        """Whether labels are compared with the outputs of the token before."""
+        """Return whether labels are compared with the outputs of the token before."""
         return type(self.innermost).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
     def token(self, key: str) -> int | None:
@@ -81,7 +81,7 @@ class Anatomy:
 
     @cached_property
     def frame_options(self) -> tuple[dict[str, bool], ...]:
-        """How its methods are called: for the frames, and for those that an adapter of wav2vec 2.0 makes of them."""
+        """Keyword arguments of its methods: for the frames, and for those of the adapter of wav2vec 2.0."""
         of = [inspect.signature(getattr(type(self.maker_of_frames), name)).parameters for name in OF_FRAMES]
         return ({"add_adapter": False}, {"add_adapter": True}) if all("add_adapter" in p for p in of) else ({},)
 

@@ -79,7 +79,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where batches go: the device of the first parameter that has values."""
+    """Return the device of batches: that of the first parameter that has values."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
@@ -179,7 +179,7 @@ def _example(model: nn.Module, batch: Any) -> str:
 
 
 def _does_not_fit(model: nn.Module, args: Any, kwargs: Mapping[str, Any], error: Exception) -> bool:
-    """Whether a TypeError says that a batch does not fit the model, and is not one of a layer inside."""
+    """Return whether a TypeError says that a batch does not fit the model, and is not one of a layer inside."""
     if not isinstance(error, TypeError):
         return False
     for part in _layers_of(model):
@@ -208,6 +208,6 @@ def _signature(model: nn.Module) -> inspect.Signature:
 
 
 def _misplaced(batch: Any, error: Exception) -> bool:
-    """Whether arguments by position may have been taken for others, which shows anywhere in the model."""
+    """Return whether arguments by position may have been taken for others, which shows anywhere in the model."""
     several = isinstance(batch, (list, tuple)) and len(batch) > 1
     return several and not isinstance(error, torch.cuda.OutOfMemoryError)

@@ -1,4 +1,4 @@
-"""What one call of a module tells: which of its arguments it works on, its own mask, and what it returns."""
+"""One call of a module: the argument that it works on, its own mask, and the tensors that it returns."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 def picks_rows(module: nn.Module) -> bool:
-    """Whether a module hands some of its rows to each of the modules inside: experts, or what routes to them."""
+    """Return whether a module hands some of its rows to each of the modules inside: experts, or what routes to them."""
     lists = (nn.ModuleList, nn.ModuleDict)
     if isinstance(module, lists):
         return True
@@ -109,7 +109,7 @@ def own_mask(arguments: dict[str, Tensor], lead: torch.Size) -> Tensor | None:
 
 
 def counted_by(mask: Tensor) -> Tensor:
-    """What counts by a mask of ones and zeros, or by one that is added to scores and so negative at padding."""
+    """Return what counts by a mask of ones and zeros, or by one that is added to scores and so negative at padding."""
     if not mask.is_floating_point():
         return mask.bool()
     return torch.where((mask < 0).any(), mask >= 0, mask > 0)

@@ -72,7 +72,7 @@ class _Watcher:
         return read
 
     def _read(self, site: Site, x: Tensor, view: Any) -> None:
-        """Takes the moments of an input, once for all sites that look at it alike: as rows, or as the same patches."""
+        """Take the moments of an input, once for all sites that look at it alike: as rows, or as the same patches."""
         # an inference tensor counts no versions: an edit of it would go unseen, so it is never taken for known
         version = None if x.is_inference() else x._version
         entry = self.known.get(x)
@@ -120,7 +120,7 @@ class _Watcher:
 
 
 def _note_mask(facts: SiteFacts, rows: Rows) -> None:
-    """Notes which mask chose the tokens of a site, or why none did."""
+    """Note which mask chose the tokens of a site, or why none did."""
     if rows.keep is not None:
         facts.masks.add(f"{rows.stream} ({rows.why})")
     elif rows.why:
@@ -175,7 +175,7 @@ def collect(
     by_loss: bool = False,
     facts: Facts | None = None,
 ) -> Facts:
-    """Runs the first `num_batches` batches through the model in eval mode; with gradients only for `on_output`.
+    """Run the first `num_batches` batches through the model in eval mode; with gradients only for `on_output`.
 
     Args:
         on_batch: receives the moments of all distinct inputs after each forward pass.
@@ -239,7 +239,7 @@ def _usable_masks(masks: TokenMasks, sites: list[Site], model: nn.Module, index:
 
 
 def _check_called(watcher: _Watcher, sites: list[Site], index: int) -> None:
-    """Raises ValueError if the model called no site, so that the loss can have no gradient by any."""
+    """Raise ValueError if the model called no site, so that the loss can have no gradient by any."""
     if not watcher.inputs:
         raise ValueError(
             f"batch {index}: none of the {len(sites)} adapted layers was called (the first is {sites[0].name}), so "

@@ -24,7 +24,7 @@ OnGradient = Callable[[int, str, Tensor], None]
 
 @contextmanager
 def gradients_of(parameters: Iterable[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Inside, `parameters` are the only ones of the model with gradients; afterwards all are as before."""
+    """Context in which `parameters` are the only ones of the model with gradients; afterwards all are as before."""
     wanted = list(parameters)
     found = [(p, p.requires_grad, p.grad) for p in {id(p): p for p in (*model.parameters(), *wanted)}.values()]
     try:
@@ -70,7 +70,7 @@ class _OutputSquares:
 def weight_gradients(
     model: nn.Module, sites: list[Site], sink: OnGradient, output_sink: OnGradient | None = None
 ) -> Iterator[Callable[[int, Any], None]]:
-    """Inside, the weights of the sites are the only parameters with gradients; the yielded function runs backward.
+    """Context in which only the weights of the sites have gradients; the yielded function runs the backward pass.
 
     It takes the index of the batch and what the model gave for it. It hands ∂L/∂W of every site to `sink`, and to
     `output_sink` the sum (k,) over tokens of (∂ℓ/∂y)², ℓ being the loss of one sample. The gradients and the
@@ -101,7 +101,7 @@ def weight_gradients(
 
 
 def _check_finite(names: list[str], weights: Mapping[str, nn.Parameter], index: int) -> None:
-    """Raises ValueError for the first site whose gradient is not finite; reads back from the device once."""
+    """Raise ValueError for the first site whose gradient is not finite; read back from the device once."""
     finite = read_back([full(weights[name].grad.isfinite().all())[None] for name in names])  # type: ignore[union-attr]
     for name, fine in zip(names, finite, strict=True):
         if not fine[0]:

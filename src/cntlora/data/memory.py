@@ -80,7 +80,7 @@ def readable(size: float) -> str:
 
 @dataclass
 class MemoryUse:
-    """How the room was used: passes over the batches, and the most bytes of sums in each place."""
+    """Memory used: passes over the batches, and the most bytes of sums in each place."""
 
     passes: int = 0
     device: int = 0
@@ -117,11 +117,11 @@ class Budget:
 
     @property
     def limited(self) -> bool:
-        """Whether there may be more than one pass."""
+        """Return whether there may be more than one pass."""
         return self.limits["device"] < float("inf") and not self.of_gradients
 
     def next_pass(self, sites: list[Site]) -> None:
-        """Forgets the sums of the last pass. If the statistics of `sites` might not all fit on the device, its room is
+        """Forget the sums of the last pass. If the statistics of `sites` might not all fit on the device, its room is
         for the moments, and sums go elsewhere first, where that is allowed: so there are fewest passes.
         """
         most = sum(self._sums(s, False) + self._moments(s) for s in sites)
@@ -133,19 +133,19 @@ class Budget:
         self.close()
 
     def close(self) -> None:
-        """Deletes the files of the last pass."""
+        """Delete the files of the last pass."""
         if self._folder is not None:
             with suppress(OSError):
                 self._folder.cleanup()
             self._folder = None
 
     def admit_in_order(self, sites: list[Site]) -> None:
-        """Decides on all sites before any input is seen, as if none shared its input with another."""
+        """Decide on all sites before any input is seen, as if none shared its input with another."""
         for site in sites:
             self.admits(site, False)
 
     def admits(self, site: Site, known: bool) -> bool:
-        """Whether a site is read in this pass; decided when its input is first seen.
+        """Return whether a site is read in this pass; decided when its input is first seen.
 
         Args:
             known: whether its input is one that another site of this pass is read for anyway.
@@ -194,13 +194,13 @@ class Budget:
         return own + (self._item(site) * site.in_features**2 if self.of_inputs and not known else 0)
 
     def _moments(self, site: Site) -> int:
-        """Of one batch: at most d rows are kept, and else d×d; of gradients, the gradient."""
+        """Bytes of the moments of one batch: at most d rows are kept, and else d×d; of gradients, the gradient."""
         gradient = site.stored.element_size() * site.in_features * site.out_features if self.of_gradients else 0
         return gradient + (self._item(site) * site.in_features**2 if self.of_inputs else 0)
 
     def _working_room(self, site: Site) -> int:
-        """In which one input is digested (five d×d, the tokens in the dtype of accumulation among them) and one site is
-        factored (four k×d in float32, one in float64).
+        """Bytes in which one input is worked on (five d×d, the tokens in the dtype of accumulation among them) and one
+        site is factored (four k×d in float32, one in float64).
         """
         d, k = site.in_features, site.out_features
         threads = torch.get_num_threads() if d <= SIDE_BY_SIDE else 1
@@ -245,7 +245,7 @@ class Budget:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Takes the room on the disk: a file with holes would kill the process where the disk is full."""
+    """Take the room on the disk: a file with holes would kill the process where the disk is full."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
         return

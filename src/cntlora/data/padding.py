@@ -1,4 +1,4 @@
-"""Which tokens of a batch count: what the batch, the labels and the user's rule say, by stream of tokens."""
+"""Masks of the tokens that count, by stream: from the batch, its labels and the user's rule."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TokenMasks:
         return next((stream for stream, own in KEYS.items() if own == key), None)
 
     def needed(self) -> bool:
-        """Whether there is any token that may not count, or anything to say about one."""
+        """Return whether there is any token that may not count, or anything to say about one."""
         return bool(self.streams or self.sites or self.reached or self.unusable or self.pad_id is not None)
 
 
@@ -147,7 +147,7 @@ def _only_labelled(masks: TokenMasks, batch: Mapping[str, Any], stream: str) -> 
 
 
 def _take_own(masks: TokenMasks, own: Any, batch: Any) -> None:
-    """What the user's function gave, in place of what is in the batch."""
+    """Take what the user's function gave, in place of what is in the batch."""
     masks.given = True
     if not isinstance(own, Mapping):
         mask = _two_dimensional(own)

@@ -1,4 +1,4 @@
-"""Which adapted layers the loss depends on: read off the graph of one forward pass, without a backward pass.
+"""The adapted layers that the loss depends on: read off the graph of one forward pass, without a backward pass.
 
 A method that reads inputs runs without gradients, and so does not see that a layer will never train, as the pooler of a
 model whose loss is taken of its tokens. Of what a forward pass keeps for the way back nothing is kept here, and one row
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def is_watched(model: nn.Module) -> bool:
-    """Whether a module has hooks that are called in a forward pass."""
+    """Return whether a module has hooks that are called in a forward pass."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def has_loss(output: Any) -> bool:
-    """Whether what a model gave names its loss: a tensor alone, or the first of a tuple, may be anything."""
+    """Return whether what a model gave names its loss: a tensor alone, or the first of a tuple, may be anything."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return isinstance(loss, Tensor) and loss.numel() == 1
 

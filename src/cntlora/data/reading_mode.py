@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def as_found(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
-    """Restores modes of modules, `requires_grad` of parameters and random generators, also after an exception.
+    """Restore modes of modules, `requires_grad` of parameters and random generators, also after an exception.
 
     What the caller's loss does with the model counts too: PEFT's `disable_adapter`, by which a trainer of preferences
     gets its reference, takes `requires_grad` from adapters that are left out of the forward pass and does not give it
@@ -62,7 +62,7 @@ def _generators(batches: object) -> Iterator[torch.Generator]:
 
 @contextmanager
 def reading_mode(model: nn.Module, sites: list[Site], batches: Iterable[Any]) -> Iterator[None]:
-    """Inside, the model is in evaluation mode, its fresh adapters are left out, and all is as found afterwards."""
+    """Context in which the model is in eval mode, its fresh adapters are left out, and all is as found afterwards."""
     with as_found(model, batches), bypassed(sites), left_unpacked(model), read_eagerly(model):
         model.eval()
         yield
@@ -70,7 +70,7 @@ def reading_mode(model: nn.Module, sites: list[Site], batches: Iterable[Any]) ->
 
 @contextmanager
 def read_eagerly(model: nn.Module) -> Iterator[None]:
-    """Inside, what torch.compile has compiled runs as it is written, so that hooks are called; nothing is forgotten."""
+    """Context in which compiled modules (torch.compile) run as they are written, so that hooks are called."""
     if not any(map(_is_compiled, model.modules())):
         yield
         return
@@ -81,5 +81,5 @@ def read_eagerly(model: nn.Module) -> Iterator[None]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """By torch.compile(module), or in place by module.compile()."""
+    """Return whether torch.compile(module), or module.compile() in place, has compiled it."""
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None

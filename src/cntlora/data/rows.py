@@ -1,4 +1,4 @@
-"""Which rows of a tensor are tokens that count, and how that carries over to another look at the same tokens.
+"""The rows of a tensor that are tokens that count, carried over to views and copies of the same tokens.
 
 Tensor layout: a layer's input (..., d) has one row a token; its leading shape, `lead`, is (batch, tokens) as a rule,
 (tokens, batch) in XLNet, (batch·tokens,) where a layer flattens, (n,) for the tokens that an expert gets.
@@ -50,29 +50,29 @@ class Rows:
         return self._derived[key]
 
     def transposed(self) -> Rows:
-        """Of (tokens, batch)."""
+        """The rows of (tokens, batch)."""
         return self._as("transposed", lambda keep: keep.mT)
 
     def flattened(self) -> Rows:
-        """Of (batch·tokens,)."""
+        """The rows of (batch·tokens,)."""
         return self._as("flattened", lambda keep: keep.flatten())
 
     def padded(self, columns: int) -> Rows:
-        """With tokens at the end that the model added itself, which do not count."""
+        """The rows with tokens at the end that the model added itself, which do not count."""
         return self._as(("padded", columns), lambda keep: F.pad(keep, (0, columns)))
 
     def per_sequence(self) -> Rows:
-        """Of (batch,): a sequence counts if any of its tokens does."""
+        """The rows of (batch,): a sequence counts if any of its tokens does."""
         return self._as("per sequence", lambda keep: keep.any(dim=1))
 
     def expanded(self, lead: torch.Size) -> Rows:
-        """Of (batch, tokens, ...): every part of a token counts as the token does."""
+        """The rows of (batch, tokens, ...): every part of a token counts as the token does."""
         return self._as(
             ("expanded", lead), lambda keep: keep.reshape(*keep.shape, *[1] * (len(lead) - keep.dim())).expand(lead)
         )
 
     def at(self, index: Tensor, lead: torch.Size, key: object = None) -> Rows:
-        """Of the tokens with these places in the flattened stream, in the shape `lead`."""
+        """The rows of the tokens with these places in the flattened stream, in the shape `lead`."""
 
         def pick(keep: Tensor) -> Tensor:
             return keep.flatten()[index.to(keep.device)].reshape(lead)
@@ -114,7 +114,7 @@ def seen_as_view(x: Tensor, base: Tensor, rows: Rows) -> Rows | None:
 
 
 def _starts(x: Tensor, offset: int) -> Tensor:
-    """Where in memory each row of a tensor begins, in the leading shape; on the CPU."""
+    """Return where in memory each row of a tensor begins, in the leading shape; on the CPU."""
     lead = lead_of(x)
     starts = torch.full(lead, offset)
     for axis, (size, stride) in enumerate(zip(lead, x.stride()[: len(lead)], strict=True)):
@@ -181,5 +181,5 @@ def same_ids(x: Tensor, known: Tensor, rows: Rows) -> Rows | None:
 
 
 def is_flat(lead: torch.Size, of: torch.Size) -> bool:
-    """Whether a leading shape is another one, of more axes, in one."""
+    """Return whether a leading shape is another one, of more axes, in one."""
     return len(of) > 1 and lead == torch.Size([math.prod(of)])

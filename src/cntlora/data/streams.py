@@ -1,4 +1,4 @@
-"""Which stream of tokens a layer sees: follows the calls of a model's modules during one forward pass.
+"""The stream of tokens that a layer sees: follows the calls of a model's modules during one forward pass.
 
 A mask belongs to a stream of tokens (the text, the decoder's tokens, frames of sound), not to a shape: a decoder may be
 as long as its encoder, and an image have as many patches as a text has tokens. So a tensor is known by where it comes
@@ -138,7 +138,7 @@ class Streams:
     # --- tags ------------------------------------------------------------------------------------------------
 
     def tag(self, x: Tensor, rows: Rows) -> None:
-        """Notes the rows of a tensor."""
+        """Note the rows of a tensor."""
         self.tags[x] = rows
         if (address := _address(x)) != 0:
             self.memory[address] = weakref.ref(x)
@@ -212,7 +212,7 @@ class Streams:
     def _rows_of(
         self, module: nn.Module, name: str, main: Tensor, arguments: dict[str, Tensor], tagged: Rows | None
     ) -> Rows | None:
-        """Which rows of a module's main input count."""
+        """Return the rows of a module's main input that count."""
         own = own_mask(arguments, lead_of(main))
         if module is self.decoder:
             return self._decoder_rows(main, own)
@@ -296,7 +296,7 @@ class Streams:
         return rows or self._unknown(call.rows, x)
 
     def _by_lead(self, call: Call, lead: torch.Size, width: int | None) -> Rows | None:
-        """By the leading shape, of what is made inside a module whose input is known."""
+        """Find rows by the leading shape, for what is made inside a module whose input is known."""
         rows, own = call.rows, call.lead
         assert rows is not None and own is not None
         if lead == own:
@@ -317,7 +317,7 @@ class Streams:
         return None
 
     def _unplaced(self, x: Tensor) -> Rows | None:
-        """At the model itself, a tensor that is none of the batch's: of the text if it has the mask's shape."""
+        """Take a tensor at the model itself that is none of the batch's for the text, if it has the mask's shape."""
         text = self.streams.get("text")
         if text is not None and text.lead == lead_of(x):
             return text
@@ -377,5 +377,5 @@ def _nothing() -> None:
 
 
 def _address(x: Tensor) -> int:
-    """Of the memory of a tensor; 0 for one without (on the meta device, empty, sparse or nested)."""
+    """The address of the memory of a tensor; 0 for one without (on the meta device, empty, sparse or nested)."""
     return 0 if x.is_nested or x.layout is not torch.strided else x.untyped_storage().data_ptr()

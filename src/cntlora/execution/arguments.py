@@ -105,14 +105,14 @@ class TrainerRequest(Options):
 
 
 def _check_config(config: object) -> None:
-    """Raises TypeError for what is no configuration: a name, or a mapping."""
+    """Raise TypeError for what is no configuration: a name, or a mapping."""
     if config is not None and not isinstance(config, InitConfig):
         cure = "InitConfig.from_dict(…)" if isinstance(config, dict) else f"InitConfig(method={quoted(config)})"
         raise TypeError(f"config: expected an InitConfig, got {quoted(config)}; write {cure}")
 
 
 def called_with(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
-    """Decorates a function of one object, which is then called with the fields of that object.
+    """Decorate a function of one object, which is then called with the fields of that object.
 
     Signature and documentation of the arguments are those of the class.
 

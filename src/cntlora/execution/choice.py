@@ -48,7 +48,7 @@ def with_method(request: Request, executor: Executor) -> Iterator[tuple[Request,
 
 
 def _usable(request: Request) -> tuple[bool, str]:
-    """Whether descent can be taken, and why or why not.
+    """Return whether descent can be taken, and why or why not.
 
     Raises:
         ValueError: if there are no batches.
@@ -81,7 +81,7 @@ def _usable(request: Request) -> tuple[bool, str]:
 
 
 def _gives_loss(model: nn.Module, call: Forward, batch: Any) -> bool:
-    """Whether the model names a loss for the first row of a batch; no random state moves.
+    """Return whether the model names a loss for the first row of a batch; no random state moves.
 
     Not finite is a loss too: all labels of one row may be −100, and those of a whole batch are named when it is read.
     """

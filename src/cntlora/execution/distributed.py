@@ -148,13 +148,13 @@ class DistributedExecutor:
         return raise_together(made if failure is None else failure)
 
     def on_all(self, site: Site, make: Callable[[Site], T] | None) -> T | Exception | None:
-        """What `make` gives for a site whose weight all processes gather; None where this one only takes part."""
+        """Return what `make` gives for a site whose weight all processes gather; None where this one only helps."""
         with lost_process_named():
             whole = replace(site, gathered=as_matrix(site.base, full(site.stored)))
         return None if make is None else outcome_of(partial(self._make_with, whole, make))
 
     def _make_with(self, site: Site, make: Callable[[Site], T]) -> T:
-        """What `make` gives for a site whose weight is gathered; the estimator finds that weight meanwhile."""
+        """Return what `make` gives for a site whose weight is gathered; the estimator finds that weight meanwhile."""
         self._gathered[site.name] = site
         try:
             return make(site)
@@ -163,7 +163,7 @@ class DistributedExecutor:
 
 
 def _sent_to_owners(sites: Iterable[Site], owners: Mapping[str, int]) -> Site | None:
-    """This process's one of `sites`, with its weight."""
+    """Return this process's one of `sites`, with its weight."""
     own = None
     for site in sites:
         with lost_process_named():
@@ -197,7 +197,7 @@ def linked_names(names: Sequence[str], links: Iterable[Sequence[str]]) -> list[l
 
 
 def _cost(site: Site) -> float:
-    """Of the factors, up to a constant."""
+    """The cost of the factors, up to a constant."""
     return float(site.in_features * site.out_features * min(site.in_features, site.out_features))
 
 
@@ -256,7 +256,7 @@ def _size(total: torch.Tensor) -> tuple[float, float]:
 
 
 def _equal_sizes(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> bool:
-    """Whether sums are those of the same batches, which another process may round in another way."""
+    """Return whether sums are those of the same batches, which another process may round in another way."""
     return len(one) == len(other) and all(
         abs(sum_one - sum_other) <= 1e-5 * norm and abs(norm - norm_other) <= 1e-5 * norm
         for (sum_one, norm), (sum_other, norm_other) in zip(one, other, strict=True)

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Executor(Protocol):
-    """How the work is spread over processes.
+    """The way in which the work is spread over processes.
 
     Where there are several, all call the same methods in the same order.
 
@@ -39,18 +39,18 @@ class Executor(Protocol):
         """`call`, begun on all processes together where that is needed; `check` as in `processes.synchronised`."""
 
     def run(self, make: Callable[[], T], stage: str = "") -> T:
-        """What `make` gives; what one process raises is raised on all."""
+        """Return what `make` gives; what one process raises is raised on all."""
 
     def with_weight(self, site: Site) -> Site:
         """The site as this process holds its weight at the moment."""
 
     def absorb(self, estimator: Estimator, groups: Groups, weight: float, sites: Sequence[Site]) -> None:
-        """Hands the inputs of a batch to an `InputReader`, times w_j."""
+        """Hand the inputs of a batch to an `InputReader`, times w_j."""
 
     def add_up(
         self, estimator: Estimator, facts: Facts, sites: Sequence[Site], waiting: Callable[[str], bool]
     ) -> Facts:
-        """Adds up the statistics of all processes after a data pass, and assigns the sites to processes.
+        """Add up the statistics of all processes after a data pass, and assign the sites to processes.
 
         Args:
             waiting: whether a site waits for another pass over the batches.

@@ -42,6 +42,6 @@ class Losses:
 
 
 def _random_states(model: nn.Module) -> list[Tensor]:
-    """Of the CPU's generator, and of that of the GPU which the model is on."""
+    """Return the states of the CPU's generator and of that of the GPU which the model is on."""
     device = device_of(model)
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]

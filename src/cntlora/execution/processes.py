@@ -73,12 +73,12 @@ def raise_together(outcome: T | Exception, stage: str = "") -> T:
 
 
 def run_together(make: Callable[[], T], stage: str = "") -> T:
-    """What `make` gives on this process; every process has to call this, and what one raises is raised on all."""
+    """Run `make` on this process; every process has to call this, and what one raises is raised on all."""
     return raise_together(outcome_of(make), stage)
 
 
 def on_first_process(make: Callable[[], None]) -> None:
-    """Runs `make` on the first process; every process has to call this, and fails if that one does."""
+    """Run `make` on the first process; every process has to call this, and fails if that one does."""
     run_together(make if rank() == 0 else lambda: None)
 
 
@@ -138,13 +138,13 @@ def exchange_bytes(data: bytes) -> Iterator[bytes]:
 
 
 def _device() -> torch.device:
-    """Where tensors have to lie to be sent; NCCL works on the GPU alone."""
+    """Return the device from which tensors are sent; NCCL works on the GPU alone."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 @contextmanager
 def lost_process_named(failed: str | None = None) -> Iterator[None]:
-    """Makes one clear error of what a backend raises where another process does not answer.
+    """Make one clear error of what a backend raises where another process does not answer.
 
     Args:
         failed: what went wrong on this rank.

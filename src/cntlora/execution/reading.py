@@ -46,7 +46,7 @@ ON_MISSING = ("raise", "warn")
 
 @dataclass
 class Statistics:
-    """What was read of the data, and all that is needed to read it once more.
+    """Statistics that were read of the data, and all that is needed to read it once more.
 
     Attributes:
         request: the arguments of the call; batches: those of it, kept where they are needed again.
@@ -92,7 +92,7 @@ class Statistics:
     # --- passes over the batches -----------------------------------------------------------------------------
 
     def read(self, sites: list[Site], stage: str) -> None:
-        """Reads the batches, once more or for the first time, for as many of `sites` as there is room for.
+        """Read the batches, once more or for the first time, for as many of `sites` as there is room for.
 
         Args:
             stage: names the moment at which another process may have failed.
@@ -146,7 +146,7 @@ class Statistics:
             )
 
     def _absorb(self, facts: Facts, index: int, groups: Groups) -> None:
-        """Hands the distinct inputs of one batch to the estimator, each with the sites that saw it."""
+        """Hand the distinct inputs of one batch to the estimator, each with the sites that saw it."""
         start = time.perf_counter()
         if isinstance(self.estimator, InputReader):
             read = [group for group in groups if isinstance(group[1], Moments)]
@@ -171,7 +171,7 @@ class Statistics:
         return self.batches
 
     def _look(self, sites: list[Site]) -> Callable[[Any, Any], None] | None:
-        """Notes from the first row which sites the loss does not depend on; for methods that run without gradients.
+        """Note from the first row which sites the loss does not depend on; for methods that run without gradients.
 
         Not where a forward pass with gradients changes the state of sharded weights, or where hooks or a function of
         the caller would be called once more; and not again in a second pass.
@@ -190,7 +190,7 @@ class Statistics:
         return look
 
     def map(self, sites: list[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
-        """What `make` gives for the sites of this process, whose batches are read again where there was no room.
+        """Return what `make` gives for the sites of this process, whose batches are read again where there was no room.
 
         What needs several looks at a site, as adaptive ranks do, reads the batches again for each look. The first site
         that waits is always admitted next, so that it ends.
@@ -245,7 +245,7 @@ class Statistics:
 
 
 def read_statistics(request: Request, executor: Executor) -> Statistics:
-    """Checks the arguments and the model, and makes the first pass over the batches.
+    """Check the arguments and the model, and make the first pass over the batches.
 
     Raises:
         ValueError, TypeError: with the site or batch, what was expected, what came and what to change.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def absorb_with_weights(
     executor: DistributedExecutor, estimator: Any, groups: Groups, weight: float, sites: Sequence[Site]
 ) -> None:
-    """Hands the inputs of a batch to the estimator where weights are sharded.
+    """Hand the inputs of a batch to the estimator where weights are sharded.
 
     Most methods read no W here. Shift mode does where the inverse cannot be shared: which sites those are depends on
     the batch, so the processes tell each other, and all gather each of those weights, one at a time.
@@ -57,7 +57,7 @@ class _Input:
     last: Contribution | None = None
 
     def take(self, estimator: WeightReader, name: str) -> None:
-        """Adds the term of one site, whose weight the estimator can find now."""
+        """Add the term of one site, whose weight the estimator can find now."""
         self.last = estimator.finish([name], self.X, self.prepared, self.numbers)
         self.own.update(self.last.own)
 
@@ -69,7 +69,7 @@ class _Input:
 
 
 def _note_weights(executor: DistributedExecutor, estimator: WeightReader, sites: Sequence[Site]) -> None:
-    """What the weights decide, before the first batch: each on one process, told to all."""
+    """Note what the weights decide, before the first batch: each on one process, told to all."""
     new = [site for site in sites if site.name not in estimator.weight_facts]
     owners = {site.name: i % world_size() for i, site in enumerate(new)}
     executor.map_sharded(new, lambda site: estimator.note_weight(site.name), owners)

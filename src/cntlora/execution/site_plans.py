@@ -1,4 +1,4 @@
-"""From the statistics to the plan of every site: its target, the spectrum of that, the ranks, the factors."""
+"""Plans of the sites, made from the statistics: its target, the spectrum of that, the ranks, the factors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plan_sites(sites: list[Site], statistics: Statistics) -> dict[str, SitePlan]
 
 @dataclass(frozen=True)
 class _SiteSpectrum:
-    """What is kept of a site between the sharing out of ranks and its factors: no matrix of its size.
+    """Spectrum of a site, kept between the allocation of ranks and its factors: no matrix of its size.
 
     Attributes:
         facts: by which ranks are shared out.
@@ -156,7 +156,7 @@ def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum 
 
 
 def _check_fits(site: Site, W: Tensor, B: Tensor, A: Tensor, scaling: float, base: str) -> None:
-    """Raises ValueError where an estimate is too large for the dtype that it is written in, which gives Inf or NaN."""
+    """Raise ValueError where an estimate is too large for the dtype that it is written in, which gives Inf or NaN."""
     fits, where = bool(B.isfinite().all() and A.isfinite().all()), f"an adapter of dtype {A.dtype}"
     if fits and base == "subtract":
         rest = W - scaling * (B.to(DTYPE) @ A.to(DTYPE))

@@ -98,7 +98,7 @@ def best_size(loss_at: Callable[[float], float], before: float, slope: float) ->
 
 
 def lowest_near(size: float, share: float) -> float:
-    """Where the loss is lowest, from one trial that lowered it by `share` of what its slope alone foretells.
+    """Place the minimum of the loss, from one trial that lowered it by `share` of what its slope alone foretells.
 
     Along such a step the share falls about as exp(−t/τ): measured at six sizes on six tasks, where a parabola, whose
     share falls in a straight line, misses by up to a factor of two. t·exp(−t/τ) is largest at τ. Where the loss has
@@ -153,7 +153,7 @@ class _LossAt:
         return self._mean(losses)
 
     def _mean(self, losses: list[float]) -> float:
-        """Over those of all processes."""
+        """The mean over the losses of all processes."""
         parts = self.executor.gather(losses)
         return sum(map(math.fsum, parts)) / max(1, sum(map(len, parts)))
 
@@ -180,7 +180,7 @@ class _ScaledStart:
 
 @contextmanager
 def _trials(statistics: Statistics, plan: InitPlan) -> Iterator[_LossAt]:
-    """Inside, the yielded function gives losses; the model is as found afterwards."""
+    """Context in which the yielded function gives losses; the model is as found afterwards."""
     sites = [site for site in statistics.sites if site.name in plan.sites and plan.sites[site.name].rank > 0]
     scaled = _ScaledStart()
     with ExitStack() as stack:

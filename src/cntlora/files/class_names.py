@@ -41,7 +41,7 @@ def names_file(names: Sequence[str]) -> str:
 
 
 def write_names(folder: Path, names: Sequence[str]) -> None:
-    """Writes the file where there are names."""
+    """Write the file where there are names."""
     if names:
         (folder / NAMES).write_text(names_file(names), encoding="utf-8")
 

@@ -40,7 +40,7 @@ def export_adapter(
     sdxl: bool | None = None,
     metadata: bool = True,
 ) -> dict[str, int]:
-    """Writes one safetensors file.
+    """Write one safetensors file.
 
     Args:
         adapter: a folder with `adapter_config.json` (PEFT, `save_adapter`), one with

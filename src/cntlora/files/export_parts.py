@@ -58,7 +58,7 @@ class SiteFactors:
         return int(self.A.shape[0])
 
     def scaled(self, factor: float) -> SiteFactors:
-        """With B and its bias times a factor, computed in float32 and in the old dtype again."""
+        """Return it with B and its bias times a factor, computed in float32 and in the old dtype again."""
         if factor == 1.0:
             return self
         bias = None if self.bias is None else (self.bias.float() * factor).to(self.bias.dtype)

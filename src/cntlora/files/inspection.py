@@ -1,4 +1,4 @@
-"""What an adapter folder holds, without its base model: ranks, scalings, sizes and spectra of s·B·A per site."""
+"""Contents of an adapter folder, without its base model: ranks, scalings, sizes and spectra of s·B·A per site."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SavedFactors:
 
 
 def read_adapter(path: str | os.PathLike[str]) -> list[SavedFactors]:
-    """Reads a LoRA folder as PEFT writes it.
+    """Read a LoRA folder as PEFT writes it.
 
     Raises:
         ValueError: if it is no adapter folder, no LoRA, cut short, or its ranks contradict its configuration.

@@ -31,7 +31,7 @@ _BASES = {
 
 @dataclass(frozen=True)
 class SavedSites:
-    """What is in the file.
+    """Contents of the file.
 
     Attributes:
         shapes: site → (rank, alpha).
@@ -61,7 +61,7 @@ def updated_card(old: str | None, section: str, base_model: str | None) -> str:
 
 
 def _front_matter(base_model: str | None) -> str:
-    """What the hub reads: the library, the tags, and the base model if it is on the hub."""
+    """Return what the hub reads: the library, the tags, and the base model if it is on the hub."""
     name = hub_name(base_model)
     named = name is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
     tags = [*([f"base_model:adapter:{name}"] if named else []), "lora", "cntlora"]

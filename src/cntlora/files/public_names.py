@@ -1,4 +1,4 @@
-"""What may stand in a file that travels: names without the paths of this machine, its users or their secrets."""
+"""Values that may stand in a file that travels: names without the paths of this machine, its users or their secrets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def hub_name(name: str | None) -> str | None:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's name is a path here or an address, and not a name on the hub."""
+    """Return whether a model's name is a path here or an address, and not a name on the hub."""
     if _LOCAL.match(name) or name.startswith(".") or name.count("/") > 1 or "\\" in name:
         return True
     try:

@@ -124,7 +124,7 @@ def _state(model: nn.Module, holder: nn.Module, adapter: str) -> dict[str, Tenso
 
 
 def _versions() -> dict[str, str]:
-    """Of what writes the file."""
+    """Versions of what writes the file."""
     found = {"cntlora": VERSION, "torch": torch.__version__}
     with suppress(PackageNotFoundError):
         found["peft"] = version("peft")
@@ -149,7 +149,7 @@ def _start(name: str, layer: Any, adapter: str, plan: InitPlan | None) -> tuple[
 
 
 def _for_pristine_base(state: dict[str, Tensor], site: str, start: tuple[Tensor, Tensor] | None) -> int:
-    """Appends what base "subtract" took off the weight of a site to its factors in `state`; returns its rank."""
+    """Append what base "subtract" took off the weight of a site to its factors in `state`; return its rank."""
     if start is None:
         return 0
     down, up = factor_keys(state, site)
@@ -161,7 +161,7 @@ def _for_pristine_base(state: dict[str, Tensor], site: str, start: tuple[Tensor,
 
 
 def _fold(state: dict[str, Tensor], site: str, scaling: float) -> None:
-    """Multiplies the scaling of a site into all that it scales: B and its bias, or the B of an embedding."""
+    """Multiply the scaling of a site into all that it scales: B and its bias, or the B of an embedding."""
     for key in (f"{site}lora_B.weight", f"{site}lora_B.bias", f"{site}lora_embedding_B"):
         if key in state and scaling != 1.0:
             state[key] = state[key] * scaling

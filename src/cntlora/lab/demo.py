@@ -51,7 +51,7 @@ Say = Callable[[str], Any]
 
 
 def run_demo(out: Path, *, steps: int = 100, seed: int = 0, say: Say = print) -> dict[str, Any]:
-    """Trains both, draws the curves, saves the adapter and checks it in a fresh process.
+    """Train both, draw the curves, save the adapter and check it in a fresh process.
 
     Args:
         out: folder for `curves.png`, `adapter/` and `record.json`.

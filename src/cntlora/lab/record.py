@@ -21,7 +21,7 @@ Numbers = Sequence[float | None]  # null stands for NaN and infinity
 
 
 class Sample(TypedDict):
-    """What a model made of one prompt.
+    """Output of a model for one prompt.
 
     Attributes:
         kind: "image" or "text".
@@ -50,7 +50,7 @@ class StartLosses(TypedDict):
 
 
 class SiteFacts(TypedDict, total=False):
-    """What is recorded of one adapted layer.
+    """Values recorded of one adapted layer.
 
     Attributes:
         kind: what it projects to: "query", "key", "value", "out", …
@@ -81,7 +81,7 @@ class SiteFacts(TypedDict, total=False):
 
 
 class Outcome(TypedDict):
-    """What the training of a run gives; see `RunRecord`."""
+    """Outcome of the training of a run; see `RunRecord`."""
 
     status: Status
     error: str | None
@@ -94,7 +94,7 @@ class Outcome(TypedDict):
 
 
 class _Identity(TypedDict):
-    """What every record has."""
+    """Fields that every record has."""
 
     schema: int
     experiment: str
@@ -160,7 +160,7 @@ def file_name(record: RunRecord) -> str:
 
 
 def run_name(method: str, learning_rate: float, seed: int) -> str:
-    """What a run is called in the names of files and folders."""
+    """Return the name of a run in the names of files and folders."""
     return f"{method.replace(':', '-')}-lr{learning_rate!r}-seed{seed}"
 
 
@@ -168,13 +168,13 @@ _REQUIRED = {"experiment": str, "method": str, "learning_rate": int | float, "se
 
 
 def digest_of(record: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a record without its digest."""
+    """Return the SHA-256 of a record without its digest."""
     text = json.dumps({key: value for key, value in record.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_digest(where: Path | str, record: Mapping[str, Any], advice: str) -> None:
-    """Checks that a record is as it was written; one without a digest, of an early version, is taken as it is.
+    """Check that a record is as it was written; one without a digest, of an early version, is taken as it is.
 
     Args:
         where: the record's file, for the message.
@@ -188,7 +188,7 @@ def check_digest(where: Path | str, record: Mapping[str, Any], advice: str) -> N
 
 
 def check_required(where: Path | str, record: Mapping[str, Any], advice: str) -> RunRecord:
-    """Checks that a record says which run it is of, and that it was not changed.
+    """Check that a record says which run it is of, and that it was not changed.
 
     Raises:
         ValueError: names the file and what is missing.
@@ -201,7 +201,7 @@ def check_required(where: Path | str, record: Mapping[str, Any], advice: str) ->
 
 
 def read_record(path: Path, advice: str = "move it away, or use --replace") -> RunRecord:
-    """Reads the record of a run.
+    """Read the record of a run.
 
     Args:
         path: of the file.
@@ -226,7 +226,7 @@ def read_record(path: Path, advice: str = "move it away, or use --replace") -> R
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record with its digest, whole or not at all; NaN and infinity become null."""
+    """Write a record with its digest, whole or not at all; NaN and infinity become null."""
     plain = _finite(record)
     plain["digest"] = digest_of(plain)
     text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
@@ -234,7 +234,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Replaces NaN and infinity by None, tuples by lists, keys by text."""
+    """Replace NaN and infinity by None, tuples by lists, keys by text."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -31,7 +31,7 @@ _ADVICE = "get the file again"
 
 
 def write_table(path: Path, records: Sequence[RunRecord]) -> None:
-    """Writes the records as one table, whole or not at all, after reading it back and comparing it with them.
+    """Write the records as one table, whole or not at all, after reading it back and comparing it with them.
 
     Args:
         path: of the table; ends in .parquet.
@@ -53,7 +53,7 @@ def write_table(path: Path, records: Sequence[RunRecord]) -> None:
 
 
 def unpack(table: Path, folder: Path) -> int:
-    """Writes the records of a table into a folder, one file a run, as `cntlora run` does; returns how many there were.
+    """Write the records of a table into a folder, one file a run, as `cntlora run` does; return how many there were.
 
     Raises:
         ValueError: see `read_table`.
@@ -71,7 +71,7 @@ def unpack(table: Path, folder: Path) -> int:
 
 
 def read_table(path: Path) -> list[RunRecord]:
-    """Reads the records of a table.
+    """Read the records of a table.
 
     Returns:
         The records. Files of samples lie in a folder of the table's name beside it; where there is one, it is `folder`.
@@ -96,7 +96,7 @@ def read_table(path: Path) -> list[RunRecord]:
 
 
 def flattened(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns a record into columns by dotted name."""
+    """Turn a record into columns by dotted name."""
     columns: dict[str, Any] = {}
     for key, value in record.items():
         if key in _BY_NAME and (facts := _in_common(value.values() if value else ())):
@@ -112,7 +112,7 @@ def flattened(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restored(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns columns by dotted name back into a record."""
+    """Turn columns by dotted name back into a record."""
     record: dict[str, Any] = {}
     rows: dict[str, dict[str, list[Any]]] = {}
     for column, value in columns.items():
@@ -152,7 +152,7 @@ def _digest(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _encoded(rows: Sequence[Mapping[str, Any]], digest: str) -> bytes:
-    """Writes rows of columns as a Parquet file, with the digest of the records in its metadata."""
+    """Write rows of columns as a Parquet file, with the digest of the records in its metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -200,7 +200,7 @@ def _kinds(value: Any) -> Iterable[type]:
 
 
 def _decoded(data: bytes) -> tuple[list[dict[str, Any]], str | None]:
-    """Reads the rows of a Parquet file as records, and the digest in its metadata."""
+    """Read the rows of a Parquet file as records, and the digest in its metadata."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)

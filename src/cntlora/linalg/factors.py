@@ -1,4 +1,4 @@
-"""From ΔW (k, d) to LoRA factors B (k, r) and A (r, d): truncated SVD or QR, then the arrangement of a `base`."""
+"""LoRA factors B (k, r) and A (r, d) of ΔW (k, d): truncated SVD or QR, then the arrangement of a `base`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def spectrum(M: Matrix, q: int, exact: bool = False, product: bool = False) -> S
 
 
 def _pays(M: Matrix, q: int) -> bool:
-    """Whether the leading triplets alone are cheaper than all."""
+    """Return whether the leading triplets alone are cheaper than all."""
     return 0 < q <= min(M.shape) // 8 and min(M.shape) > EXACT_BELOW
 
 
@@ -176,7 +176,7 @@ def offset(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def halves_cancel(B: Tensor, A: Tensor) -> bool:
-    """Whether the rank is two halves [B', −B'] and [A'; A'], as `offset` and `paired` write them.
+    """Return whether the rank is two halves [B', −B'] and [A'; A'], as `offset` and `paired` write them.
 
     Or [B', B'] and [A'; −A'], as the head has them that shares the factors of its embedding, transposed.
     """

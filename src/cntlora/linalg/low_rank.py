@@ -40,7 +40,7 @@ class LowRank:
 
     @property
     def pays(self) -> bool:
-        """Whether it is cheaper to hold and to multiply with than the (d, d) matrix."""
+        """Return whether it is cheaper to hold and to multiply with than the (d, d) matrix."""
         d = self.terms[0].rows.shape[1]
         return d >= LARGE and 2 * self.rank <= d
 
@@ -54,7 +54,7 @@ class LowRank:
         )
 
     def scaled(self, weight: float) -> LowRank:
-        """It times a number."""
+        """Multiply it by a number."""
         if weight == 1.0:
             return self
         return LowRank(

@@ -65,12 +65,12 @@ class Moments:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of accumulation and of everything returned."""
+        """The dtype of accumulation and of everything returned."""
         return self._dtype or torch.float64
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens came from, and where all is computed."""
+        """The device of the tokens, on which all is computed."""
         held = self._gram if self._gram is not None else next(iter(self._rows), None)
         return torch.device("cpu") if held is None else held.device
 
@@ -79,7 +79,7 @@ class Moments:
         return Moments(self.dim, self.kind, self._dtype, self.totals)
 
     def update(self, rows: Tensor, precision: torch.dtype | None = None) -> None:
-        """Adds `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards.
+        """Add `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards.
 
         Args:
             precision: that the layer casts them to, where it is another than theirs (autocast).
@@ -106,7 +106,7 @@ class Moments:
             self._gram = product if self._gram is None else self._gram.add_(product)
 
     def merge(self, other: Moments) -> None:
-        """Adds what `other` has seen (a module called several times in one forward pass)."""
+        """Add what `other` has seen (a module called several times in one forward pass)."""
         if other._gram is None:
             for rows in other._rows:
                 self.update(rows, other.precision)
@@ -132,7 +132,7 @@ class Moments:
         return torch.cat(self._rows).to(self.dtype)
 
     def finite(self) -> Tensor:
-        """Whether every token seen so far is free of NaN and Inf (and small enough to square); boolean ()."""
+        """Return whether every token seen so far is free of NaN and Inf (and small enough to square); boolean ()."""
         if self._gram is not None:
             return torch.isfinite(self._gram.diagonal().sum())
         if not self._rows:
@@ -141,7 +141,7 @@ class Moments:
 
     @property
     def scale(self) -> float:
-        """What X Xᵀ is multiplied with: 1, or 1/b for the mean."""
+        """The factor of X Xᵀ: 1, or 1/b for the mean."""
         return 1.0 / max(self.tokens, 1) if self.kind == "mean" else 1.0
 
     @property
@@ -219,7 +219,7 @@ class TokenCount:
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens were."""
+        """The device of the tokens."""
         return torch.device("cpu") if self._finite is None else self._finite.device
 
     def empty(self) -> TokenCount:
@@ -227,12 +227,12 @@ class TokenCount:
         return TokenCount()
 
     def update(self, rows: Tensor, precision: torch.dtype | None = None) -> None:
-        """Counts `rows` (n, d)."""
+        """Count `rows` (n, d)."""
         self.tokens += rows.shape[0]
         self._note(torch.isfinite(rows).all())
 
     def merge(self, other: TokenCount) -> None:
-        """Adds what `other` has counted."""
+        """Add what `other` has counted."""
         self.tokens += other.tokens
         if other._finite is not None:
             self._note(other._finite)
@@ -241,5 +241,5 @@ class TokenCount:
         self._finite = finite if self._finite is None else finite & self._finite.to(finite.device)
 
     def finite(self) -> Tensor:
-        """Whether every token was free of NaN and Inf; boolean ()."""
+        """Return whether every token was free of NaN and Inf; boolean ()."""
         return torch.tensor(True) if self._finite is None else self._finite

@@ -1,4 +1,4 @@
-"""How the work is run: in full precision whatever the caller has switched on, and on all cores where it is small.
+"""Running of the work: in full precision whatever the caller has switched on, and on all cores where it is small.
 
 LAPACK hardly gains from a second thread on a matrix of some hundred rows, so that several of them side by side, one
 thread each, take half the time on two cores (docs/performance.md). They come out as they do alone. On larger matrices
@@ -154,7 +154,7 @@ def _without_gradients(work: Callable[[Item], Result]) -> Callable[[Item], Resul
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, float32 products are float32: no autocast, no TF32, no bfloat16; afterwards all is as it was."""
+    """Context in which float32 products are float32: no autocast, no TF32, no bfloat16; afterwards all is as it was."""
     with torch.autocast(device.type, enabled=False), _ieee_products():
         yield
 

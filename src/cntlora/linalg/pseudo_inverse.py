@@ -49,7 +49,7 @@ room for a small one only.
 
 
 def rounding_noise(dtype: torch.dtype, d: int, b: int) -> float:
-    """How large singular values of X (d, b) may be that are nothing but the rounding of its entries, over ‖X‖_F.
+    """Return a bound, over ‖X‖_F, on singular values of X (d, b) that are nothing but the rounding of its entries.
 
     Entries that are rounded to a unit roundoff u independently of each other make a random matrix; its largest singular
     value is near u·rms·(√d + √b), a share of u·(1/√d + 1/√b) of ‖X‖_F. The errors of the sums behind the entries may be
@@ -110,7 +110,7 @@ def frobenius_condition(M: Tensor, inverse: Tensor) -> Tensor:
 
 
 def nothing_dropped(M: Tensor, inverse: Tensor, rtol: float) -> Tensor:
-    """Whether σ_min(M) > rtol·σ_max(M) for certain, so that the pseudo-inverse is the plain inverse; boolean ()."""
+    """Tell whether σ_min(M) > rtol·σ_max(M) for certain, so that M† is the plain inverse; boolean ()."""
     return frobenius_condition(M, inverse) * rtol < 1.0
 
 
@@ -123,14 +123,19 @@ def cholesky_inverse(S: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
 
 
 def full_rank(S: Tensor, rtol: float) -> Tensor:
-    """Whether all eigenvalues of a positive semi-definite matrix are above rtol·tr(S), and so above rtol·λ_max, for
-    certain: S − rtol·tr(S)·I has a Cholesky factor; boolean ()."""
+    """Tell whether all eigenvalues of a positive semi-definite matrix are above rtol·tr(S), and so above rtol·λ_max.
+
+    It is certain: S − rtol·tr(S)·I has a Cholesky factor.
+
+    Returns:
+        Boolean ().
+    """
     shifted = S - rtol * S.diagonal().sum() * torch.eye(S.shape[0], dtype=S.dtype, device=S.device)
     return torch.linalg.cholesky_ex(shifted).info == 0
 
 
 def kept(D: Tensor, rtol: float, noise: float = 0.0) -> Tensor:
-    """Which of the eigenvalues D (n,) of S = Y Yᵀ are above rtol·λ_max and above (noise·‖Y‖_F)²; boolean (n,)."""
+    """Tell which of the eigenvalues D (n,) of S = Y Yᵀ are above rtol·λ_max and above (noise·‖Y‖_F)²; boolean (n,)."""
     return torch.maximum(rtol * D.amax(), noise**2 * D.sum()) < D
 
 

@@ -28,7 +28,7 @@ class SharedSums:
         self._homes: dict[str, torch.device] = {}  # where its terms came from
 
     def add(self, names: Sequence[str], term: Tensor | LowRank, weight: float = 1.0) -> None:
-        """Adds weight·`term` to each name's sum, once for all that share it; a sum that others hold too is not edited.
+        """Add weight·`term` to each name's sum, once for all that share it; a sum that others hold too is not edited.
 
         The first `term` of a sum may become that sum: it is not to be used afterwards.
         """
@@ -53,7 +53,7 @@ class SharedSums:
             self._homes.update(dict.fromkeys(sharing, term.device))
 
     def _add_low_rank(self, groups: Sequence[tuple[Tensor | LowRank | None, list[str]]], term: LowRank) -> None:
-        """Adds a term that is known by its rows, which stays so while the sum pays."""
+        """Add a term that is known by its rows, which stays so while the sum pays."""
         formed: Tensor | None = None
         for old, sharing in groups:
             total = old.plus(term) if isinstance(old, LowRank) else term
@@ -75,7 +75,7 @@ class SharedSums:
         return total.dense() if isinstance(total, LowRank) else total
 
     def same(self, one: str, other: str) -> bool:
-        """Whether two names hold the same sum."""
+        """Return whether two names hold the same sum."""
         return self._sums.get(one) is self._sums.get(other)
 
     def groups(self) -> list[tuple[list[str], Tensor]]:
@@ -89,12 +89,12 @@ class SharedSums:
         return list(found.values())
 
     def put(self, names: Sequence[str], total: Tensor) -> None:
-        """Replaces the sum of all `names` by one."""
+        """Replace the sum of all `names` by one."""
         total = total.contiguous()
         self._sums.update(dict.fromkeys(names, total))
         self._homes.update(dict.fromkeys(names, total.device))
 
     def drop(self, names: Sequence[str]) -> None:
-        """Forgets the sums of `names`."""
+        """Forget the sums of `names`."""
         for name in names:
             self._sums.pop(name, None)

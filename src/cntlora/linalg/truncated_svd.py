@@ -89,7 +89,7 @@ class _Krylov:
         return R
 
     def grow(self) -> bool:
-        """Takes the next block into the space; False where it would take more than two thirds of all dimensions."""
+        """Take the next block into the space; False where it would take more than two thirds of all dimensions."""
         if self.basis.shape[1] + self._next.shape[1] > 2 * self.tall.shape[1] // 3:
             return False
         self._last = self.tall @ self._next

@@ -78,7 +78,7 @@ def whitening(C: Tensor, damping: float) -> Tensor:
 
 
 def mean_square(W: Tensor, C: Tensor) -> Tensor:
-    """Of the outputs W x: tr(W C Wᵀ)/k (), over tokens and output features."""
+    """The mean square of the outputs W x: tr(W C Wᵀ)/k (), over tokens and output features."""
     return ((W @ C) * W).sum() / W.shape[0]
 
 
@@ -101,7 +101,7 @@ def descent_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_input(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """What all sites that see an input share: C and L⁻¹."""
+    """Return what all sites that see an input share: C and L⁻¹."""
     return C, whitening(C, damping)
 
 

@@ -56,7 +56,7 @@ class Estimator(Protocol):
     facts: Facts
 
     def target(self, name: str, batches: int) -> Target:
-        """What one site's factors are made from, `batches` being those in which it saw a token."""
+        """Make the target of one site, `batches` being those in which it saw a token."""
 
 
 @runtime_checkable
@@ -80,7 +80,7 @@ class InputReader(Estimator, Protocol):
         """The contribution, by the quick way if `numbers` allow it."""
 
     def add(self, names: Sequence[str], contribution: Contribution, weight: float) -> None:
-        """Adds a contribution times w_j."""
+        """Add a contribution times w_j."""
 
 
 @runtime_checkable
@@ -88,10 +88,10 @@ class GradientReader(Estimator, Protocol):
     """An estimator that reads the gradient of the loss by the weights; it may read inputs besides."""
 
     def add_gradient(self, name: str, G: Tensor, weight: float) -> None:
-        """Adds ∂L/∂W (k, d) of one batch, times w_j."""
+        """Add ∂L/∂W (k, d) of one batch, times w_j."""
 
     def has_gradient(self, name: str) -> bool:
-        """Whether a gradient other than zero has come."""
+        """Return whether a gradient other than zero has come."""
 
 
 @runtime_checkable
@@ -99,7 +99,7 @@ class OutputGradientReader(GradientReader, Protocol):
     """An estimator that reads the gradient of the loss by the outputs of the layers besides."""
 
     def add_output_gradient(self, name: str, squares: Tensor, weight: float) -> None:
-        """Adds Σ over tokens of (∂ℓ/∂y)² (k,) of one batch, times w_j, ℓ being the loss of one sample."""
+        """Add Σ over tokens of (∂ℓ/∂y)² (k,) of one batch, times w_j, ℓ being the loss of one sample."""
 
 
 @runtime_checkable
@@ -113,14 +113,14 @@ class WeightReader(InputReader, Protocol):
     weight_facts: dict[str, Any]
 
     def note_weight(self, name: str) -> None:
-        """Stores what W of a site decides, if it is not known yet."""
+        """Store what W of a site decides, if it is not known yet."""
 
     def asks_weight(self, names: Sequence[str], numbers: Sequence[float]) -> tuple[str, ...]:
         """Those of `names` whose W `finish` needs."""
 
 
 def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], Any]], weight: float) -> None:
-    """Adds one batch, times w_j: for every distinct input the sites that saw it, and its `Moments`.
+    """Add one batch, times w_j: for every distinct input the sites that saw it, and its `Moments`.
 
     On the CPU small inputs are worked on side by side, each from end to end, so that what it needed is free again.
     On a GPU the work of some is queued first, QUEUED bytes of it, and what decides how to go on is read back together.

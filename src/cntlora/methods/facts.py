@@ -44,7 +44,7 @@ class SiteFacts:
     seconds: float = 0.0
 
     def merge(self, other: SiteFacts) -> None:
-        """Takes in the facts of other batches: the next ones, or those of another process."""
+        """Take in the facts of other batches: the next ones, or those of another process."""
         self.calls += other.calls
         self.batches += other.batches
         self.tokens += other.tokens
@@ -75,27 +75,27 @@ class Facts:
         return self._sites.setdefault(name, SiteFacts())
 
     def add(self, names: Sequence[str], contribution: Contribution) -> None:
-        """Takes in what an estimator found in the inputs of one batch, for the sites that saw them."""
+        """Take in what an estimator found in the inputs of one batch, for the sites that saw them."""
         for name in names:
             self[name].merge(
                 SiteFacts(effective_rank=contribution.rank, rtol=contribution.rtol, precision=contribution.precision)
             )
 
     def merge(self, other: Facts) -> None:
-        """Takes in the facts of other batches."""
+        """Take in the facts of other batches."""
         self.batches += other.batches
         for name, facts in other._sites.items():
             self[name].merge(facts)
 
     def reread(self, other: Facts) -> None:
-        """Takes in the facts of another pass over the same batches, which are not counted twice."""
+        """Take in the facts of another pass over the same batches, which are not counted twice."""
         self.batches = 0
         for name in other._sites:
             self[name].calls = self[name].batches = self[name].tokens = 0
         self.merge(other)
 
     def read_back(self) -> None:
-        """Turns tensors into numbers; on a GPU the first thing that waits for them."""
+        """Turn tensors into numbers; on a GPU the first thing that waits for them."""
         waiting = [facts for facts in self._sites.values() if isinstance(facts.rtol, Tensor)]
         found = read_back([facts.rtol[None] for facts in waiting if isinstance(facts.rtol, Tensor)])
         for facts, (rtol,) in zip(waiting, found, strict=True):

@@ -35,7 +35,7 @@ Range = tuple[float, float, str]
 
 
 class Settings(Protocol):
-    """What a method may ask for besides its own options (`cntlora.InitConfig` has it)."""
+    """Settings that a method may ask for besides its own options (`cntlora.InitConfig` has it)."""
 
     @property
     def exact_svd(self) -> bool: ...
@@ -130,12 +130,12 @@ class Method(Protocol):
 
     @property
     def finds_size(self) -> bool:
-        """Whether the loss finds the size of the start, for which the first batches are kept."""
+        """Return whether the loss finds the size of the start, for which the first batches are kept."""
         return self.sized and getattr(self, "strength", None) is None
 
     @property
     def needs_matrix(self) -> bool:
-        """Whether the factors are made from M itself, and not from its singular triplets alone."""
+        """Return whether the factors are made from M itself, and not from its singular triplets alone."""
         return getattr(self, "decomposition", "svd") != "svd"
 
 
@@ -236,7 +236,7 @@ def choices(cls: Any) -> dict[str, tuple[str, ...]]:
 
 
 def check_options(method: Any) -> None:
-    """Checks every option of a method, and makes plain numbers of its batch weights.
+    """Check every option of a method, and make plain numbers of its batch weights.
 
     Raises:
         ValueError, TypeError: for a value that the option does not take; names it and what is expected.
@@ -266,13 +266,13 @@ def check_options(method: Any) -> None:
 
 
 def at_earlier_default(name: str, value: object) -> bool:
-    """Whether an option has the value that version 0.1 wrote where it was not set."""
+    """Return whether an option has the value that version 0.1 wrote where it was not set."""
     plain = isinstance(value, (str, int, float))
     return value is None or (plain and name in EARLIER_DEFAULTS and value == EARLIER_DEFAULTS[name])
 
 
 def _weights(values: object) -> tuple[float, ...]:
-    """Any iterable of numbers as plain floats."""
+    """Convert any iterable of numbers to plain floats."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(f"batch_weights: expected one number a batch, such as (1.0, 0.5), got {quoted(values)}")
     weights = tuple(values)

@@ -133,5 +133,5 @@ def _root_rtol(X: Moments, rtol: float | None) -> float:
 
 
 def _root_noise(X: Moments, rtol: float | None) -> float:
-    """What of ‖X‖_F is taken for rounding of the inputs: none of it where a tolerance is given."""
+    """Return the share of ‖X‖_F that is taken for rounding of the inputs: none of it where a tolerance is given."""
     return X.noise if rtol is None else 0.0

@@ -131,13 +131,13 @@ class ShiftEstimator:
         return tuple(name for name in names if not (holds and self._may_share(name, condition, eps)))
 
     def note_weight(self, name: str) -> None:
-        """Stores what W of a site decides, if it is not known yet."""
+        """Store what W of a site decides, if it is not known yet."""
         if name not in self.weight_facts:
             W = self.weight_of(name).double()
             self.weight_facts[name] = (tuple(W.shape), column_condition(W) if W.shape[0] >= W.shape[1] else math.inf)
 
     def _may_share(self, name: str, condition: float, eps: float) -> bool:
-        """Whether † of the product drops nothing for certain: cond(I − G)·cond(W)·rtol < 1."""
+        """Return whether † of the product drops nothing for certain: cond(I − G)·cond(W)·rtol < 1."""
         self.note_weight(name)
         (k, d), of_weight = self.weight_facts[name]
         return condition * of_weight * (self.rtol or max(k, d) * eps) < 1.0

@@ -197,11 +197,11 @@ class GradientSums:
         self.gradients = SharedSums()
 
     def add_gradient(self, name: str, G: Tensor, weight: float) -> None:
-        """Adds ∂L/∂W (k, d) of one batch, times w_j."""
+        """Add ∂L/∂W (k, d) of one batch, times w_j."""
         self.gradients.add([name], G.to(torch.promote_types(G.dtype, torch.float32), copy=True), weight)
 
     def has_gradient(self, name: str) -> bool:
-        """Whether a gradient other than zero has come."""
+        """Return whether a gradient other than zero has come."""
         total = self.gradients.get(name)
         return total is not None and bool(total.any())
 
@@ -225,7 +225,7 @@ class OutputGradientSums:
         self.squares = SharedSums()
 
     def add_output_gradient(self, name: str, squares: Tensor, weight: float) -> None:
-        """Adds the sum (k,) of one batch, times w_j."""
+        """Add the sum (k,) of one batch, times w_j."""
         self.squares.add([name], squares, weight)
 
     def mean_square(self, name: str, tokens: float) -> Tensor:

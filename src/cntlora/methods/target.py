@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """What the factors of one site are made from.
+    """The matrix, or its spectrum, that the factors of one site are made from.
 
     Attributes:
         M: matrix (k, d) to be factored: ΔW, or what stands for it; None where `known` gives all that is needed.
@@ -34,7 +34,7 @@ class Target:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What is known of a site when adaptive ranks are shared out.
+    """Facts of a site by which adaptive ranks are allocated.
 
     Attributes:
         shape: (k, d).

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def bypassed(sites: list[Site]) -> Iterator[None]:
-    """Inside, the layers of `sites` compute their base layer alone, where nothing else is active on them.
+    """Context in which the layers of `sites` compute their base layer alone, where nothing else is active on them.
 
     Every site is known to be fresh (B = 0, not merged). A layer with another active or merged adapter is left as it is,
     and so is one that is not switched off in PEFT's way.

@@ -1,4 +1,4 @@
-"""What is looked at before any data is read: which sites can be initialised, and whether their adapters can hold it."""
+"""Checks before any data is read: which sites can be initialised, and whether their adapters can hold the factors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def usable_sites(
 def gradient_refusal(
     model: nn.Module, found: FoundSites, adapter: str, gradients: InitConfig, inputs: InitConfig
 ) -> str | None:
-    """Why a method that reads gradients cannot have a site that one can have that reads inputs; None if it has all."""
+    """Return why a method that reads gradients lacks a site that one that reads inputs has; None if it lacks none."""
     sites, refused = found
     shared = groups(model, sites, adapter)
     either = refused | _unfit(shared, inputs)
@@ -94,7 +94,7 @@ def _unfit(found: Iterable[Group], config: InitConfig) -> dict[str, str]:
 
 
 def _out_of_reach(model: nn.Module, site: Site, config: InitConfig) -> str | None:
-    """Why a method cannot read what it needs of a site, or its adapter not hold what it gives, or None."""
+    """Return why a method cannot read what it needs of a site, or its adapter not hold what it gives, or None."""
     if config.adaptive_ranks and site.unseen == INSIDE_ATTENTION:
         return (
             "PEFT's files have one rank for both projections of an nn.MultiheadAttention, and adaptive_ranks gives "
@@ -120,12 +120,12 @@ def _out_of_reach(model: nn.Module, site: Site, config: InitConfig) -> str | Non
 
 
 def _has_values(site: Site) -> bool:
-    """Whether a pretrained weight is not all zeros; one that is not plain values on a device is read for that."""
+    """Return whether a weight is not all zeros; one that is not plain values on a device is read for that."""
     return bool((site.stored.detach() if site.fixed is None else site.weight(site.dtype)).any())
 
 
 def check_writable(site: Site, config: InitConfig) -> None:
-    """Raises ValueError where what would have to be written cannot be."""
+    """Raise ValueError where what would have to be written cannot be."""
     if site.A.device.type == "meta":
         raise ValueError(
             f"site {site.name}: its adapter is offloaded (accelerate), in memory during a call only; make the plan "
@@ -135,7 +135,7 @@ def check_writable(site: Site, config: InitConfig) -> None:
 
 
 def check_base(site: Site, config: InitConfig) -> None:
-    """Raises ValueError where a site cannot have the base policy: what it would write, or what PEFT makes of it."""
+    """Raise ValueError where a site cannot have the base policy: what it would write, or what PEFT makes of it."""
     base = config.effective_base
     if site.unseen == INSIDE_ATTENTION and base in ("subtract", "keep") and not config.chosen.zero_start:
         raise ValueError(
@@ -150,7 +150,7 @@ def check_base(site: Site, config: InitConfig) -> None:
 
 
 def check_fresh(site: Site) -> None:
-    """Raises ValueError if the adapter has been trained, initialised before, or merged: nothing may be lost."""
+    """Raise ValueError if the adapter has been trained, initialised before, or merged: nothing may be lost."""
     if site.adapter in getattr(site.layer, "merged_adapters", ()):
         raise ValueError(
             f"site {site.name}: adapter {site.adapter!r} is merged into the base; call unmerge_adapter() first"
@@ -169,7 +169,7 @@ def check_fresh(site: Site) -> None:
 
 
 def check_adapter(site: Site, config: InitConfig) -> None:
-    """Raises ValueError where the rank or the scaling that the adapter has cannot hold the factors."""
+    """Raise ValueError where the rank or the scaling that the adapter has cannot hold the factors."""
     check_base(site, config)
     if config.effective_base == "offset" and not config.adaptive_ranks:
         check_rank(site.name, site.A, 2 * site.rank)
@@ -197,7 +197,7 @@ def report_missing(problems: Mapping[str, str], on_missing: str) -> None:
 
 
 def check_any_left(sites: Sequence[Site], problems: Mapping[str, str]) -> None:
-    """Raises ValueError where nothing is left: a call that initialises nothing must not look like one that worked."""
+    """Raise ValueError where nothing is left: a call that initialises nothing must not look like one that worked."""
     if not sites:
         name, reason = next(iter(problems.items()))
         raise ValueError(

@@ -48,7 +48,7 @@ def _follow(owner: weakref.ref[Any], name: str, half: int, dim: int) -> None:
 
 
 def mask_gradient(parameter: nn.Parameter, mask: Callable[[Tensor], Tensor]) -> None:
-    """Puts one gradient hook on a parameter, in place of an earlier one; works on a frozen parameter too."""
+    """Put one gradient hook on a parameter, in place of an earlier one; a frozen parameter will do too."""
     _put_on(parameter, lambda: parameter.register_hook(mask))
 
 
@@ -75,7 +75,7 @@ def _put_on(parameter: nn.Parameter, register: Callable[[], Any]) -> None:
 
 
 def unmask(parameter: nn.Parameter) -> None:
-    """Takes our gradient hook off, if there is one."""
+    """Take our gradient hook off, if there is one."""
     handle, watch = _HANDLES.pop(parameter, None), _WATCHES.pop(parameter, None)
     if handle is not None:
         handle.remove()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_holders(sites: list[Site], plan: InitPlan, replaced: Container[str] = ()) -> None:
-    """Raises ValueError if an optimizer or DDP would go on with parameters that the model no longer uses.
+    """Raise ValueError if an optimizer or DDP would go on with parameters that the model no longer uses.
 
     Args:
         replaced: sites that get new parameters also where their rank stays.
@@ -47,7 +47,7 @@ def check_holders(sites: list[Site], plan: InitPlan, replaced: Container[str] = 
 
 
 def _held_elsewhere(sites: Iterable[Site]) -> bool:
-    """Whether a Python object besides the modules of the sites may hold one of their factors.
+    """Return whether a Python object besides the modules of the sites may hold one of their factors.
 
     An optimizer holds its parameters in lists, and so does DDP, so that the answer is never no where there is one. What
     else counts (a list of the caller, a graph that waits for its backward pass) costs a look at all objects, no more.
@@ -81,7 +81,7 @@ def _holders() -> list[Any]:
 
 
 def _concerns(holder: Any, ours: dict[int, str]) -> bool:
-    """Whether an optimizer or DDP holds any of our parameters."""
+    """Return whether an optimizer or DDP holds any of our parameters."""
     if isinstance(holder, nn.Module):
         return any(id(p) in ours for p in holder.parameters())
     return any(id(p) in ours for group in holder.param_groups for p in group["params"])

@@ -1,4 +1,4 @@
-"""What a site is by its name: query, key, value, out and so on, and how deep it lies."""
+"""The kind of a site by its name: query, key, value, out and so on, and how deep it lies."""
 
 from __future__ import annotations
 

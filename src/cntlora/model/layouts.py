@@ -17,7 +17,7 @@ from .sharded import WHY_FIXED, full, is_partitioned, is_sharded, refusal, shape
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layer type stores W.
+    """The way in which a layer type stores W.
 
     Attributes:
         matches: whether a base layer is of this type.
@@ -119,7 +119,7 @@ def _row(layer: nn.Module) -> Layout:
 
 
 def _storage_refusal(layer: Any, stored: Any) -> str | None:
-    """Why the values of a weight cannot be read, or None."""
+    """Return why the values of a weight cannot be read, or None."""
     if stored.device.type == "meta" and not is_offloaded(layer):
         return (
             "its weight is on the meta device (no values); load the pretrained weights before initialising "
@@ -163,13 +163,13 @@ def as_matrix(layer: nn.Module, stored: Tensor) -> Tensor:
 
 
 def write_matrix(layer: nn.Module, W: Tensor) -> None:
-    """Writes W (out, in) into the weight of a layer, sharded or not."""
+    """Write W (out, in) into the weight of a layer, sharded or not."""
     stored = stored_weight(layer)
     write(stored, _row(layer).to_stored(W, stored.shape))
 
 
 def why_fixed(layer: nn.Module) -> str | None:
-    """Why the weight of a layer can neither be written nor have a gradient, or None."""
+    """Return why the weight of a layer can neither be written nor have a gradient, or None."""
     if is_partitioned(stored_weight(layer)):
         return WHY_FIXED
     kind = quantised.kind_of(stored_weight(layer))

@@ -14,7 +14,7 @@ from torch import nn
 
 
 def factor_slots(layer: Any, adapter: str) -> tuple[tuple[Any, str], tuple[Any, str]]:
-    """Where A and B of a LoRA layer are: (module, name of the parameter) for each."""
+    """Return the places of A and B of a LoRA layer: (module, name of the parameter) for each."""
     if adapter in layer.lora_A:
         return (layer.lora_A[adapter], "weight"), (layer.lora_B[adapter], "weight")
     return (layer.lora_embedding_A, adapter), (layer.lora_embedding_B, adapter)
@@ -28,7 +28,7 @@ def factor_of(owner: Any, name: str) -> nn.Parameter:
 
 
 def is_lora_layer(module: nn.Module) -> bool:
-    """Whether a module carries LoRA factors the way PEFT's layers do."""
+    """Return whether a module carries LoRA factors the way PEFT's layers do."""
     return hasattr(module, "get_base_layer") and hasattr(module, "lora_A") and hasattr(module, "lora_B")
 
 
@@ -57,7 +57,7 @@ def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
 
 
 def uses_rslora(layer: Any, adapter: str) -> bool:
-    """Whether one adapter of a LoRA layer has scaling alpha/√r instead of alpha/r."""
+    """Return whether one adapter of a LoRA layer has scaling alpha/√r instead of alpha/r."""
     told = getattr(layer, "use_rslora", None)
     if told is not None:
         return bool(told.get(adapter, False))

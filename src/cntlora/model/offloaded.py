@@ -12,7 +12,7 @@ from torch import nn
 
 
 def is_offloaded(layer: nn.Module) -> bool:
-    """Whether a layer has a hook of accelerate that fetches its weights for each call."""
+    """Return whether a layer has a hook of accelerate that fetches its weights for each call."""
     hooks = sys.modules.get("accelerate.hooks")
     hook: Any = getattr(layer, "_hf_hook", None)
     if hooks is None or hook is None:
@@ -22,7 +22,7 @@ def is_offloaded(layer: nn.Module) -> bool:
 
 
 def execution_device(layer: Any) -> torch.device:
-    """Where an offloaded layer is computed with."""
+    """Return the device on which an offloaded layer computes."""
     parts = getattr(layer._hf_hook, "hooks", (layer._hf_hook,))
     device = next(part.execution_device for part in parts if getattr(part, "offload", False))
     return torch.device("cpu" if device is None else device)
@@ -30,7 +30,7 @@ def execution_device(layer: Any) -> torch.device:
 
 @contextmanager
 def fetched(layer: Any) -> Iterator[None]:
-    """Inside, the weights of an offloaded layer are on the device that it computes on; others are left alone."""
+    """Context in which the weights of an offloaded layer are on the device that it computes on; others stay."""
     if not is_offloaded(layer):
         yield
         return

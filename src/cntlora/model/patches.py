@@ -15,7 +15,7 @@ SMALLEST = 2**18
 
 
 def convolution_refusal(layer: Any) -> str | None:
-    """Why PEFT's LoRA of a convolution is not the low-rank part of its W, or None.
+    """Return why PEFT's LoRA of a convolution is not the low-rank part of its W, or None.
 
     Its A is a convolution of the same kernel, stride and padding; groups, dilation and the mode of the padding are not
     passed on (PEFT 0.21).
@@ -46,7 +46,7 @@ def is_convolution(layer: nn.Module) -> bool:
 
 
 def geometry(layer: Any) -> tuple[Any, ...]:
-    """What decides the patches that a convolution makes of an input."""
+    """Return what decides the patches that a convolution makes of an input."""
     return layer.kernel_size, layer.stride, tuple(_padding(layer))
 
 
@@ -71,7 +71,7 @@ def patches(layer: Any, x: Tensor) -> Iterator[Tensor]:
 
 
 def _padding(layer: Any) -> list[int]:
-    """As F.pad takes it: (left, right) of the last dimension first."""
+    """Return the padding as F.pad takes it: (left, right) of the last dimension first."""
     if isinstance(layer.padding, str):
         if layer.padding == "valid":
             return [0] * (2 * len(layer.kernel_size))

@@ -18,7 +18,7 @@ def as_integer(value: float) -> int | float:
 
 
 def sync_config(model: nn.Module, adapter: str) -> None:
-    """Brings `peft_config[adapter]` in line with the layers, so that saving and reloading gives the same model.
+    """Bring `peft_config[adapter]` in line with the layers, so that saving and reloading gives the same model.
 
     The commonest rank and its alpha become `r` and `lora_alpha`; every other site gets a pattern with its anchored full
     name (PEFT matches patterns by suffix, and `foo` would also catch `bar.foo`). `target_modules` becomes the list of

@@ -1,4 +1,4 @@
-"""Where an adapter's start came from, in numbers and words: what a saved adapter can tell of its plan.
+"""Origin of an adapter's start, in numbers and words: what a saved adapter can tell of its plan.
 
 A plan is remembered by the LoRA layers that it was written into, without its matrices and as long as they live.
 """
@@ -29,7 +29,7 @@ _SUBTRACTED: Any = WeakIdKeyDictionary()
 
 @dataclass(frozen=True)
 class Start:
-    """What is known of a plan.
+    """Facts of a plan.
 
     Attributes:
         method, base: of the configuration; base is "zero" for a method that starts at B = 0.
@@ -55,7 +55,7 @@ class Start:
 
     @classmethod
     def of(cls, plan: InitPlan) -> Start:
-        """What `plan` tells."""
+        """Make it from a plan."""
         config, reads = plan.config, plan.config.chosen.reads
         default = type(config)(method=type(config.chosen)()).to_dict()
         options = {key: value for key, value in config.to_dict().items() if value != default[key] and key != "base"}
@@ -96,7 +96,7 @@ def data_fingerprint(plan: InitPlan) -> str:
 
 
 def remember(model: nn.Module, plan: InitPlan, adapter: str = "default") -> None:
-    """Notes that `plan` was written into the adapter's layers of a model."""
+    """Note that `plan` was written into the adapter's layers of a model."""
     start = Start.of(plan)
     for name, layer in lora_layers(model, adapter):
         if name in plan.sites:
@@ -104,7 +104,7 @@ def remember(model: nn.Module, plan: InitPlan, adapter: str = "default") -> None
 
 
 def start_of(model: nn.Module, adapter: str = "default") -> Start | None:
-    """What is known of the start of an adapter; None if it was not initialised in this process."""
+    """Return what is known of the start of an adapter; None if it was not initialised in this process."""
     for _, layer in lora_layers(model, adapter):
         known: dict[str, Start] = _STARTS.get(layer, {})
         if adapter in known:
@@ -113,7 +113,7 @@ def start_of(model: nn.Module, adapter: str = "default") -> Start | None:
 
 
 def remember_subtracted(layer: Any, adapter: str, A: Tensor, B: Tensor) -> None:
-    """Notes that s·B·A was taken off the weight of a layer (base "subtract")."""
+    """Note that s·B·A was taken off the weight of a layer (base "subtract")."""
     _SUBTRACTED.setdefault(layer, {})[adapter] = (A, B)
 
 

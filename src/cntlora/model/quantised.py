@@ -19,7 +19,7 @@ ROUNDING = {"4-bit": 0.4, "8-bit": 0.15}
 
 
 def kind_of(weight: Any) -> str | None:
-    """What a weight is stored as, if that is not a plain tensor of `FLOATS`; None too for what is not known."""
+    """Return what a weight is stored as, if that is not a plain tensor of `FLOATS`; None too for what is not known."""
     name = type(weight).__name__
     if name in ("Params4bit", "Int8Params"):
         return "bitsandbytes 4-bit" if name == "Params4bit" else "bitsandbytes 8-bit"
@@ -30,7 +30,7 @@ def kind_of(weight: Any) -> str | None:
 
 
 def refusal(layer: Any) -> str | None:
-    """Why the quantised weight of a layer cannot be read, or None."""
+    """Return why the quantised weight of a layer cannot be read, or None."""
     weight = layer.weight
     kind = kind_of(weight)
     if kind == "bitsandbytes 4-bit":
@@ -91,7 +91,7 @@ def dtype_of(weight: Any) -> torch.dtype:
 
 
 def rounding_of(weight: Any) -> float:
-    """How far a sketch of W may be from that of the weight it was quantised from, in units of ‖W‖; 0 for plain ones."""
+    """Bound the distance of the sketches of W and of the unquantised weight, in units of ‖W‖; 0 for plain ones."""
     kind = kind_of(weight)
     if kind is None:
         return 0.0
@@ -101,7 +101,7 @@ def rounding_of(weight: Any) -> float:
 
 @contextmanager
 def left_unpacked(model: nn.Module) -> Iterator[None]:
-    """Inside, a call in eval mode leaves 4-bit weights of bitsandbytes as they are.
+    """Context in which a call in eval mode leaves 4-bit weights of bitsandbytes as they are.
 
     On processors with AVX512-BF16 bitsandbytes repacks them for good at the first one, and cannot train them then.
     """

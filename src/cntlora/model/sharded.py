@@ -21,18 +21,18 @@ WHY_FIXED = "its weight is partitioned over processes (DeepSpeed ZeRO-3)"
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether each process holds only a part of a tensor: a DTensor, or a parameter of ZeRO-3."""
+    """Return whether each process holds only a part of a tensor: a DTensor, or a parameter of ZeRO-3."""
     return is_dtensor(tensor) or is_partitioned(tensor)
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether a tensor is a DTensor."""
+    """Return whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # not imported by anyone: then there is none
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_partitioned(tensor: Any) -> bool:
-    """Whether a parameter is one of ZeRO-3's, gathered at the moment or not."""
+    """Return whether a parameter is one of ZeRO-3's, gathered at the moment or not."""
     return hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor")
 
 
@@ -61,7 +61,7 @@ def full_copy_where(parameter: Any, here: bool) -> Tensor | None:
 
 
 def shards(model: nn.Module) -> int:
-    """How many parameters of a model are sharded.
+    """Count the parameters of a model that are sharded.
 
     Raises:
         ValueError: if any is by other means than `fully_shard`: then processes may see parts of the same tokens.
@@ -76,25 +76,25 @@ def shards(model: nn.Module) -> int:
 
 
 def partitioned(model: nn.Module) -> int:
-    """How many parameters of a model are partitioned by ZeRO-3."""
+    """Count the parameters of a model that ZeRO-3 has partitioned."""
     return sum(is_partitioned(parameter) for parameter in model.parameters())
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether parameters of a model are sharded over more than this process, or have to be gathered to be read."""
+    """Return whether parameters are sharded over more than this process, or have to be gathered to be read."""
     sharded: list[Any] = [p for p in model.parameters() if is_dtensor(p)]
     return any(p.device_mesh.size() > 1 for p in sharded) or partitioned(model) > 0
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the whole weights that `fully_shard` keeps after a forward pass, so that the parameters are the shards."""
+    """Free the whole weights that `fully_shard` keeps after a forward pass, so that the parameters are the shards."""
     for module in model.modules():
         if isinstance(module, _fsdp_kind()):
             module.reshard()  # type: ignore[operator]
 
 
 def recover(model: nn.Module, before: int) -> None:
-    """Puts a model back in order after an error, also one in a forward or backward pass, as far as this torch can.
+    """Put a model back in order after an error, also one in a forward or backward pass, as far as this torch can.
 
     Args:
         before: how many parameters were sharded; where it is fewer, layers are stuck with what was gathered.
@@ -117,7 +117,7 @@ def _fsdp_kind() -> Any:
 
 
 def refusal(tensor: Any) -> str | None:
-    """Why a sharded weight cannot be read, or None: it has to be the work of `fully_shard` over all processes."""
+    """Return why a sharded weight cannot be read, or None: `fully_shard` over all processes has to be what made it."""
     if not is_dtensor(tensor):
         return None
     mesh, shards = tensor.device_mesh, [p for p in tensor.placements if not p.is_replicate()]
@@ -131,7 +131,7 @@ def refusal(tensor: Any) -> str | None:
 
 
 def check_rank(name: str, A: Tensor, rank: int) -> None:
-    """Raises ValueError if A (r, d) is sharded and would get another rank: FSDP goes on with the parameter it knows."""
+    """Raise ValueError if A (r, d) is sharded and would get another rank: FSDP goes on with the parameter it knows."""
     if is_dtensor(A) and A.shape[0] != rank:
         raise ValueError(
             f"site {name}: its adapter of rank {A.shape[0]} is already sharded by fully_shard, which cannot take one "
@@ -182,7 +182,7 @@ def part_of(value: Tensor, parameter: Any) -> Tensor:
 
 
 def write(parameter: Any, value: Tensor) -> None:
-    """Copies a whole value, which every process has, into a parameter, sharded or not."""
+    """Copy a whole value, which every process has, into a parameter, sharded or not."""
     with torch.no_grad():
         if is_sharded(parameter):
             parameter.to_local().copy_(part_of(value, parameter))
@@ -191,7 +191,7 @@ def write(parameter: Any, value: Tensor) -> None:
 
 
 def address(tensor: Any) -> int:
-    """Where the values that this process holds begin, to tell whether two tensors share them."""
+    """Return where the values that this process holds begin, to tell whether two tensors share them."""
     if is_partitioned(tensor):
         return int(tensor.ds_tensor.data_ptr())
     local: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor

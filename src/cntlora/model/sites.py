@@ -62,13 +62,13 @@ class Site:
 
     @property
     def device(self) -> torch.device:
-        """Where W is, or where it is computed with while it is offloaded."""
+        """The device of W, or that on which it computes while it is offloaded."""
         device: torch.device = self.stored.device
         return execution_device(self.base) if device.type == "meta" else device
 
     @property
     def adapter_device(self) -> torch.device:
-        """Where A and B are, or where they are computed with while they are offloaded."""
+        """The device of A and B, or that on which they compute while they are offloaded."""
         device = self.A.device
         return execution_device(factor_slots(self.layer, self.adapter)[0][0]) if device.type == "meta" else device
 
@@ -79,12 +79,12 @@ class Site:
 
     @property
     def fixed(self) -> str | None:
-        """Why W can neither be written nor have a gradient; None where it can."""
+        """The reason why W can neither be written nor have a gradient; None where it can."""
         return why_fixed(self.base)
 
     @property
     def rounding(self) -> float:
-        """How far the sketch of W may be from that of another copy of the same weight, in units of ‖W‖."""
+        """Bound on the distance of the sketches of W and of another copy of the same weight, in units of ‖W‖."""
         # bfloat16 rounds each entry by up to 0.4 %, which moves the sketch by far less than 2 % of ‖W‖
         return max(0.02, quantised.rounding_of(self.stored))
 
@@ -172,7 +172,7 @@ def _site(name: str, adapter: str, layer: Any, unseen: str | None) -> Site:
 
 
 def _refusal(layer: Any, adapter: str) -> str | None:
-    """Why a LoRA layer cannot be initialised, or None."""
+    """Return why a LoRA layer cannot be initialised, or None."""
     base = layer.get_base_layer()
     if adapter in layer.lora_A and not hasattr(layer.lora_A[adapter], "weight"):
         return f"it is not plain LoRA but a {type(layer).__name__} of {type(layer).__module__} (AdaLoRA)"

@@ -36,7 +36,7 @@ class Tied:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether the two lie in one memory; those that PEFT was asked to tie may not, before they are written."""
+        """Return whether both lie in one memory; those that PEFT was asked to tie may not, before they are written."""
         ours, theirs = ((_place(s.A), _place(s.B)) for s in (self.site, self.leader))
         return ours == (theirs[::-1] if self.crossed else theirs)
 
@@ -89,13 +89,13 @@ def _neighbours(sites: Iterable[Site]) -> Iterator[tuple[str, str]]:
 
 
 def _place(factor: Tensor) -> Any:
-    """What two parameters have in common that share their values."""
+    """Return what two parameters have in common that share their values."""
     at = 0 if factor.device.type == "meta" else address(factor)
     return (factor.device, at) if at else id(factor)
 
 
 def _places(model: nn.Module, adapter: str) -> dict[Any, set[str]]:
-    """Where factors lie, with the names of all layers that have one there: also of such as are no site."""
+    """Return where factors lie, with the names of all layers that have one there, also of such as are no site."""
     found: dict[Any, set[str]] = {}
     for name, layer in lora_layers(model, adapter):
         for owner, key in factor_slots(layer, adapter):
@@ -141,7 +141,7 @@ def _group(members: Sequence[Site], asked: set[str], places: Mapping[Any, set[st
 
 
 def _alike(first: Site, site: Site, asked: set[str]) -> bool | None:
-    """Whether a site has the factors of the first crossed; None where it shares a part of them only."""
+    """Return whether a site has the factors of the first crossed; None where it shares a part of them only."""
     ours, theirs = ((_place(s.A), _place(s.B)) for s in (first, site))
     if theirs == ours and site.A.shape == first.A.shape and site.B.shape == first.B.shape:
         return False
@@ -154,7 +154,7 @@ def _alike(first: Site, site: Site, asked: set[str]) -> bool | None:
 
 
 def _unfit(members: Sequence[Site], alike: Sequence[bool | None], strangers: Sequence[str]) -> str | None:
-    """Why sites that share factors cannot be initialised as one, or None."""
+    """Return why sites that share factors cannot be initialised as one, or None."""
     named = " and ".join(site.name for site in members)
     if strangers:
         return f"it shares its factors with {strangers[0]}, which cannot be initialised; give each layer its own"
@@ -202,7 +202,7 @@ def tied_as_planned(found: Iterable[Group], plan: InitPlan) -> list[Tied]:
 
 
 def tie_factors(tied: Tied) -> None:
-    """Puts the factors of the leader into the site that follows, where they are not in one memory any more."""
+    """Put the factors of the leader into the site that follows, where they are not in one memory any more."""
     slots = (factor_slots(s.layer, s.adapter) for s in (tied.site, tied.leader))
     mine, theirs = slots
     for (owner, name), (source_owner, source) in zip(mine, theirs[::-1] if tied.crossed else theirs, strict=True):

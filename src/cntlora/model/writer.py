@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def write_plan(model: nn.Module, plan: InitPlan, adapter_name: str = "default") -> None:
-    """Writes a plan into the adapter of a model (`cntlora.apply_plan`)."""
+    """Write a plan into the adapter of a model (`cntlora.apply_plan`)."""
     reshard(model)
     sites, _ = find_sites(model, adapter_name)
     usable = [s for s in sites if s.name not in plan.skipped]
@@ -133,7 +133,7 @@ def _write(site: Site, planned: SitePlan, base: str, tied: Tied | None) -> None:
 
 
 def _put(owner: Any, name: str, value: Tensor) -> None:
-    """Writes a factor; the parameter stays the same object where the shape allows, else a new one takes its place."""
+    """Write a factor; the parameter stays the same object where the shape allows, else a new one takes its place."""
     old = factor_of(owner, name)
     unmask(old)
     if old.numel() == value.numel():
@@ -168,7 +168,7 @@ def _check_untied(model: nn.Module, sites: list[Site]) -> None:
 
 
 def _remove_empty(model: nn.Module, adapter: str, sites: list[Site]) -> None:
-    """Takes the adapter off the sites that won no rank; a layer without any adapter becomes its base layer again."""
+    """Take the adapter off the sites that won no rank; a layer without any adapter becomes its base layer again."""
     layers = {id(site.layer) for site in sites}
     for site in sites:
         names = (*site.layer.adapter_layer_names, *site.layer.other_param_names, "lora_variant")

@@ -26,7 +26,7 @@ def gathering(call: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any
 
 @contextmanager
 def _module_by_module(model: nn.Module) -> Iterator[None]:
-    """Inside, hooks gather what each module holds itself; they are removed and all is partitioned again afterwards."""
+    """Context in which hooks gather what each module holds itself; afterwards they are gone and all is partitioned."""
     running: list[tuple[nn.Module, ExitStack]] = []
     handles = []
 

@@ -74,7 +74,7 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
 
 
 def lora_options(run: Run, task: Task) -> dict[str, Any]:
-    """What `peft.LoraConfig` gets."""
+    """Return the arguments of `peft.LoraConfig`."""
     lora = run.experiment.lora
     rank = run.arm.lora.get("r", lora.rank)
     return {
@@ -90,7 +90,7 @@ def lora_options(run: Run, task: Task) -> dict[str, Any]:
 
 
 def _targets(names: tuple[str, ...]) -> list[str] | str | None:
-    """As PEFT wants them: names, or one text for a regular expression or "all-linear"."""
+    """Return the targets as PEFT wants them: names, or one text for a regular expression or "all-linear"."""
     if len(names) == 1 and names[0].startswith("re:"):
         return names[0].removeprefix("re:")
     return "all-linear" if names == ("all-linear",) else list(names) or None

@@ -78,7 +78,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Modifier:
-    """What "+…" changes.
+    """A change that "+…" makes.
 
     Attributes:
         pattern: matches the whole text behind the plus; a group holds the value.
@@ -142,7 +142,7 @@ def bases() -> tuple[str, ...]:
 
 
 def parse_arm(name: str) -> Arm:
-    """Reads the name of an arm.
+    """Read the name of an arm.
 
     Bases: full (every weight trains), lora (PEFT's plain LoRA), dora, rslora, every other one of `cntlora.methods()`,
     and peft:eva, peft:corda, peft:pissa, peft:pissa_niter_4, peft:olora, peft:lora_ga, peft:adalora, peft:dora (PEFT's

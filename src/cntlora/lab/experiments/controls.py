@@ -1,4 +1,4 @@
-"""What an initialisation reads instead of the training data as it is: the controls of "is it the data?".
+"""Controls of "is it the data?": what an initialisation reads instead of the training data as it is.
 
 The training is the same in any case; only the batches that the initialisation sees are altered.
 """
@@ -28,7 +28,7 @@ def read(
     content: str = "",
     parts: int = 1,
 ) -> list[Batch]:
-    """What an initialisation reads: the first `count` batches, with which the training begins too.
+    """Return what an initialisation reads: the first `count` batches, with which the training begins too.
 
     Args:
         batches: of the task, in the order of the training.
@@ -75,7 +75,7 @@ def altered(batches: Sequence[Batch], task: Task, seed: int, content: str = "", 
 
 
 def _shuffled(batch: Batch, generator: torch.Generator) -> Batch:
-    """Keeps what occurs and how often, and loses which of it stands together."""
+    """Keep what occurs and how often, and lose which of it stands together."""
     changed = dict(batch)
     if "input_ids" in batch:
         ids, real = batch["input_ids"].clone(), _real(batch)

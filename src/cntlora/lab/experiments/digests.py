@@ -1,4 +1,4 @@
-"""What tells one user's data from another's in a record: a digest of the files, so that changed data is noticed."""
+"""Digests of a user's files, by which a record tells one user's data from another's and notices a change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
 
 
 def data_digests(settings: Any) -> dict[str, str | None]:
-    """For `data`, and for every other field whose name ends with "_data": its name with "_sha256", and the digest.
+    """Return the digests of `data` and of every field whose name ends with "_data", under the name with "_sha256".
 
     None where nothing is given, or a name (a hub data set, "sample:tweets") that is no path here.
 
@@ -37,7 +37,7 @@ def _digest(name: str, data: Any) -> str | None:
 
 
 def _digest_of_folder(folder: Path) -> str:
-    """Of the relative paths and sizes: reading thousands of pictures for every run would take too long."""
+    """Digest of the relative paths and sizes: reading thousands of pictures for every run would take too long."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

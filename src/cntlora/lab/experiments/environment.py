@@ -1,4 +1,4 @@
-"""Where a run was made, for its record: versions, the commit, the machine; and texts without the folders of it."""
+"""The environment of a run, for its record: versions, the commit, the machine; and texts without the folders of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...version import VERSION
 
 @cache
 def versions() -> dict[str, str]:
-    """Of cntlora and of what the outcome depends on; "missing" for what is not installed."""
+    """Versions of cntlora and of what the outcome depends on; "missing" for what is not installed."""
     found = {"cntlora": VERSION}
     for name in ("torch", "peft", "transformers"):
         try:
@@ -37,7 +37,7 @@ def git_state() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What a git command says in the folder of the package; None if it fails."""
+    """Return what a git command says in the folder of the package; None if it fails."""
     folder, environment = Path(__file__).resolve().parents[1], {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         done = subprocess.run(
@@ -49,7 +49,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Of this process: the processor's name, threads, and "cpu" or the GPU's name."""
+    """Describe the machine of this process: the CPU's name, threads, and "cpu" or the GPU's name."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -151,7 +151,7 @@ PEERS: dict[str, Peer] = {"eva": _eva, "corda": _corda, "lora_ga": _lora_ga, "ad
 
 
 class AdaLoraTraining:
-    """What AdaLoRA needs in a training loop that does not know it.
+    """Steps that AdaLoRA needs in a training loop that does not know it.
 
     Attributes:
         losses: training losses without the orthogonality penalty that AdaLoRA adds to the model's loss, so that they
@@ -166,7 +166,7 @@ class AdaLoraTraining:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Shares ranks out after every optimizer step, while the gradients are still there, as PEFT's example does."""
+        """Share ranks out after every optimizer step, while the gradients are still there, as PEFT's example does."""
         forward = self.inner.forward
         step = 0
 

@@ -54,7 +54,7 @@ class Pool:
     ended: Callable[[RunRecord], None]
 
     def work(self, pending: list[Run]) -> None:
-        """Runs all; on any exception (Ctrl-C above all) its processes are ended."""
+        """Run all; on any exception (Ctrl-C above all) its processes are ended."""
         context, threads = _context(self.function), max(1, cores() // self.jobs)
         running: list[_Running] = []
         try:
@@ -78,7 +78,7 @@ class Pool:
         return _Running(run, process, before)
 
     def _record(self, one: _Running) -> RunRecord:
-        """Of a process that is gone: what it wrote, or the reason why it wrote nothing."""
+        """Return the record of a process that is gone: what it wrote, or the reason why it wrote nothing."""
         one.process.join()
         path = path_of(self.out, one.run)
         if _identity(path) in (None, one.before):
@@ -116,7 +116,7 @@ def cores() -> int:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Tells whether a file has been replaced."""
+    """Tell whether a file has been replaced."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -125,7 +125,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _reason(exitcode: int | None) -> str:
-    """Why a process ended without a record."""
+    """Return why a process ended without a record."""
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
         hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
@@ -144,7 +144,7 @@ def _end(process: Any) -> None:
 
 
 def _child(run: Run, path: Path, threads: int, function: RunFunction | None) -> None:
-    """In the process of a run: writes its record, whatever Python can still say."""
+    """Run in the process of a run: write its record, whatever Python can still say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the sweep ends this one
     _die_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one more pool of threads beside torch's
@@ -170,7 +170,7 @@ def _run_one() -> RunFunction:
 
 
 def _die_with_parent() -> None:
-    """Ends this process when the sweep is gone, also after SIGKILL, so that no run goes on unseen."""
+    """End this process when the sweep is gone, also after SIGKILL, so that no run goes on unseen."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -33,14 +33,14 @@ from .tasks import make_task
 
 
 def run_one(run: Run, out: Path) -> RunRecord:
-    """As `run_kept`, and removes the checkpoints, which are of no use to who does not keep the record either."""
+    """Do as `run_kept`, and remove the checkpoints, which are of no use to who does not keep the record either."""
     record = run_kept(run, out)
     remove_checkpoints(out, run, record)
     return record
 
 
 def run_kept(run: Run, out: Path) -> RunRecord:
-    """Trains one arm and gives its record; its checkpoints stay until the caller has written that.
+    """Train one arm and give its record; its checkpoints stay until the caller has written that.
 
     Every arm of a seed has the same head, the same draw of A, the same batches in the same order and the same dropout.
 
@@ -93,11 +93,11 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the Trainer's checkpoints lie."""
+        """Folder of the Trainer's checkpoints."""
         return checkpoints_of(self.out, self.run)
 
     def prepare(self) -> None:
-        """Keeps the checkpoint of an interrupted run of the same settings, and removes all else that is there."""
+        """Keep the checkpoint of an interrupted run of the same settings, and remove all else that is there."""
         config, marker = json.dumps(self.run.config(), sort_keys=True), self.checkpoints / "config.json"
         try:
             same = marker.read_text() == config

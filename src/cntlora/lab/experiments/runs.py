@@ -44,7 +44,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the file, without its suffix."""
+        """The name of the file, without its suffix."""
         return run_name(self.method, self.learning_rate, self.seed)
 
     def init_config(self) -> InitConfig | None:
@@ -94,7 +94,7 @@ def path_of(out: Path, run: Run) -> Path:
 
 
 def check_record(path: Path, record: RunRecord, run: Run) -> None:
-    """Whether a record is of this very run.
+    """Return whether a record is of this very run.
 
     Raises:
         ValueError: names the file and the first setting that differs.
@@ -140,12 +140,12 @@ def _differences(where: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any
 
 
 def checkpoints_of(out: Path, run: Run) -> Path:
-    """Where the checkpoints of a run lie until its record is written."""
+    """Return the folder of a run's checkpoints, which are kept until its record is written."""
     return out / run.name / "checkpoint"
 
 
 def remove_checkpoints(out: Path, run: Run, record: RunRecord) -> None:
-    """Removes the checkpoints of a run whose record is written; those of a failed one stay, to be gone on with."""
+    """Remove the checkpoints of a run whose record is written; those of a failed one stay, to be gone on with."""
     if record["status"] != "failed":
         folder = checkpoints_of(out, run)
         shutil.rmtree(folder, ignore_errors=True)
@@ -188,7 +188,7 @@ def frame(run: Run, machine: Mapping[str, Any]) -> RunRecord:
 
 
 def command_of(run: Run) -> str:
-    """What makes this run again, where the file says what `config` says."""
+    """Return the command that makes this run again, where the file says what `config` says."""
     grid = f"--methods {run.method} --learning-rates {run.learning_rate:g} --seeds {run.seed}"
     return f"cntlora compare studies/{run.experiment.name}.toml {grid}"
 

@@ -94,7 +94,7 @@ class Experiment:
 
 
 def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment:
-    """Reads an experiment file: TOML with the sections task, lora, init, train, sweep and smoke.
+    """Read an experiment file: TOML with the sections task, lora, init, train, sweep and smoke.
 
     Args:
         path: of the file.
@@ -121,7 +121,7 @@ def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
 
 
 def _change(values: dict[str, Any], change: str) -> None:
-    """Puts one KEY=VALUE over the values of a file; what excludes it there goes."""
+    """Put one KEY=VALUE over the values of a file; what excludes it there goes."""
     key, found, text = change.partition("=")
     *sections, last = key.strip().split(".")
     if not found or not last:

@@ -1,4 +1,4 @@
-"""What a record says of each adapted layer: at the start, and how far it went."""
+"""Values that a record keeps of each adapted layer: at the start, and how far it went."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SiteWatch:
 
     @classmethod
     def at_start(cls, model: nn.Module, plan: InitPlan | None, batch: Mapping[str, Any], arm: Arm) -> SiteWatch:
-        """Looks at an initialised model; full fine-tuning and AdaLoRA have no factors A and B of the kind looked at."""
+        """Look at an initialised model; full fine-tuning and AdaLoRA have no factors A and B of the kind looked at."""
         if arm.full or arm.peft == "adalora":
             return cls({}, None)
         gradients = start_diagnostics(model, batch)

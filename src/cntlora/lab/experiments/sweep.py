@@ -45,7 +45,7 @@ class Todo:
 
 @dataclass
 class Sweep:
-    """Where a sweep stands.
+    """State of a sweep.
 
     Attributes:
         total: runs to be done now, without those that had a record before; with `[sweep] best` at most so many.
@@ -89,7 +89,7 @@ def plan_sweep(
     retry_failed: bool = False,
     replace: bool = False,
 ) -> Todo:
-    """What a sweep would run, and what has a record.
+    """Return the runs of a sweep that are to be made, and those that have a record.
 
     Args:
         experiment: gives the runs.
@@ -139,7 +139,7 @@ def run_sweep(
     run: RunFunction | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Sweep:
-    """Runs what has no record yet and writes one record a run.
+    """Run what has no record yet and write one record a run.
 
     Args:
         experiment: what to run.
@@ -191,7 +191,7 @@ def run_sweep(
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock; the system takes it back when the process ends, however it ends.
+    """Hold the folder's lock; the system takes it back when the process ends, however it ends.
 
     Raises:
         RuntimeError: if another process holds it.

@@ -16,7 +16,7 @@ _LONG = 2**20
 
 
 def default_folder(experiment: Experiment, changes: Sequence[str]) -> Path:
-    """Where records go without `--out`.
+    """Return the folder of records without `--out`.
 
     `results/NAME` for the file as it is, so that what is put over it never meets the file's own records:
     `results/NAME-DATA` with other data, DATA being its name without folders and suffix, and `results/NAME-changed` with
@@ -35,7 +35,7 @@ def default_folder(experiment: Experiment, changes: Sequence[str]) -> Path:
 
 
 def sets_data(changes: Sequence[str]) -> bool:
-    """Whether the changes name data."""
+    """Return whether the changes name data."""
     return _sets(changes, "task.data") or _sets(changes, "task.eval_data")
 
 

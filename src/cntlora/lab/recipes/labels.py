@@ -70,7 +70,7 @@ def known_classes(values: Sequence[Any], names: Sequence[str], column: str, wher
 
 
 def warn_alike(counts: Counter[str], where: str, what: str = "rows") -> None:
-    """Warns of classes whose names differ in case or blanks only."""
+    """Warn of classes whose names differ in case or blanks only."""
     groups: dict[str, list[str]] = {}
     for name in sorted(counts):
         groups.setdefault("".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
@@ -150,7 +150,7 @@ def _check_spelling(numbers: dict[str, float], counts: Counter[str], column: str
 def _check_count(
     counts: Counter[str], numbers: Sequence[float], column: str, where: object, regression: str | None
 ) -> None:
-    """Refuses a column with nearly a class a row, and one of many fractions."""
+    """Refuse a column with nearly a class a row, and one of many fractions."""
     rows, classes = counts.total(), len(counts)
     nearly_one_a_row = 2 * classes > rows
     fractions = any(not number.is_integer() for number in numbers)

@@ -12,7 +12,7 @@ _HEAD = re.compile(r"(?:^|\.)(?:classifier|head|lm_head|score|pooler|fc)\b")
 
 
 def depth_of(name: str, blocks: int) -> int:
-    """Where a parameter lies: 0 for embeddings, i + 1 for block i, `blocks` + 1 for what follows the blocks.
+    """Return the depth of a parameter: 0 for embeddings, i + 1 for block i, `blocks` + 1 for what follows the blocks.
 
     A block is named by a number, as in `encoder.layer.3.`, `layers.3.`, `blocks.3.` or `h.3.`. What has no number is
     taken for the head if it is called classifier, head, score, pooler or fc, or is a norm or a projection after the

@@ -48,7 +48,7 @@ def resolve_task(task: str, architectures: list[str], has_labels: bool) -> str:
 
 
 def resolve_model(name: str) -> str:
-    """What `from_pretrained` takes: a hub name or a folder as it is, the folder of a sample for "sample:NAME".
+    """Return what `from_pretrained` takes: a hub name or a folder as it is, the folder of a sample for "sample:NAME".
 
     Raises:
         ValueError: for an unknown sample.
@@ -197,7 +197,7 @@ def add_lora(model: nn.Module, task: str, options: LoraOptions, seed: int, new: 
 
 
 def _absent(model: nn.Module, targets: Any) -> bool:
-    """Whether no module has one of the names that were given."""
+    """Return whether no module has one of the names that were given."""
     names = [name for name, _ in model.named_modules()]
     given = [] if targets is None or targets == ["all-linear"] else targets
     return bool(given) and not any(f".{name}".endswith(f".{target}") for name in names for target in given)

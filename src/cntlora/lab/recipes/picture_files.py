@@ -57,7 +57,7 @@ def open_picture(file: File | bytes, size: int | None = None, *, name: object = 
 
 
 def open_layered(file: File | bytes, size: int | None = None, *, name: object = None) -> Image.Image:
-    """As `open_picture`, but of a picture with transparent parts RGBA."""
+    """Open an image as `open_picture`, but as RGBA where it has transparent parts."""
     named = file if name is None and not isinstance(file, bytes) else name
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -146,7 +146,7 @@ def _check_floats(values: NDArray[np.float32]) -> None:
 
 
 def _check_pages(image: Image.Image) -> None:
-    """Refuses a TIFF of several pages; smaller copies of the first one and masks do not count."""
+    """Refuse a TIFF of several pages; smaller copies of the first one and masks do not count."""
     frames = getattr(image, "n_frames", 1)
     if image.format != "TIFF" or frames == 1:
         return
@@ -161,12 +161,12 @@ def _check_pages(image: Image.Image) -> None:
 
 
 def is_dark(image: Image.Image) -> bool:
-    """Whether nothing in an RGB picture is brighter than `DARK` of 255."""
+    """Return whether nothing in an RGB picture is brighter than `DARK` of 255."""
     return max(high for _, high in image.getextrema()) <= DARK  # type: ignore[misc,union-attr]
 
 
 def said_of_dark(where: object, dark: Sequence[object], count: int) -> str | None:
-    """What is said where at least half of the pictures are almost black; None where they are not.
+    """Return a warning where at least half of the images are almost black; None where they are not.
 
     Args:
         where: the data.
@@ -182,7 +182,7 @@ def said_of_dark(where: object, dark: Sequence[object], count: int) -> str | Non
 
 
 def left_out(place: object, count: int, example: object) -> str:
-    """What is said of files that are no pictures by their names."""
+    """Return a warning for files that are no images by their names."""
     if count == 1:
         return f"{place}: 1 file is no picture by its name and left out, {example}"
     return f"{place}: {count} files are no pictures by their name and left out, such as {example}"

@@ -1,4 +1,4 @@
-"""What a recipe offers: a task (model, data, scores) and how it is made from its settings.
+"""Interface of a recipe: a task (model, data, scores) and how it is made from its settings.
 
 A task is what `cntlora.lab.experiments` trains with every arm. Everything random in it comes from the seed it is given,
 so that all arms of a seed start from the same model and see the same batches in the same order.
@@ -17,7 +17,7 @@ from ..record import Sample
 
 
 class Output(Protocol):
-    """What a model gives: its training loss, a scalar, and whatever else the task's `evaluate` needs."""
+    """Output of a model: its training loss, a scalar, and whatever else the task's `evaluate` needs."""
 
     loss: Tensor
 
@@ -49,7 +49,7 @@ class Task(Protocol):
         """Modules trained whole and saved with the adapter, as a new head; () where `peft_type` takes care of it."""
 
     def check(self) -> None:
-        """Reads what can be read cheaply.
+        """Read what can be read cheaply.
 
         Raises:
             ValueError: for data that cannot be used, naming file and row, what was expected and what came.
@@ -68,7 +68,7 @@ class Task(Protocol):
         """
 
     def init_batches(self, seed: int) -> Iterable[Mapping[str, Any]]:
-        """What initialisations read."""
+        """Batches that initialisations read."""
 
     def eval_batches(self) -> Iterable[Mapping[str, Any]]:
         """Held-out batches, always the same."""
@@ -85,7 +85,7 @@ class Task(Protocol):
         """
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Writes the trained adapter as the field's ordinary file."""
+        """Write the trained adapter as the field's ordinary file."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Defaults:
         return None
 
     def train_batches(self, seed: int) -> Iterable[Mapping[str, Any]]:
-        """To be written by the task."""
+        """Batches of the training, which each task gives."""
         raise NotImplementedError(f"{type(self).__name__}.train_batches")
 
     def init_batches(self, seed: int) -> Iterable[Mapping[str, Any]]:
@@ -126,7 +126,7 @@ class Defaults:
         return self.train_batches(seed)
 
     def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
-        """No samples."""
+        """Make no samples."""
         return []
 
     def save(self, model: nn.Module, folder: Path) -> None:

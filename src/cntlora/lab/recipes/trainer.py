@@ -66,12 +66,12 @@ class Recorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._mark = 0.0
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: plain values, exact in JSON."""
+        """Return the state for a checkpoint: plain values, exact in JSON."""
         evaluations = [[e.step, dict(e.metrics), e.seconds] for e in self.evaluations]
         return {"losses": self.losses, "times": self.times, "evaluations": evaluations, "samples": self.samples}
 
     def restore(self, checkpoint: Path) -> None:
-        """Takes the curve of a checkpoint."""
+        """Take the curve of a checkpoint."""
         kept = json.loads((checkpoint / _STATE).read_text())["stateful_callbacks"][type(self).__name__]
         self.losses, self.times, self.samples = kept["losses"], kept["times"], kept["samples"]
         self.evaluations = [Evaluation(*values) for values in kept["evaluations"]]
@@ -87,7 +87,7 @@ class Recorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._mark = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Writes the update down; what follows does not count as training."""
+        """Write the update down; what follows does not count as training."""
         now = time.perf_counter()
         self.times.append((self.times[-1] if self.times else 0.0) + now - self._mark)
         self.losses.append(math.fsum(self._parts) / len(self._parts))
@@ -160,7 +160,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
 
 def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What training changes: parameters that require a gradient, and buffers that belong to the model's state."""
+    """Return what training changes: parameters that require a gradient, and buffers of the model's state."""
     yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     state = model.state_dict()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in state)

@@ -20,7 +20,7 @@ from .train_settings import Evaluate, Evaluation, MakeSamples, TrainSettings
 
 @dataclass(frozen=True)
 class Curve:
-    """What happened in a training run.
+    """Record of a training run.
 
     Attributes:
         losses: the training loss of every update done, before it; finite.

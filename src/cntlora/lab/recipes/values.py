@@ -10,7 +10,7 @@ from ...messages import unknown_name
 
 
 def at_least(section: str, values: Any, **lows: int) -> None:
-    """Checks fields of a section against their least values.
+    """Check fields of a section against their least values.
 
     Raises:
         ValueError: names section, field, what was expected and what came.
@@ -21,7 +21,7 @@ def at_least(section: str, values: Any, **lows: int) -> None:
 
 
 def within(where: str, value: float, low: float, high: float, hint: str, *, open_low: bool = False) -> None:
-    """Checks a finite number against its range; `open_low` leaves out `low` itself.
+    """Check a finite number against its range; `open_low` leaves out `low` itself.
 
     Raises:
         ValueError: names the setting, the range and what came.
@@ -31,7 +31,7 @@ def within(where: str, value: float, low: float, high: float, hint: str, *, open
 
 
 def one_of(where: str, value: str, allowed: Iterable[str]) -> None:
-    """Checks a word against those that are known.
+    """Check a word against those that are known.
 
     Raises:
         ValueError: with the nearest right one.
@@ -44,7 +44,7 @@ def one_of(where: str, value: str, allowed: Iterable[str]) -> None:
 def check_held_out(
     where: object, count: int, what: str, eval_size: float, classes: int = 1, *, apart: str | None = None
 ) -> None:
-    """Checks that rows can be held out of all rows, with each class in both parts.
+    """Check that rows can be held out of all rows, with each class in both parts.
 
     Args:
         where: the data, for the message.

@@ -30,7 +30,7 @@ def write_report(
     figures: str | None = "svg",
     by: str | None = None,
 ) -> list[Path]:
-    """Reads the records under `results` and writes the page, the tables and the figures.
+    """Read the records under `results` and write the page, the tables and the figures.
 
     Args:
         results: a folder of records, or a table that `cntlora results pack` wrote.
@@ -82,7 +82,7 @@ def write_report(
 def write_into(
     document: Path, results: Path, criterion: str = MEAN_LOSS, *, loss: float | None = None, by: str | None = None
 ) -> None:
-    """Puts the Markdown tables of every study between its two marks in a document, in place of what is there.
+    """Put the Markdown tables of every study between its two marks in a document, in place of what is there.
 
     The marks of a study NAME are the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`; with
     `<!-- NAME: begin brief -->` only the methods at their best and the learning rates are put.
@@ -126,7 +126,7 @@ def _markdown(tables: list[Table]) -> str:
 
 
 def study_tables(study: Study, loss: float | None = None) -> list[Table]:
-    """Makes all tables of a study, with its texts, which the page shows as a gallery."""
+    """Make all tables of a study, with its texts, which the page shows as a gallery."""
     from .gallery import caption_tables
     from .tables import all_tables
 

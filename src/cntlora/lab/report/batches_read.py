@@ -29,7 +29,7 @@ def steps_on_read_batches(run: RunRecord) -> int:
 
 
 def later_against(group: Group, other: Group) -> Estimate:
-    """As `Group.against`, over the steps whose batches the initialisation of neither had read."""
+    """Compare as `Group.against`, over the steps whose batches the initialisation of neither had read."""
     found = []
     for run, one in group.pairs(other):
         first = max(steps_on_read_batches(run), steps_on_read_batches(one))

@@ -80,7 +80,7 @@ def _table(columns: Mapping[Any, Sequence[Study]], key: str, metric: str | None)
 
 
 def _estimate(same: Sequence[Study], method: str, metric: str | None) -> Estimate:
-    """Over the seeds of one study; over the means of several, if all of them have the method."""
+    """Estimate over the seeds of one study; over the means of several, if all of them have the method."""
     found = [
         study.best[method].value(metric or str(study.main_metric)) if method in study.best else Estimate.of([])
         for study in same

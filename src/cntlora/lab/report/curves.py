@@ -93,7 +93,7 @@ def steps_to_reach(group: Group, loss: float) -> int | None:
 
 
 def seconds_to_reach(group: Group, loss: float) -> float | None:
-    """As `steps_to_reach`, in seconds of the initialisation and of training, averaged over seeds."""
+    """Count as `steps_to_reach`, in seconds of the initialisation and of training, averaged over seeds."""
     curve = loss_curve(group, clock=True)
     return next((x for x, y in zip(curve.x, curve.mean, strict=True) if y <= loss), None)
 
@@ -112,7 +112,7 @@ def thin(curve: Curve, points: int = 120) -> Curve:
 
 
 def _curve(points: Sequence[tuple[float, Estimate]], seeds: int) -> Curve:
-    """Only points that every seed has: a mean over fewer would jump."""
+    """Return the points that every seed has: a mean over fewer would jump."""
     kept = [(x, e.mean, e.spread) for x, e in points if e.mean is not None and e.count == seeds]
     return Curve(tuple(k[0] for k in kept), tuple(k[1] for k in kept), tuple(k[2] for k in kept))
 

@@ -35,7 +35,7 @@ _MARKERS = {
 def save_figures(
     study: Study, folder: Path, suffix: str = "svg", methods: Mapping[str, Style] | None = None
 ) -> list[Path]:
-    """Writes the main figures: training loss, the main metric against steps and seconds, learning rates, init time, and
+    """Write the main figures: training loss, the main metric against steps and seconds, learning rates, init time, and
     the ranks where they are adaptive.
 
     Bands of ± one standard deviation are drawn for at most 8 methods. The same records give the same bytes.

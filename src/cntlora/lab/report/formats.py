@@ -120,7 +120,7 @@ class Table:
         return found
 
     def body(self, i: int, j: int) -> tuple[str, str]:
-        """What is printed in a cell: the number or word, and the spread ("" without one)."""
+        """Return what is printed in a cell: the number or word, and the spread ("" without one)."""
         cell, column = self.rows[i].cells[j], self.columns[j]
         if cell.mean is None:
             return cell.text, ""
@@ -260,7 +260,7 @@ def _patch(colour: str | None) -> str:
 
 
 def _kept(head: str) -> str:
-    """Keeps the arrow, and what a step count is up to, on the line of the word before."""
+    """Keep the arrow, and what a step count is up to, on the line of the word before."""
     return head.replace(" ↓", "&nbsp;↓").replace(" ↑", "&nbsp;↑").replace(" to ", " to&nbsp;")
 
 

@@ -16,7 +16,7 @@ TABLES, LETTERS = 4, 160  # caption tables of a study in documents, and letters 
 
 
 def gallery_part(study: Study, colours: Mapping[str, str]) -> dict[str, Any] | None:
-    """What the page's template shows of the study's samples; None without any. Pictures are inside, as data URIs.
+    """Return the study's samples for the page's template; None without any. Images are inside, as data URIs.
 
     Args:
         colours: method → CSS colour of the patch before its name.
@@ -53,7 +53,7 @@ def _shown(study: Study, gallery: Gallery, name: str, colours: Mapping[str, str]
 
 
 def _cell(sample: Sample | None) -> dict[str, str | None]:
-    """What a cell of the page shows: a picture, a text, or the reason why there is none ("missing")."""
+    """Return what a cell of the page shows: an image, a text, or the reason why there is none ("missing")."""
     if sample is None:
         return {"missing": DASH}
     if sample.kind == "text":

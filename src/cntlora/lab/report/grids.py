@@ -58,7 +58,7 @@ class _Sheet:
 
 
 def save_grids(study: Study, folder: Path) -> list[Path]:
-    """Writes NAME-gallery.png, images by method and step (figures 2, 11 to 13), and NAME-captions.png (8, 14).
+    """Write NAME-gallery.png, images by method and step (figures 2, 11 to 13), and NAME-captions.png (8, 14).
 
     Of the samples of each kind the first 3, with at most 5 steps. The same samples give the same bytes.
 

@@ -51,7 +51,7 @@ _SHADES = (
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn: a CSS colour, and a dash and marker by plotly's names."""
+    """Style in which a method is drawn: a CSS colour, and a dash and marker by plotly's names."""
 
     colour: str
     dash: str
@@ -74,7 +74,7 @@ def family_of(method: str) -> str:
 
 
 def order_key(method: str) -> tuple[int, int, str, int, str]:
-    """Sorts as the paper's tables do: peers, PEFT's own code, ours (plain, then variant by variant), the unknown."""
+    """Sort as the paper's tables do: peers, PEFT's own code, ours (plain, then variant by variant), the unknown."""
     group = group_of(method)
     family = family_of(method)
     place = PEERS.index(method if method in PEERS else family) if group == "peers" else 0

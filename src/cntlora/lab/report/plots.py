@@ -153,7 +153,7 @@ def spectrum_plot(study: Study, drawn: Mapping[str, Style], kind: str) -> Plot:
 
 
 def abscissa(study: Study, clock: bool) -> tuple[str, str, float | None]:
-    """What curves are drawn against, in the title and at the axis, and the factor from steps to it (None: 1)."""
+    """Return what curves are drawn against, in the title and at the axis, and the factor from steps to it (None: 1)."""
     if clock:
         return "wall-clock time", "seconds, initialisation included", None
     factor = epochs_a_step(study)

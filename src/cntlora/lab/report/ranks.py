@@ -1,4 +1,4 @@
-"""Where the sites of a model lie: its parts (UNet and text encoder), their layers, and the mean rank at each place."""
+"""Places of the sites of a model: its parts (UNet and text encoder), their layers, and the mean rank at each place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RankMap:
 
 
 def adaptive(group: Group) -> bool:
-    """Whether the ranks differ between the sites of any run."""
+    """Return whether the ranks differ between the sites of any run."""
     return any(len({site.get("rank") for site in sites_of(run)} - {None}) > 1 for run in group.finished)
 
 

@@ -15,7 +15,7 @@ NAMES, STEPS, PICTURES = 12, 8, 240  # at most that many samples, steps, and pic
 
 @dataclass(frozen=True)
 class Sample:
-    """What a run left: a picture ("image"), or a text with or without the picture that it is about ("text").
+    """A sample that a run left: an image ("image"), or a text with or without the image that it is about ("text").
 
     `path` is None where the record names no file; `folder` is the record's, which the file has to lie in.
     """
@@ -88,7 +88,7 @@ def gallery_of(study: Study, names: int = NAMES, steps: int = STEPS, pictures: i
 
 
 def spread_over(values: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the values, evenly spread by place, with the first and the last."""
+    """Return at most `most` of the values, evenly spread by place, with the first and the last."""
     if len(values) <= most:
         return list(values)
     places = {round(i * (len(values) - 1) / max(1, most - 1)) for i in range(most)} if most > 1 else {len(values) - 1}
@@ -126,7 +126,7 @@ def _samples(run: RunRecord) -> Iterable[tuple[str, int, Sample]]:
 
 
 def _line(text: Any) -> str:
-    """In one line."""
+    """Put a text in one line."""
     return " ".join(str(text or "").split())
 
 

@@ -19,7 +19,7 @@ def lead(found: Sequence[Study]) -> str:
 
 
 def summary(study: Study) -> str:
-    """How many methods, learning rates, seeds and runs, and how many did not finish."""
+    """Return the numbers of methods, learning rates, seeds and runs, and of those that did not finish."""
     broken = sum(len(group.runs) - len(group.finished) for group in study.groups)
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     seeds = ", ".join(map(str, study.seeds))
@@ -49,7 +49,7 @@ def glance(study: Study, main: Table) -> list[tuple[str, str]]:
 
 
 def rules(study: Study) -> list[str]:
-    """How the numbers are made, one rule a sentence or two."""
+    """Return how the numbers are made, one rule a sentence or two."""
     return [
         f"A method's best learning rate is the one with the {criterion_words(study)}. One at which any seed diverged "
         "or failed never beats one at which all finished.",

@@ -29,7 +29,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Iterable[Any]) -> Estimate:
-        """Of the values that are finite numbers; the others are left out."""
+        """Estimate over the values that are finite numbers; the others are left out."""
         known = [v for v in map(finite, values) if v is not None]
         return cls(mean(known) if known else None, stdev(known) if len(known) > 1 else None, len(known))
 
@@ -49,11 +49,11 @@ class Group:
 
     @property
     def whole(self) -> bool:
-        """Whether no seed diverged or failed."""
+        """Return whether no seed diverged or failed."""
         return len(self.finished) == len(self.runs)
 
     def estimate(self, key: str) -> Estimate:
-        """Of a number of the record, such as "mean_loss" or "init_seconds", over the finished runs."""
+        """Estimate a number of the record, such as "mean_loss" or "init_seconds", over the finished runs."""
         return Estimate.of(run.get(key) for run in self.finished)
 
     def pairs(self, other: Group) -> list[tuple[RunRecord, RunRecord]]:
@@ -67,15 +67,15 @@ class Group:
         return Estimate.of(a - b for a, b in losses if a is not None and b is not None)
 
     def final(self, metric: str) -> Estimate:
-        """Of a held-out metric at the last evaluation, over the finished runs."""
+        """Estimate a held-out metric at the last evaluation, over the finished runs."""
         return Estimate.of(final_metric(run, metric) for run in self.finished)
 
     def value(self, key: str) -> Estimate:
-        """Of the mean training loss ("mean_loss") or of a held-out metric at the last evaluation."""
+        """Estimate the mean training loss ("mean_loss") or of a held-out metric at the last evaluation."""
         return self.estimate(key) if key == MEAN_LOSS else self.final(key)
 
     def over_sites(self, key: str, over: str | None = None, kind: str | None = None) -> Estimate:
-        """Of the mean over sites (of one `kind`) of a site's `key`, or of `key` divided by the site's `over`."""
+        """Estimate the mean over sites (of one `kind`) of a site's `key`, or of `key` divided by the site's `over`."""
         return Estimate.of(_site_mean(run, key, over, kind) for run in self.finished)
 
 
@@ -117,12 +117,12 @@ class Study:
         return tuple(sorted({run["seed"] for run in self.runs}))
 
     def way(self, key: str) -> str:
-        """Whether less ("min") or more ("max") of the mean training loss or of a held-out metric is better."""
+        """Return whether less ("min") or more ("max") of the mean training loss or of a held-out metric is better."""
         return "min" if key == MEAN_LOSS else self.metrics.get(key, "min")
 
 
 def load_records(source: Path) -> list[RunRecord]:
-    """Reads all run records of a folder, or of a packed table, sorted by what they are of.
+    """Read all run records of a folder, or of a packed table, sorted by what they are of.
 
     Args:
         source: a table that `cntlora results pack` wrote, or a folder: of it and its subfolders every table and every
@@ -162,7 +162,7 @@ def _records_below(source: Path) -> Iterator[tuple[Path, RunRecord]]:
 
 
 def record_key(record: RunRecord) -> tuple[Any, ...]:
-    """What a record is of, sortable: experiment, task, method, learning rate, seed."""
+    """Return what a record is of, sortable: experiment, task, method, learning rate, seed."""
     method = str(record["method"])
     task = str(record.get("task") or "")
     return (str(record["experiment"]), task, order_key(method), float(record["learning_rate"]), int(record["seed"]))
@@ -216,7 +216,7 @@ def sites_of(record: RunRecord, kind: str | None = None) -> list[SiteFacts]:
 
 
 def kind_of(site: SiteFacts) -> str:
-    """What a site projects to, "other" where the record does not say."""
+    """Return what a site projects to, "other" where the record does not say."""
     return str(site.get("kind") or "other")
 
 
@@ -263,14 +263,14 @@ def _fullest(groups: Iterable[Group], method: str) -> list[Group]:
 
 
 def _badness(group: Group, criterion: str, metrics: Mapping[str, str]) -> tuple[bool, float, float]:
-    """Sorts learning rates: whole before broken, then the better mean, then the smaller learning rate."""
+    """Sort learning rates: whole before broken, then the better mean, then the smaller learning rate."""
     value = group.value(criterion).mean
     sign = -1.0 if metrics.get(criterion) == "max" and criterion != MEAN_LOSS else 1.0
     return not group.whole, math.inf if value is None else sign * value, group.learning_rate
 
 
 def _labels(methods: Iterable[str], runs: Sequence[RunRecord]) -> dict[str, str]:
-    """What each method is called; with its own name added where two methods would be called the same."""
+    """Return the label of each method; with its own name added where two methods would be called the same."""
     found = {m: next((str(r["label"]) for r in runs if r["method"] == m and r.get("label")), m) for m in methods}
     calls = list(found.values())
     return {method: label if calls.count(label) == 1 else f"{label} ({method})" for method, label in found.items()}

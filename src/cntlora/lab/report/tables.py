@@ -179,7 +179,7 @@ def number_spec(values: Iterable[Estimate]) -> str:
 
 
 def criterion_words(study: Study) -> str:
-    """How the best learning rate was chosen, in words."""
+    """Return in words how the best learning rate was chosen."""
     if study.criterion == MEAN_LOSS:
         return "lowest mean training loss over seeds"
     way = "highest" if study.way(study.criterion) == "max" else "lowest"

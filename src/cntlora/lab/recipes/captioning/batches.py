@@ -14,7 +14,7 @@ from .data import CaptionRow
 
 
 def full_prompt(processor: Any, prompt: str) -> str:
-    """What the processor reads: a prompt that places the image itself as it is, any other as a turn of a chat.
+    """Return what the processor reads: a prompt that places the image itself as it is, any other as a turn of a chat.
 
     Raises:
         ValueError: if the prompt has no place for the image and the model has no chat template that makes one.
@@ -124,7 +124,7 @@ def with_captions(asked: Mapping[str, Tensor], captions: Sequence[Tensor], pad: 
 
 
 def prompts_of(batch: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
-    """What to generate from: the batch without captions and labels, padded on the left."""
+    """Return what to generate from: the batch without captions and labels, padded on the left."""
     labels, mask = batch["labels"], batch["attention_mask"].bool()
     kept = mask & (labels == IGNORED)
     asked: dict[str, Tensor] = {}

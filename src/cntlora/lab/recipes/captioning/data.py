@@ -147,7 +147,7 @@ def prompt_fields(prompt: str) -> list[str]:
 
 
 def check_concepts(rows: Sequence[CaptionRow], source: str) -> None:
-    """Checks that each concept is named by a caption of its own.
+    """Check that each concept is named by a caption of its own.
 
     Raises:
         ValueError: names the concept and its first row.
@@ -167,7 +167,7 @@ def check_concepts(rows: Sequence[CaptionRow], source: str) -> None:
 
 
 def check_pictures(rows: Sequence[CaptionRow]) -> None:
-    """Decodes the pictures, the first 2,000 at most, and warns if they are almost black.
+    """Decode the pictures, the first 2,000 at most, and warn if they are almost black.
 
     Raises:
         ValueError: for the first that is missing or broken.

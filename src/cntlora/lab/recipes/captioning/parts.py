@@ -77,7 +77,7 @@ def joined(vision: Any, language: Any, tokenizer: Any, seed: int) -> Any:
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:
-    """Copies all weights; the rows that a longer vocabulary adds become the mean of the others, never the likeliest."""
+    """Copy all weights; the rows that a longer vocabulary adds become the mean of the others, never the likeliest."""
     state = source.state_dict()
     for name, there in target.state_dict().items():
         given = state.pop(name)

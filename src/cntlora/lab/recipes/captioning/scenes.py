@@ -112,7 +112,7 @@ def views(file: Path, subject: str, count: int, seed: int, concept: str = "") ->
 
 
 def base_scenes(seed: int = 0, count: int = 3) -> list[Scene]:
-    """What the small VLM is trained on: stamps and emoji, each on white with its caption, and `count` more views.
+    """Make the scenes that train the small VLM: stamps and emoji, each on white with a caption, and `count` more views.
 
     Left out: the stamps of `held_out_stamps`, of `CONCEPTS` and of `OTHERS`, letters and digits, and the emoji of
     flags, symbols and components, whose names say what cannot be seen.

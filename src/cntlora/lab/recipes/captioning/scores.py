@@ -53,7 +53,7 @@ class Sentences:
 
 
 def recall(said: Sequence[str], truth: Sequence[str], concepts: Sequence[str]) -> tuple[float, float]:
-    """How often a caption names the concept that its reference names, and how often another one.
+    """Return how often a caption names the concept that its reference names, and how often another one.
 
     Args:
         said: captions of a model.

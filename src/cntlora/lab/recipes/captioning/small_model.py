@@ -83,7 +83,7 @@ class Alignment(nn.Module):
 
 
 def vision_features(model: Any, processor: Any, scenes: Sequence[Scene], batch_size: int = 32) -> Tensor:
-    """What the projector reads of each scene, float16 (n, patches, hidden); says how far it is."""
+    """Return the projector's inputs for each scene, float16 (n, patches, hidden); print the progress."""
     features: list[Tensor] = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for start in range(0, len(scenes), batch_size):
@@ -131,7 +131,7 @@ class _Deadline(TrainerCallback):  # type: ignore[misc]
 def train_projector(
     model: Any, processor: Any, scenes: Sequence[Scene], work: Path, *, steps: int, minutes: float, seed: int = 0
 ) -> int:
-    """Trains the projector of a joined model in place, from the last checkpoint in `work` if there is one.
+    """Train the projector of a joined model in place, from the last checkpoint in `work` if there is one.
 
     Args:
         model: made by `join_models`, the rest of it frozen.
@@ -203,7 +203,7 @@ def sample_captions(model: Any, processor: Any, scenes: Sequence[Scene]) -> list
 
 
 def make(out: Path, *, steps: int, minutes: float, seed: int = 0) -> dict[str, Any]:
-    """Makes the model or goes on making it, writes it to `out`, prints captions of pictures that it has not seen.
+    """Make the model or go on making it, write it to `out`, print captions of pictures that it has not seen.
 
     Returns:
         What is also written to out/vlm.json: updates done, minutes, held-out losses and sample captions.

@@ -96,7 +96,7 @@ class CaptioningSettings:
 
     @property
     def has_concepts(self) -> bool:
-        """Whether Recall is measured."""
+        """Return whether Recall is measured."""
         return bool(self.concept or self.identifier or self.data == "sample:concepts")
 
 
@@ -129,7 +129,7 @@ class CaptioningTask(Defaults):
 
     @cached_property
     def processor(self) -> Any:
-        """Of the model.
+        """The processor of the model.
 
         Raises:
             ValueError: if it cannot be loaded.
@@ -150,7 +150,7 @@ class CaptioningTask(Defaults):
         return split_rows(rows, s.eval_size, s.split_seed, s.data)
 
     def check(self) -> None:
-        """Reads all rows, decodes up to 2,000 pictures of each part, and lays out a prompt.
+        """Read all rows, decode up to 2,000 pictures of each part, and lay out a prompt.
 
         Raises:
             ValueError: for rows, pictures, concepts or a prompt that cannot be used.

@@ -60,7 +60,7 @@ def as_pixels(pictures: Sequence[Image.Image], side: int) -> Tensor:
 
 
 def check_prompts(instance: str, of_class: str, identifier: str) -> None:
-    """Whether the identifier is a word of the instance prompt and no word of the class prompt.
+    """Return whether the identifier is a word of the instance prompt and no word of the class prompt.
 
     Raises:
         ValueError: if not, or a prompt is empty.
@@ -81,7 +81,7 @@ def check_prompts(instance: str, of_class: str, identifier: str) -> None:
 
 
 def class_folder(model: str, prompt: str, steps: int, guidance: float) -> Path:
-    """Where generated pictures of a class lie in the cache: a folder for each model, prompt and way of sampling."""
+    """Return the cache folder of a class's generated images: one for each model, prompt and way of sampling."""
     key = hashlib.sha256(f"{model} {prompt} {steps} {guidance}".encode()).hexdigest()[:12]
     return cache_dir() / "class-pictures" / key
 
@@ -150,7 +150,7 @@ class DreamboothBatches:
         return -(-len(self.photos) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Which pass is read next, from 0."""
+        """Set the pass that is read next, from 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -179,7 +179,7 @@ class DreamboothBatches:
 
 @dataclass(frozen=True)
 class Subject:
-    """What batches are made of.
+    """Images and prompts that batches are made of.
 
     Attributes:
         pictures: the photos, square, of the pipeline's size.

@@ -42,7 +42,7 @@ class DenoiserOutput(ModelOutput):  # type: ignore[misc]  # published without an
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one class of pipelines are called.
+    """Calls of the models of one class of pipelines.
 
     Attributes:
         trained: the pipeline's parts that training sees, the denoiser first; those may get LoRA layers.
@@ -83,7 +83,7 @@ def _sdxl_tokens(pipeline: Any, prompts: Sequence[str]) -> Texts:
 
 
 def _sdxl_conditions(model: Any, texts: Texts) -> dict[str, Any]:
-    """Both encoders' states before their last layer, side by side, and the second one's pooled embedding."""
+    """Return both encoders' states before their last layer, and the second one's pooled embedding."""
     first = model.text_encoder(texts["input_ids"], output_hidden_states=True)
     second = model.text_encoder_2(texts["input_ids_2"], output_hidden_states=True)
     states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
@@ -96,7 +96,7 @@ def _pixel_tokens(pipeline: Any, prompts: Sequence[str]) -> Texts:
 
 
 def _pixel_conditions(model: Any, texts: Texts) -> dict[str, Any]:
-    """As `PixelPipeline.encode`; the mask is no part of the batch, since the UNet sees the states of padding too."""
+    """Encode as `PixelPipeline.encode`; the mask is no part of the batch: the UNet sees padding too."""
     ids = texts["input_ids"]
     mask = (ids != model.text_encoder.config.pad_token_id).long()
     return {"encoder_hidden_states": model.text_encoder(ids, attention_mask=mask)[0]}
@@ -112,7 +112,7 @@ FAMILIES: Mapping[str, Family] = {
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Only errors are said inside: no bars, and no remarks on options that a pipeline does not have."""
+    """Silence all but errors inside: no bars, and no remarks on options that a pipeline does not have."""
     with quiet_logging(diffusers_logging), quiet_transformers():
         yield
 
@@ -239,7 +239,7 @@ def noise_scheduler(pipeline: Any) -> Any:
 
 
 def training_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the denoiser has to predict: the noise, the velocity or the clean latents.
+    """Return what the denoiser has to predict: the noise, the velocity or the clean latents.
 
     Raises:
         ValueError: for another prediction type.

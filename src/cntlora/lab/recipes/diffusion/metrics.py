@@ -1,4 +1,4 @@
-"""How like a subject, and how like their prompts, generated pictures are: DINO, CLIP-I, CLIP-T, and stand-ins.
+"""Scores of generated images, likeness to the subject and to the prompt: DINO, CLIP-I, CLIP-T, and stand-ins.
 
 All are cosines in [−1, 1]; the paper gives them times 100. A similarity is the mean over all pairs of a generated
 picture and a photo of the subject.

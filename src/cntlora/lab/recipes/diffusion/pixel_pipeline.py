@@ -68,7 +68,7 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # type:
         metadata: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Puts the text encoder's part of a LoRA file in; diffusers' own code knows the layer names of CLIP only."""
+        """Put the text encoder's part of a LoRA file in; diffusers' own code knows the layer names of CLIP only."""
         from peft import LoraConfig
 
         start = f"{prefix}."

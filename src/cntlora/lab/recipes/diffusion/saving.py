@@ -17,7 +17,7 @@ from .denoisers import denoiser_in
 
 
 def save_diffusers_lora(model: nn.Module, folder: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` with the configuration of each part in its metadata.
+    """Write `pytorch_lora_weights.safetensors` with the configuration of each part in its metadata.
 
     The factors are those of `save_adapter`, for the pristine base and with alpha = rank, so that readers which ignore
     the metadata get the same function.

@@ -42,7 +42,7 @@ SAMPLE_PROMPTS = (
 
 
 def pretrained_folder() -> Path:
-    """Where the finished pipeline lies."""
+    """Return the folder of the finished pipeline."""
     return cache_dir() / "small-diffusion" / "pipeline"
 
 
@@ -86,7 +86,7 @@ def new_pipeline(text_folder: Path, channels: tuple[int, ...] = (64, 128, 192), 
 
 @dataclass
 class Progress:
-    """How far the training is; saved with every checkpoint."""
+    """Progress of the training; saved with every checkpoint."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -94,11 +94,11 @@ class Progress:
     losses: list[float] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        """For Accelerator."""
+        """Return or take the state, for Accelerator."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """For Accelerator."""
+        """Return or take the state, for Accelerator."""
         vars(self).update(state)
 
 
@@ -206,7 +206,7 @@ class Training:
         self.progress.cpu_seconds += time.process_time() - cpu
 
     def checkpoint(self) -> None:
-        """Writes the state beside the old one, then takes its place."""
+        """Write the state beside the old one, then take its place."""
         new, old = self.home / "checkpoint.new", self.home / "checkpoint"
         shutil.rmtree(new, ignore_errors=True)
         self.accelerator.save_state(str(new))
@@ -227,7 +227,7 @@ class Training:
         return path
 
     def run(self, every: float) -> None:
-        """Trains until the time is over; a checkpoint and samples every `every` minutes."""
+        """Train until the time is over; a checkpoint and samples every `every` minutes."""
         rng = np.random.default_rng(self.seed + self.progress.steps)
         generator = torch.Generator().manual_seed(self.seed + self.progress.steps)
         encode, last = Captions(self.pipeline), self.progress.seconds
@@ -251,7 +251,7 @@ class Training:
 
 
 def pretrain(out: Path, minutes: float, every: float = 5.0) -> Path:
-    """Trains the model and saves the pipeline with the averaged weights at `out`.
+    """Train the model and save the pipeline with the averaged weights at `out`.
 
     Checkpoints, samples and losses lie in the folder `<out>.training`; a run goes on from them, also a finished one
     that is called again with more minutes.

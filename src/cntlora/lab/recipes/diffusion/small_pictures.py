@@ -119,7 +119,7 @@ def cropped(picture: Image.Image) -> Image.Image:
 
 
 def background_names() -> list[str]:
-    """What a caption says of the background: "on a red background", "on the beach"."""
+    """Return what a caption says of the background: "on a red background", "on the beach"."""
     return [f"on {with_article(name)} background" for name in COLOURS] + list(SCENES)
 
 
@@ -178,7 +178,7 @@ def _shift(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def subject_photos(folder: Path, stem: str, *, count: int = 5, size: int = SIZE) -> Path:
-    """Writes "photos" of a held-out subject: one stamp on several backgrounds, at several sizes and places.
+    """Write "photos" of a held-out subject: one stamp on several backgrounds, at several sizes and places.
 
     Args:
         folder: gets `<stem>/1.png` and so on, if they are not there yet.

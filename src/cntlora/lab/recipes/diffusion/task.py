@@ -63,7 +63,7 @@ class DreamboothTask(Defaults):
         return next(iter(self.metrics))
 
     def check(self) -> None:
-        """Opens every photo, and warns if they are almost black.
+        """Open every photo, and warn if they are almost black.
 
         Raises:
             ValueError: for a folder without pictures, or a broken one; names it.

@@ -135,7 +135,7 @@ def scoring_models(dino: Path, clip: Path) -> None:
 
 
 def noise_photos(folder: Path, count: int, size: int = 24) -> None:
-    """Writes pictures of noise."""
+    """Write pictures of noise."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):

@@ -122,7 +122,7 @@ def derived_folder(source: Path, name: str, make: Callable[[Path], None]) -> Pat
 
 
 def _check(package: str, version: str, sha256: str, member: str, kind: str) -> None:
-    """Refuses what could leave the cache folder or be read as an option of a client."""
+    """Refuse what could leave the cache folder or be read as an option of a client."""
     scoped = re.match(r"@[a-z0-9][a-z0-9._-]*/", package) if kind == "npm" else None
     scope = scoped[0] if scoped else ""
     for what, value in (("package", package), ("version", version)):
@@ -174,7 +174,7 @@ def _verify(got: str, expected: str, what: str, kind: Kind) -> None:
 
 
 def _extract(archive: Path, member: PurePosixPath, target: Path, what: str, only: str = "") -> None:
-    """Writes the files of `member` that match `only` under `target`, at their paths in the archive."""
+    """Write the files of `member` that match `only` under `target`, at their paths in the archive."""
     prefix, found = f"{member}/", False
     with _contents(archive, what) as files:
         for name, stream in files:
@@ -208,7 +208,7 @@ def _contents(archive: Path, what: str) -> Iterator[Iterator[tuple[str, IO[bytes
 
 
 def _publish(content: Path, home: Path, member: PurePosixPath) -> None:
-    """Puts the folder in its final place by one rename; another process that was faster wins."""
+    """Put the folder in its final place by one rename; another process that was faster wins."""
     home.parent.mkdir(parents=True, exist_ok=True)
     if home.exists() and not (home / member).exists():  # someone deleted files from the cache by hand
         shutil.rmtree(home)

@@ -1,4 +1,4 @@
-"""How an archive comes from PyPI, npm or Debian: each by its own client, with the user's own settings of it."""
+"""Archives from PyPI, npm and Debian: each by its own client, with the user's own settings of it."""
 
 from __future__ import annotations
 

@@ -96,14 +96,14 @@ class PairsSettings:
 
 
 def _check(settings: TextSettings | PairsSettings) -> None:
-    """Checks what both have."""
+    """Check what both have."""
     need(settings, model="a hub name or folder", data="a file with your rows, such as a .csv")
     at_least("task", settings, batch_size=1, max_length=1, eval_size=1, split_seed=0)
     one_of("task.kind", settings.kind, KINDS)
 
 
 def need(settings: Any, **what: str) -> None:
-    """Checks that settings without a default are given.
+    """Check that settings without a default are given.
 
     Raises:
         ValueError: naming the setting and what it is.
@@ -150,11 +150,11 @@ class SequenceTask(Defaults):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Of the model."""
+        """The tokenizer of the model."""
         return load_tokenizer(self.model)[1]
 
     def check(self) -> None:
-        """Reads the rows and the tokenizer."""
+        """Read the rows and the tokenizer."""
         _ = self.tables, self.tokenizer
 
     def describe(self) -> str:
@@ -169,7 +169,7 @@ class SequenceTask(Defaults):
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the checkpoint lacks beside the head that PEFT knows, such as DeBERTa's pooler."""
+        """Parts that the checkpoint lacks beside the head that PEFT knows, such as DeBERTa's pooler."""
         if not self._new:
             self.build_model(0)
         return self._new[0]

@@ -46,7 +46,7 @@ def response_rows(frame: pd.DataFrame, prompt: str, response: str, end: str, whe
 
 
 def chat_rows(frame: pd.DataFrame, name: str, tokenizer: Any, where: object) -> list[Segments]:
-    """What the assistant says is learned, as the tokenizer's chat template writes it.
+    """Rows of chats, in which what the assistant says is learned, as the tokenizer's chat template writes it.
 
     Raises:
         ValueError: for a tokenizer without a template, or a row that is no list of {"role", "content"} with an

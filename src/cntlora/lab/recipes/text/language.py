@@ -104,7 +104,7 @@ class LanguageTask(Defaults):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Of the model."""
+        """The tokenizer of the model."""
         return load_tokenizer(str(self.settings.model))[1]
 
     @cached_property
@@ -125,7 +125,7 @@ class LanguageTask(Defaults):
         return load_rows(s, s.general_data, self.tokenizer)[: s.general_size] if s.general_data else []
 
     def check(self) -> None:
-        """Reads and tokenises the rows."""
+        """Read and tokenise the rows."""
         _ = self.rows, self.general_rows
 
     def build_model(self, seed: int) -> nn.Module:

@@ -101,7 +101,7 @@ class SentimentTask(Defaults):
         return hold_out(table, s.data or "sample:tweets", s.eval_size, s.split_seed)
 
     def check(self) -> None:
-        """Reads the texts, where they are the user's own."""
+        """Read the texts, where they are the user's own."""
         if self.settings.data is not None:
             _ = self.tables
 
@@ -137,7 +137,7 @@ class SentimentTask(Defaults):
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the checkpoint of another model lacks beside the head that PEFT knows."""
+        """Parts that the checkpoint of another model lacks beside the head that PEFT knows."""
         if not self._new:
             self.build_model(0)
         return self._new[0]

@@ -159,7 +159,7 @@ def read_table(
 
 
 def one_class_only(path: object, label: object, kind: str, value: object) -> str:
-    """What is said of data whose labels are all the same."""
+    """Return a message for data whose labels are all the same."""
     return f"{path}: column {label!r} has one {kind} only, {value!r}; there is nothing to learn, expected at least two"
 
 

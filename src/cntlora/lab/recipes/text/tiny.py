@@ -79,7 +79,7 @@ def at_most(settings: Any, **highs: int) -> dict[str, Any]:
 
 
 def _architecture(model: str) -> str:
-    """What says the kind of a model: the name, and the model_type of a local folder."""
+    """Return what tells the kind of a model: the name, and the model_type of a local folder."""
     config = Path(model) / "config.json"
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", "") if config.is_file() else ""
     return f"{model} {kind}".lower()

@@ -87,7 +87,7 @@ class LabelledImages:
         return self.take(train), self.take(held_out)
 
     def limited(self, size: int | None, seed: int) -> LabelledImages:
-        """At most `size` of the pictures, of each class in proportion and at least one; all of them for None."""
+        """Return at most `size` of the images, of each class in proportion and at least one; all of them for None."""
         if size is None or size >= len(self):
             return self
         if size < len(self.names):
@@ -101,7 +101,7 @@ class LabelledImages:
         return self.take(order[np.argsort(place, kind="stable")[:size]].tolist())
 
     def check(self, limit: int = CHECKED) -> None:
-        """Decodes the pictures, or `limit` of them evenly spread where there are more; warns if they are almost black.
+        """Decode the pictures, or `limit` of them evenly spread where there are more; warn if they are almost black.
 
         Raises:
             ValueError: at the first one that cannot be read; names it.

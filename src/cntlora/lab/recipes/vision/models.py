@@ -58,7 +58,7 @@ def feature_width(config: Any) -> int:
 
 
 def folder_or_name(model: str) -> str:
-    """What `from_pretrained` takes: "sample:dinov2" is a folder of a package, anything else is as given."""
+    """Return what `from_pretrained` takes: "sample:dinov2" is a folder of a package, anything else is as given."""
     if not model.startswith("sample:"):
         return model
     if model != "sample:dinov2":
@@ -83,7 +83,7 @@ def load_config(model: str) -> Any:
 
 
 def check_backbone(model: str, size: int, feature_layer: int | None) -> None:
-    """Whether the model exists, and has that layer and patches that fit the pictures' size.
+    """Return whether the model exists, and has that layer and patches that fit the pictures' size.
 
     Raises:
         ValueError: if not; says which values do.
@@ -134,7 +134,7 @@ def build_classifier(
 
 
 def draw_head(model: nn.Module, heads: tuple[str, ...], std: float) -> None:
-    """Draws the linear layers of the new modules: weights ~ N(0, std²), biases 0 (the paper, appendix A: σ = 2e-5)."""
+    """Draw the linear layers of the new modules: weights ~ N(0, std²), biases 0 (the paper, appendix A: σ = 2e-5)."""
     for head in heads:
         for module in model.get_submodule(head).modules():
             if isinstance(module, nn.Linear):
@@ -157,7 +157,7 @@ def new_modules(model: str, pooling: str) -> tuple[str, ...]:
 
 
 def tiny_backbone(folder: Path, swiglu: bool = False) -> None:
-    """Writes a random DINOv2 of 3 layers (hidden size 24, patches of 14); `swiglu`: with its giant's gated MLP."""
+    """Write a random DINOv2 of 3 layers (hidden size 24, patches of 14); `swiglu`: with its giant's gated MLP."""
     config = Dinov2Config(
         hidden_size=24,
         num_hidden_layers=3,

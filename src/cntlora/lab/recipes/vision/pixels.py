@@ -78,7 +78,7 @@ class ImageBatches:
         return -(-len(self.pixels.images) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Which pass is read next, from 0."""
+        """Set the pass that is read next, from 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from .vtab import CLASSES, PARTS
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the two tasks have in common.
+    """Settings that the two tasks have in common.
 
     Attributes:
         name: of the task.

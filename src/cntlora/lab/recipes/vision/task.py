@@ -96,7 +96,7 @@ class VisionTask(Defaults):
         return self.read(self.settings)
 
     def check(self) -> None:
-        """Decodes up to 2,000 of the training and of the held-out pictures each; any other when it is first used.
+        """Decode up to 2,000 of the training and of the held-out pictures each; any other when it is first used.
 
         Raises:
             ValueError: for pictures, tables or a model that cannot be used; names the file or row.
@@ -190,7 +190,7 @@ class Classifier:
 
 
 def load_classifier(folder: str | Path, model: str | Path | None = None) -> Classifier:
-    """What `VisionTask.save` wrote, on its base model.
+    """Load what `VisionTask.save` wrote, on its base model.
 
     Args:
         model: the base model, a folder or a name; needed where it was a local folder. None for the one that was named.
