@@ -8,6 +8,7 @@ Between two measured rates the loss is interpolated in the logarithm of the rate
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from statistics import mean, median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.machine import RESULTS
 from benchmarks.overview import NO_PART, RUNS, TASKS, study_of
 from benchmarks.tables import table
 
@@ -41,6 +43,12 @@ SHORT = {
     "dreambooth_dog": "husky",
 }
 """Study → head of its column."""
+PROPOSED = RESULTS / "proposed_rates.json"
+"""The record of benchmarks/proposed_rates.py."""
+FITTED = ("tweets", "vision_emoji", "vision_textiles")
+"""The tasks that the rule of `propose_learning_rate` was fitted on."""
+DECIDED = ("pairs", "language", "vision_fashion_mnist")
+"""Those that took no part in it."""
 UNTUNED = (1e-4, 3e-4, 1e-3, 3e-3)
 SHARES = (0.01, 0.05)
 RANKS = (("rank 2", "{}+r2"), ("rank 8", "{}"), ("rank 32", "{}+r32"))
@@ -246,12 +254,78 @@ def predicted(results: Path = RUNS) -> str:
     return table(["quantity", "task × method", "error of the mean alone", "error with the quantity"], rows)
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """A rate that `propose_learning_rate` gave, beside the swept ones of that start.
+
+    Attributes:
+        proposed, swept: the proposed rate and the best one of the sweep.
+        excess, at_one: how far the loss is above the lowest of the sweep, at the proposed rate and at 1e-3; relative.
+    """
+
+    task: str
+    method: str
+    proposed: float
+    swept: float
+    excess: float
+    at_one: float
+
+
+def proposals(results: Path = RUNS, record: Path = PROPOSED) -> list[Proposal]:
+    """All proposals of a record of benchmarks/proposed_rates.py."""
+    found = []
+    for task, methods in json.loads(record.read_text())["tasks"].items():
+        for method, facts in methods.items():
+            curve, rate = curves(results, task)[method], facts["learning_rate"]
+            excess = (nearest_loss(curve, r) / min(curve.values()) - 1 for r in (rate, 1e-3))
+            found.append(Proposal(task, method, rate, best(curve), *excess))
+    return found
+
+
+def nearest_loss(curve: Curve, rate: float) -> float:
+    """The loss at a rate, or at the nearest rate that was run."""
+    found = loss_at(curve, min(max(rate, min(curve)), max(curve)))
+    assert found is not None
+    return found
+
+
+def proposed(results: Path = RUNS, record: Path = PROPOSED) -> str:
+    """The proposed rate of every start beside the best one of its sweep, and what the loss there is above the best."""
+    known = {(p.task, p.method): p for p in proposals(results, record)}
+    methods = [m for m in METHODS if any(m == method for _, method in known)]
+    rows = []
+    for task in (*FITTED, *DECIDED):
+        cells = []
+        for method in methods:
+            p = known[task, method]
+            cells.append(f"{p.swept:g} → {p.proposed:.2g} ({_percent(p.excess)})")
+        rows.append([SHORT[task], *cells])
+    return table(["best → proposed (loss above the best)", *(METHODS[method] for method in methods)], rows)
+
+
+def proposed_in_short(results: Path = RUNS, record: Path = PROPOSED) -> str:
+    """How near the proposals come, on the tasks that the rule was fitted on and on those that took no part."""
+    known, rows = proposals(results, record), []
+    for label, chosen in (("fitted on", FITTED), ("took no part", DECIDED)):
+        own = [p for p in known if p.task in chosen]
+        factor = math.exp(math.sqrt(mean(math.log(p.proposed / p.swept) ** 2 for p in own)))
+        cells = [
+            f"{_percent(mean(values), 1)} ({_percent(max(values), 1)})"
+            for values in ([p.excess for p in own], [p.at_one for p in own])
+        ]
+        rows.append([label, ", ".join(SHORT[task] for task in chosen), str(len(own)), f"{factor:.1f}", *cells])
+    heads = ["the tasks that the rule", "", "starts", "typical factor", "loss above the best: proposed, mean (worst)"]
+    return table([*heads, "at 1e-3, mean (worst)"], rows)
+
+
 TABLES = {"best": best_rates, "untuned": untuned, "widths": widths, "ranks": by_rank, "predicted": predicted}
+TABLES |= {"proposed": proposed, "proposed_in_short": proposed_in_short}
 """Name in the template → its table."""
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:+.0f} %".replace("-", "−").replace("+0 ", "0 ").replace("−0 ", "0 ")
+def _percent(value: float, places: int = 0) -> str:
+    printed = f"{100 * value:+.{places}f}"
+    return f"{printed.replace('-', '−') if float(printed) else printed[1:]} %"
 
 
 def main() -> None:

@@ -363,6 +363,19 @@ def descent_delta(W: np.ndarray, X: np.ndarray, G: np.ndarray, r: int, damping: 
     return (U[:, :r] * S[:r]) @ Vt[:r] @ np.linalg.inv(root)
 
 
+def first_update_motion(W: np.ndarray, A: np.ndarray, X: np.ndarray, scaling: float) -> float:
+    """‖Δy‖/(lr ‖y‖) of one layer with B = 0 and the loss mean(y²), after AdamW's first update B = −lr sign(∂L/∂B)."""
+    W, A, X = _f64(W), _f64(A), _f64(X)
+    Y = W @ X
+    gradient = scaling * (2 * Y / Y.size) @ (A @ X).T
+    return float(np.linalg.norm(scaling * np.sign(gradient) @ A @ X) / np.linalg.norm(Y))
+
+
+def proposed_rate(motions: list[float]) -> float:
+    """min(0.027 m^(-2/3), 3e-3), m the median motion."""
+    return min(0.027 * float(np.median(motions)) ** (-2 / 3), 3e-3)
+
+
 def lora_one_delta(G: np.ndarray, gamma: float = 128.0) -> np.ndarray:
     """LoRA-One, algorithm 1: Delta W = -G / (gamma s_1), s_1 the largest singular value of the gradient G (k, d)."""
     G = _f64(G)

@@ -19,6 +19,7 @@ from benchmarks import (
     measure,
     parts,
     predict,
+    proposed_rates,
     rounding,
     scaling,
     standin,
@@ -385,6 +386,19 @@ def test_what_the_inputs_are_like_is_read_from_the_eigenvalues_of_their_G() -> N
     assert found["condition"] == pytest.approx(4e4)
     assert found["effective_rank"] == pytest.approx(5**2 / 17, rel=1e-3)
     assert found["effective_rank_of_sum"] == pytest.approx(7**2 / 19, rel=1e-3)
+
+
+def test_the_proposed_rates_of_a_tiny_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made").mkdir()
+    tiny = smoke(load_experiment(Path(__file__).parents[1] / "studies" / "tweets_modes.toml"), tmp_path / "made")
+    monkeypatch.setattr(proposed_rates, "load_experiment", lambda file: tiny)
+    out = tmp_path / "proposed.json"
+    proposed_rates.main(["one", "--methods", "lora", "--out", str(out)])
+    proposed_rates.main(["one", "--methods", "descent", "--out", str(out)])
+    found = json.loads(out.read_text())["tasks"]["one"]  # what was there stays
+    assert {name: facts["sites"] for name, facts in found.items()} == dict.fromkeys(("lora", "descent"), 8)
+    assert found["lora"]["motion"] != pytest.approx(found["descent"]["motion"], rel=0.1)
+    assert all(0 < facts["motion"] <= facts["largest_motion"] for facts in found.values())
 
 
 def test_the_starts_of_a_tiny_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -13,6 +13,7 @@ sentence-transformers, and `save_adapter` writes an ordinary LoRA for the untouc
 
 from .analysis.comparison import AdapterComparison, compare_adapters, snapshot
 from .analysis.diagnostics import StartDiagnostics, start_curvature, start_diagnostics
+from .analysis.learning_rate import ProposedRate, propose_learning_rate
 from .api import apply_plan, compute_plan, initialize, initialize_from_trainer
 from .config import InitConfig
 from .files.saving import save_adapter
@@ -30,6 +31,7 @@ __all__ = [
     "InitConfig",
     "InitPlan",
     "InitReport",
+    "ProposedRate",
     "SitePlan",
     "StartDiagnostics",
     "__version__",
@@ -40,6 +42,7 @@ __all__ = [
     "initialize",
     "initialize_from_trainer",
     "methods",
+    "propose_learning_rate",
     "save_adapter",
     "snapshot",
     "start_curvature",

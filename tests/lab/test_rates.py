@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ pytest.importorskip("pyarrow", reason="tables of runs need the extra `lab`")
 import pandas as pd
 from benchmarks import rates
 from benchmarks.overview import RUNS
+
+from cntlora.analysis.learning_rate import rate_of
 
 CURVE = {1e-4: 2.0, 1e-3: 1.0, 1e-2: 3.0}
 
@@ -54,6 +58,16 @@ def test_a_quantity_that_the_rate_follows_predicts_it() -> None:
     assert rates.prediction_error(shuffled) > 1.5
 
 
+def test_beyond_the_rates_that_were_run_the_nearest_one_counts() -> None:
+    assert (rates.nearest_loss(CURVE, 1e-5), rates.nearest_loss(CURVE, 1.0)) == (2.0, 3.0)
+    assert rates.nearest_loss(CURVE, 10**-3.5) == rates.loss_at(CURVE, 10**-3.5)
+
+
+def test_percentages_have_signs_and_no_minus_before_zero() -> None:
+    assert [rates._percent(value) for value in (0.123, -0.02, -0.001, 0.0)] == ["+12 %", "−2 %", "0 %", "0 %"]
+    assert [rates._percent(value, 1) for value in (-0.0021, -0.0001)] == ["−0.2 %", "0.0 %"]
+
+
 @pytest.mark.published
 def test_the_numbers_are_those_of_the_runs() -> None:
     """By pandas alone, which knows nothing of our tables."""
@@ -71,3 +85,17 @@ def test_every_task_has_every_method_and_known_errors_are_finite() -> None:
     assert all(len(rates.curves(RUNS, task)[method]) >= 3 for task in rates.tasks() for method in rates.METHODS)
     for _, key, relative in rates.QUANTITIES:
         assert math.isfinite(rates.prediction_error(rates.at_step_0(RUNS, key, relative)))
+
+
+@pytest.mark.published
+def test_the_proposals_are_those_of_their_record(tmp_path: Path) -> None:
+    found = {(p.task, p.method): p for p in rates.proposals()}
+    assert {task for task, _ in found} == {*rates.FITTED, *rates.DECIDED}
+    record = json.loads(rates.PROPOSED.read_text())
+    for (task, method), one in found.items():
+        facts = record["tasks"][task][method]
+        assert one.proposed == facts["learning_rate"] == pytest.approx(rate_of(facts["motion"]))
+        assert one.swept == rates.best(rates.curves(RUNS, task)[method]) and one.excess >= 0
+    record["tasks"]["pairs"]["eva"]["learning_rate"] = 3e-4
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    assert rates.proposed(record=tmp_path / "other.json") != rates.proposed()  # control
