@@ -14,13 +14,14 @@ else:
     from pip._vendor import tomli as tomllib
 
 from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 TOOLS = {"dev", "docs", "peft-tests"}
 
 
 def minima() -> dict[str, str]:
-    """Distribution → its oldest version."""
+    """Distribution → its oldest version; where extras differ, the highest of them, since all are installed together."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {extra: texts for extra, texts in project["optional-dependencies"].items() if extra not in TOOLS}
     found: dict[str, str] = {}
@@ -28,9 +29,8 @@ def minima() -> dict[str, str]:
         requirement = Requirement(text)
         for specifier in requirement.specifier:
             if specifier.operator == ">=":
-                version = found.setdefault(requirement.name, specifier.version)
-                if version != specifier.version:
-                    raise ValueError(f"{requirement.name}: {version} in one extra, {specifier.version} in another")
+                known = found.get(requirement.name, "0")
+                found[requirement.name] = max(known, specifier.version, key=Version)
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from tests.versions import before
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
@@ -197,7 +198,11 @@ def _qwen() -> nn.Module:
     }  # fmt: skip
     written = {
         **_PLAIN, "intermediate_size": 24, "num_key_value_heads": HEADS,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        **(
+            {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "rope_theta": 1e4}
+            if before("transformers", "5")
+            else {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+        ),
     }  # fmt: skip
     return hf.Qwen2_5_VLForConditionalGeneration(
         hf.Qwen2_5_VLConfig(

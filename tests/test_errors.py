@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.tiny import KINDS, Batch, adapted, base_model, changed, logits, lora_config, state, text_batches, train
+from tests.versions import before
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -81,6 +82,8 @@ def test_tuples_that_the_model_cannot_take() -> None:
 @pytest.mark.parametrize("parts", [("input_ids", "labels"), ("input_ids", "attention_mask", "labels")])
 def test_tuples_that_are_taken_for_other_arguments(kind: str, parts: tuple[str, ...]) -> None:
     """By position, labels become a mask or token types, which fails deep inside the model."""
+    if (kind, len(parts)) == ("bert", 2) and before("transformers", "5"):
+        pytest.skip("BERT in transformers 4 has a message of its own for labels in the place of the mask")
     batches = [tuple(batch[part] for part in parts) for batch in text_batches()]
     refuses(adapted(kind), batches, "batch that is tuple", "forward=", kind=TypeError)
 

@@ -45,7 +45,7 @@ def saved(plan: InitPlan, tmp_path: Path) -> Path:
 
 
 def same(left: InitPlan, right: InitPlan) -> bool:
-    """Equal to the bit, tensors and values."""
+    """Tell whether both are bit-identical, tensors and values."""
     if left.sites.keys() != right.sites.keys() or list(left.sites) != list(right.sites):
         return False
     for a, b in zip(left.sites.values(), right.sites.values(), strict=True):

@@ -62,8 +62,17 @@ def test_the_files_that_contributing_names_are_there() -> None:
     paths = re.findall(r"`((?:src|tests|benchmarks|docs)/[\w/.]+)`", text) + re.findall(r"\]\(([\w/.]+)\)", text)
     assert len(paths) > 15
     assert [path for path in paths if not (ROOT / path).exists()] == []
+    named = re.findall(r"`(src/[\w/]+\.py)` \(`(\w+)`", text)
+    assert len(named) >= 10
+    assert [pair for pair in named if not _defines(pair[0], pair[1])] == []
+    assert not _defines(named[0][0], "no_such_function")  # the control
     rooms = {path.name for path in (ROOT / "src" / "cntlora").iterdir() if (path / "__init__.py").is_file()}
     assert rooms == set(re.findall(r"`(\w+)/`", text.partition("## The rooms")[2].partition("Outside")[0]))
+
+
+def _defines(path: str, name: str) -> bool:
+    """Return whether a file defines a function, a class or a constant of this name."""
+    return bool(re.search(rf"^\s*(?:def |class )?{name}\b(?=[(:\[ ])", (ROOT / path).read_text("utf-8"), re.MULTILINE))
 
 
 def test_no_page_is_long() -> None:

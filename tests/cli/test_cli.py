@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tests.versions import cli_runner
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-from typer.testing import CliRunner
 
 from cntlora import InitPlan
 from cntlora.cli.app import app
@@ -50,7 +50,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def cntlora(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    result = cli_runner().invoke(app, [str(a) for a in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
 

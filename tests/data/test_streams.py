@@ -20,6 +20,7 @@ from tests.stream_models import (
     one_at_a_time,
     text,
 )
+from tests.versions import before
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,9 +72,16 @@ def is_masked(kind: str, site: str) -> bool:
     return ARCHITECTURES[kind].stream(site) not in ("pixel_values", "input_features")
 
 
+def skip_if_it_overflows(kind: str) -> None:
+    """Skip where masks of float32 are filled with the least number of float64, as for these kinds in transformers 4."""
+    if kind in ("led", "nllb_moe", "speech_to_text") and before("transformers", "5"):
+        pytest.skip(f"the masks of {kind} in transformers 4 overflow where the model is in float64")
+
+
 @pytest.mark.parametrize(("kind", "side", "extra", "lengths"), CASES)
 def test_layers_count_the_tokens_that_the_rows_have_alone(kind: str, side: str, extra: int, lengths: list[int]) -> None:
     """A batch with padding gives the sums over its rows, each fed alone and without padding."""
+    skip_if_it_overflows(kind)
     model = adapted(kind)
     alone, _ = grams(model, one_at_a_time(kind, lengths), token_mask="none", num_batches=len(lengths))
     batch = ARCHITECTURES[kind].batch(lengths, side, extra)
@@ -95,6 +103,9 @@ def test_layers_count_the_tokens_that_the_rows_have_alone(kind: str, side: str, 
 )
 def test_padding_changes_nothing(kind: str, side: str, method: str) -> None:
     """More of it gives the same plan; where all tokens count, another."""
+    skip_if_it_overflows(kind)
+    if (kind, method) == ("switch", "descent") and before("transformers", "5"):
+        pytest.skip("the loss of Switch in transformers 4 adds the losses of its routers, which count padding")
     options = {"rtol": 1e-4} if method == "self" else {"strength": 0.1}
     config = InitConfig.from_dict({"method": method, "base": "keep", **options})  # type: ignore[arg-type]
     dtype = torch.float32 if kind in ("longformer", "led") else torch.float64  # whose float64 gradient is NaN
@@ -252,6 +263,8 @@ ANSWERS = torch.tensor([[5, 6, 7, 2, -100], [8, 9, 2, -100, -100], [4, 5, 6, 7, 
 @pytest.mark.parametrize("kind", ["t5", "bart", "marian"])
 def test_the_decoder_counts_its_own_tokens(kind: str, change: dict[str, Tensor], decoder: tuple[int, str]) -> None:
     """By its mask, its labels, or its ids; the encoder, whose mask has the same shape, by its own."""
+    if kind == "t5" and "decoder_attention_mask" in change and before("transformers", "5"):
+        pytest.skip("T5 in transformers 4 adds two masks, so that a row whose first tokens are hidden gives NaN")
     batch = {**text([5, 3, 4]), **change}
     batch.update(change) if "labels" in change else batch.pop("labels")
     found = counted(adapted(kind), batch)
@@ -355,6 +368,8 @@ def test_the_report_names_the_mask_of_every_site_and_why_one_has_none() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 1, 6, 6), (3, 4)])
 def test_a_mask_that_fits_nothing_is_said(shape: tuple[int, ...]) -> None:
+    if len(shape) > 3 and before("transformers", "5"):
+        pytest.skip("BERT in transformers 4 refuses a mask of four dimensions itself")
     batch = ARCHITECTURES["bert"].batch([6, 3, 4])
     report = report_of(
         "bert",

@@ -721,7 +721,7 @@ def test_the_tolerance_reported_is_the_one_in_force(mode: Mode) -> None:
 
 @pytest.mark.parametrize(("method", "own"), [("cross", 1e-3), ("shift", 1e-3), ("self", 0.0)])
 def test_the_tolerance_of_a_method_is_its_default(method: str, own: float) -> None:
-    """1e-3 for cross and shift, as the study says; self keeps that of rounding, the letter."""
+    """1e-3 for cross and shift, as the study says; self keeps that of rounding, as printed in the paper."""
     batches = token_batches(SIZES)
     plans = {
         rtol: plan_of(wrapped(mlp()), batches, InitConfig.from_dict({"method": method, "rtol": rtol}))

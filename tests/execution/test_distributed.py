@@ -17,6 +17,7 @@ from tests.model.test_shared_factors import batches as tied_batches
 from tests.model.test_shared_factors import is_one, sharing, tied
 from tests.processes import connect, outcome, run
 from tests.tiny import adapted, state, text_batches
+from tests.versions import TIED_FACTORS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -299,12 +300,14 @@ def test_accelerate(results: Any, name: str) -> None:
         assert rank[name] == {"start": True, "end": True, "batches": 6, "wrapped": True}
 
 
+@TIED_FACTORS
 @pytest.mark.parametrize("name", ["tied", "tied, paired", "tied, adaptive", "layers"])
 def test_layers_that_share_one_set_of_factors(results: Any, name: str) -> None:
     for rank in results["job_shared"]:
         assert rank[name]["shared"] and rank[name]["one"] and rank[name]["start"] and rank[name]["end"]
 
 
+@TIED_FACTORS
 def test_layers_with_factors_of_their_own_stay_apart(results: Any) -> None:
     """The control."""
     for rank in results["job_shared"]:

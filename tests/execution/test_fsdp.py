@@ -22,12 +22,15 @@ from tests.fsdp_cases import (
     whole,
 )
 from tests.processes import connect, run
+from tests.versions import FSDP_ON_CPU
 from torch import Tensor
 
 from cntlora import initialize
 from cntlora.execution import distributed
 from cntlora.model import layouts, sharded
 from cntlora.model.sites import find_sites
+
+pytestmark = FSDP_ON_CPU
 
 METHODS = ("cross", "self", "shift", "descent", "eva", "corda", "lora_ga", "lora_da", "gora", "pissa", "lora")
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ from peft import PeftModel
 from tests.fsdp_cases import batches, config_of, loss_of, model_of, shard, whole
 from tests.processes import connect, outcome, run
 from tests.tiny import base_model, state
+from tests.versions import FSDP_ON_CPU
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +24,8 @@ from cntlora import InitConfig, compute_plan, freeze_offset, initialize, save_ad
 from cntlora.model import sharded
 from cntlora.model.freezing import unmask
 from cntlora.model.sites import find_sites
+
+pytestmark = FSDP_ON_CPU
 
 
 def negative(model: nn.Module, which: int = 1) -> Tensor:

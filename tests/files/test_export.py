@@ -24,8 +24,8 @@ from tests.export_cases import (
     uneven,
 )
 from tests.tiny import adapted, lora_config, text_batches, unet
+from tests.versions import cli_runner
 from torch import nn
-from typer.testing import CliRunner
 
 from cntlora import InitConfig, initialize, save_adapter
 from cntlora.cli.app import app
@@ -185,7 +185,7 @@ def folder_with(folder: Path, name: str) -> Path:
 
 
 def cntlora(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["export", *(str(a) for a in arguments)])
+    result = cli_runner().invoke(app, ["export", *(str(a) for a in arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
 

@@ -435,7 +435,7 @@ def test_weights_on_the_meta_device_are_refused_with_what_to_do() -> None:
 
 
 def same_plan(model: Any, batches: Any, around: Any = None, **options: Any) -> None:
-    """The plan of `model` is that of the plain one, to the bit."""
+    """The plan of `model` is bit-identical to that of the plain one."""
     call = {"config": InitConfig(method="self"), **options}
     wanted = compute_plan(adapted(), batches, **call)
     with around or nullcontext():

@@ -115,7 +115,7 @@ def test_accumulated_gradients_stay_masked() -> None:
 
 
 def test_weight_decay_shrinks_both_halves_alike() -> None:
-    """AdamW multiplies by 1 − lr·λ: what does not train keeps cancelling to the bit, also after many steps."""
+    """AdamW multiplies by 1 − lr·λ: what does not train cancels exactly, also after many steps."""
     model, start = offset_model(), logits(offset_model(), text_batches()[0])
     sites = find_sites(model)[0]
     first = halves(model, "negative")

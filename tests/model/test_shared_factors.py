@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.conftest import RunFresh
 from tests.tiny import state
+from tests.versions import TIED_FACTORS
 from torch import Tensor, nn
 from transformers import (
     GemmaConfig,
@@ -124,6 +125,7 @@ LIVES = [
 # --- tied by PEFT -------------------------------------------------------------------------------------------
 
 
+@TIED_FACTORS
 @pytest.mark.parametrize(
     ("kind", "base", "method", "options"), LIVES, ids=lambda v: v if isinstance(v, str) else "-".join(v)
 )
@@ -157,6 +159,7 @@ def test_a_tied_head_lives_through_training_and_reloading(
         assert is_one(reloaded)
 
 
+@TIED_FACTORS
 def test_factors_that_come_apart_are_another_model_after_a_reload(tmp_path: Path) -> None:
     """The control of the test above: the same, with factors of its own for the head."""
     model = tied("gemma")
@@ -170,6 +173,7 @@ def test_factors_that_come_apart_are_another_model_after_a_reload(tmp_path: Path
     assert (logits(reloaded) - logits(model)).abs().max() > 0.05
 
 
+@TIED_FACTORS
 def test_save_adapter_says_so_where_the_two_have_come_apart(tmp_path: Path) -> None:
     """A move to another dtype parts what PEFT tied. Its own file would read one of the two back for both."""
     model = tied("gemma")
@@ -193,6 +197,7 @@ print(float(logits(model).double().square().sum()), is_one(model))
 """
 
 
+@TIED_FACTORS
 @pytest.mark.slow
 def test_a_fresh_process_reads_the_same(run_fresh: RunFresh, tmp_path: Path) -> None:
     model = tied("llama")
@@ -206,6 +211,7 @@ def test_a_fresh_process_reads_the_same(run_fresh: RunFresh, tmp_path: Path) -> 
     assert plain != pytest.approx(wanted, rel=1e-2)  # the control
 
 
+@TIED_FACTORS
 @pytest.mark.parametrize("base", ["offset", "keep"])
 @pytest.mark.parametrize("kind", ["gemma", "gpt2"])
 def test_dora_and_rslora(kind: str, base: str, tmp_path: Path) -> None:
@@ -222,6 +228,7 @@ def test_dora_and_rslora(kind: str, base: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-3, atol=1e-3)
 
 
+@TIED_FACTORS
 def test_a_pair_that_wins_no_rank_loses_both_adapters() -> None:
     model = tied("gemma")
     config = InitConfig(method="pissa", adaptive_ranks=True, rank_budget=1)
@@ -234,6 +241,7 @@ def test_a_pair_that_wins_no_rank_loses_both_adapters() -> None:
     assert "total rank 1" in str(report)
 
 
+@TIED_FACTORS
 def test_a_cast_that_parted_the_two_is_undone() -> None:
     """PEFT casts the adapters of a bfloat16 base to float32, one parameter at a time."""
     model = tied("gemma", torch.bfloat16)
@@ -251,6 +259,7 @@ def test_a_cast_that_parted_the_two_is_undone() -> None:
     assert optimizer is not None
 
 
+@TIED_FACTORS
 def test_the_report_says_where_the_factors_were_made() -> None:
     report = initialize(tied("gemma"), batches(), config=InitConfig(method="self"))
     assert report.shared == {"model.embed_tokens": "lm_head"}
@@ -259,6 +268,7 @@ def test_the_report_says_where_the_factors_were_made() -> None:
     assert "shares" not in str(initialize(tied("gemma", tie=False), config=InitConfig(method="pissa")))  # the control
 
 
+@TIED_FACTORS
 def test_the_factors_are_those_of_the_head_alone() -> None:
     """The same as a head without a tie gets, of the same inputs."""
     one, other = tied("gemma"), tied("gemma", tie=False, target_modules=["q_proj", "lm_head"])
@@ -272,6 +282,7 @@ def test_the_factors_are_those_of_the_head_alone() -> None:
     assert not torch.allclose(head.B @ head.A, heads[1].B @ heads[1].A, rtol=1e-2, atol=1e-4)  # the control
 
 
+@TIED_FACTORS
 def test_a_plan_of_a_pair_goes_through_a_file(tmp_path: Path) -> None:
     plan = compute_plan(tied("gemma"), batches(), config=InitConfig(method="self"))
     plan.save(tmp_path / "plan")
@@ -282,6 +293,7 @@ def test_a_plan_of_a_pair_goes_through_a_file(tmp_path: Path) -> None:
     assert all(torch.equal(t, two.state_dict()[n]) for n, t in one.state_dict().items())
 
 
+@TIED_FACTORS
 def test_a_plan_with_two_sets_does_not_fit_one() -> None:
     plan = compute_plan(tied("gemma", tie=False), config=InitConfig(method="olora"))
     model = tied("gemma")
@@ -292,6 +304,7 @@ def test_a_plan_with_two_sets_does_not_fit_one() -> None:
     apply_plan(tied("gemma", tie=False), plan)  # the control
 
 
+@TIED_FACTORS
 @pytest.mark.parametrize("method", ["lora_ga", "descent"])
 def test_methods_of_gradients_refuse_what_is_shared(method: str) -> None:
     with pytest.raises(ValueError, match=r"lm_head share one set of factors, whose gradient is that of all of them"):
@@ -302,17 +315,20 @@ def test_methods_of_gradients_refuse_what_is_shared(method: str) -> None:
     assert set(report.skipped) == {"model.embed_tokens", "lm_head"} and is_one(model)
 
 
+@TIED_FACTORS
 def test_the_weight_of_both_is_not_subtracted_from() -> None:
     with pytest.raises(ValueError, match="its weight is shared with another module .*use base='offset'"):
         initialize(tied("gemma"), config=InitConfig(method="pissa", base="subtract"))
 
 
+@TIED_FACTORS
 def test_the_two_need_one_rank_and_one_scaling() -> None:
     for options in ({"alpha_pattern": {"lm_head": 16}}, {"rank_pattern": {"lm_head": 2}}):
         with pytest.raises(ValueError, match="lm_head share their factors, and rank 4 with scaling 2"):
             initialize(tied("gemma", **options), config=InitConfig(method="pissa"))
 
 
+@TIED_FACTORS
 def test_comparing_knows_the_half_that_trains() -> None:
     """With base "offset" the head has [A'; −A'] and [B', B']: halves that cancel, too."""
     model = tied("gemma")

@@ -162,7 +162,7 @@ def life(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 
 def _frozen(state: dict[str, Tensor], start: dict[str, tuple[Tensor, Tensor]]) -> list[bool]:
-    """Return whether the second half is to the bit what it was, and the first is not, of every site."""
+    """Return whether the second half is bit-identical to what it was, and the first is not, of every site."""
     found = []
     for name, (A, B) in start.items():
         a, b = (state[f"base_model.model.{name}.lora_{x}.default.weight"] for x in "AB")

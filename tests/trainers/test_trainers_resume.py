@@ -28,7 +28,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 def assert_same_end(model: nn.Module, straight: Any) -> None:
-    """The negative half to the bit, the positive half up to rounding."""
+    """The negative half is bit-identical, the positive one equal up to rounding."""
     for now, wanted in zip(halves(model, NEGATIVE), halves(straight.model, NEGATIVE), strict=True):
         assert torch.equal(now, wanted)
     for now, wanted in zip(halves(model, POSITIVE), halves(straight.model, POSITIVE), strict=True):

@@ -2,7 +2,7 @@
 
 The limit is for what the initialisation needs above the model and its forward pass: the sums over batches, the moments
 of one batch, and the room in which one matrix is factored. Sums go to the model's device while they fit, then to the
-processor's memory, then into a file; sites whose inputs fit nowhere are read in another pass, layer by layer.
+CPU's memory, then into a file; sites whose inputs fit nowhere are read in another pass, layer by layer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
 def parse_limits(value: MaxMemory) -> dict[str, float]:
     """Bytes for each of `PLACES`: "6GiB" or a number for the model's device, or a mapping with the places by name.
 
-    What is not named is not limited on the device, nor on the processor if the model is elsewhere; files are written
+    What is not named is not limited on the device, nor on the CPU if the model is elsewhere; files are written
     only if "disk" is named.
 
     Raises:
@@ -212,7 +212,7 @@ class Budget:
         return accumulation_dtype(site.dtype).itemsize
 
     def place(self, total: Tensor) -> Tensor:
-        """A new sum where there is room for it: itself, or a copy on the processor or in a file.
+        """A new sum where there is room for it: itself, or a copy on the CPU or in a file.
 
         Sites that turn out not to share an input after all need more sums than was foreseen; where nothing else is
         allowed, those stay on the device.

@@ -131,7 +131,7 @@ class Statistics:
                 outputs = self._add_output_gradient if isinstance(self.estimator, OutputGradientReader) else None
                 backward = stack.enter_context(weight_gradients(request.model, sites, self._add_gradient, outputs))
                 self.losses = Losses()
-                call = self.losses.recording(call) if method.sized else call
+                call = self.losses.recording(call) if method.has_step_size else call
             collect(
                 request.model, sites, self._kept_batches(), partial(self._absorb, facts),
                 num_batches=self.config.num_batches, gram=method.gram, forward=call, token_mask=request.token_mask,
@@ -166,7 +166,7 @@ class Statistics:
     def _kept_batches(self) -> Iterable[Any]:
         """The batches; kept where they are needed again, since a loader that shuffles would give others then."""
         assert self.batches is not None
-        if (self.budget.limited or self.config.chosen.finds_size) and not isinstance(self.batches, KeptBatches):
+        if (self.budget.limited or self.config.chosen.finds_step_size) and not isinstance(self.batches, KeptBatches):
             self.batches = KeptBatches(self.batches, self.config.num_batches)
         return self.batches
 

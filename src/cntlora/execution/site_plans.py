@@ -125,7 +125,7 @@ def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum 
     _check_fits(site, W, B, A, scaling, base)
     start_norm = abs(scaling) * product_norm(B.double(), A.double())
     first = r // 2 if base == "paired" else r
-    slope = scaling * statistics.slope(site, B[:, :first], A[:first]) if method.sized else None
+    slope = scaling * statistics.slope(site, B[:, :first], A[:first]) if method.has_step_size else None
     B, A = _arranged(B, A, r, base)
     use_rslora = site.use_rslora and not config.fold_alpha
     return SitePlan(

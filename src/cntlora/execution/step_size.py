@@ -53,7 +53,7 @@ def with_step_size(plan: InitPlan, statistics: Statistics) -> InitPlan:
         A plan whose largest ‖scaling·B·A‖/‖W‖ is `strength`, or, where that is None, lowers the loss most.
     """
     method = plan.config.chosen
-    if not method.sized:
+    if not method.has_step_size:
         return plan
     start = time.perf_counter()
     largest = max((s.start_norm / s.weight_norm for s in plan.sites.values() if s.weight_norm), default=0.0)

@@ -115,7 +115,7 @@ def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | No
 
 
 def _state(model: nn.Module, holder: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The adapter's weights by the keys of its file, on the processor, whole and sharing nothing."""
+    """The adapter's weights by the keys of its file, on the CPU, whole and sharing nothing."""
     from peft import get_peft_model_state_dict
 
     owner: Any = _state_owner(model, adapter) or holder

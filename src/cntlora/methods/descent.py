@@ -46,7 +46,7 @@ class Descent(Method):
     source = "cntlora, eq. 4 with targets W X − η ∂L/∂Y"
     reads = "gradients"
     base = "keep"
-    sized = True
+    has_step_size = True
 
     strength: float | None = None
     damping: float = 0.01

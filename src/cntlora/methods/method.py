@@ -59,8 +59,8 @@ class Method(Protocol):
         zero_start: whether B = 0, so that the function starts unchanged whatever becomes of W.
         width: singular triplets that it uses, as a multiple of r.
         ranked: whether it has a spectrum to share ranks out by.
-        sized: whether `strength` is the largest ‖scaling·B·A‖/‖W‖ of all sites, and the loss finds it where it is None
-            (`execution.step_size`).
+        has_step_size: whether `strength` is the largest ‖scaling·B·A‖/‖W‖ of all sites, and the loss finds it where it
+            is None (`execution.step_size`).
         site_sums: whether its estimator may need a sum for each site besides the one for each input.
         gram: G of a batch as the "sum" over its tokens, or the "mean".
         batch_weights: weight w_j of each batch in all sums; None for 1 each.
@@ -75,7 +75,7 @@ class Method(Protocol):
     zero_start: ClassVar[bool] = False
     width: ClassVar[int] = 1
     ranked: ClassVar[bool] = True
-    sized: ClassVar[bool] = False
+    has_step_size: ClassVar[bool] = False
     site_sums: ClassVar[bool] = False
     ranges: ClassVar[Mapping[str, Range]] = {}
 
@@ -129,9 +129,9 @@ class Method(Protocol):
         return None
 
     @property
-    def finds_size(self) -> bool:
+    def finds_step_size(self) -> bool:
         """Return whether the loss finds the size of the start, for which the first batches are kept."""
-        return self.sized and getattr(self, "strength", None) is None
+        return self.has_step_size and getattr(self, "strength", None) is None
 
     @property
     def needs_matrix(self) -> bool:

@@ -103,7 +103,7 @@ def rounding_of(weight: Any) -> float:
 def left_unpacked(model: nn.Module) -> Iterator[None]:
     """Context in which a call in eval mode leaves 4-bit weights of bitsandbytes as they are.
 
-    On processors with AVX512-BF16 bitsandbytes repacks them for good at the first one, and cannot train them then.
+    On CPUs with AVX512-BF16 bitsandbytes repacks them for good at the first one, and cannot train them then.
     """
     switched: list[Any] = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     try:

@@ -1,4 +1,4 @@
-"""The tweets task: MiniLM as a classifier of three sentiments, small enough for a laptop's processor.
+"""The tweets task: MiniLM as a classifier of three sentiments, small enough for a laptop's CPU.
 
 transformers is imported when a model is built, so that the settings can be read at once.
 """
