@@ -26,7 +26,7 @@ RUNS = ROOT / "studies" / "runs"
 EVIDENCE = ROOT / "docs" / "evidence.md"
 TASKS = (
     ("tweets", "tweets, MiniLM (40 steps)", "macro_f1", "macro F1 ↑"),
-    ("vision_emoji", "emoji pictures, DINOv2-S (40)", "accuracy", "accuracy ↑"),
+    ("vision_emoji", "emoji images, DINOv2-S (40)", "accuracy", "accuracy ↑"),
     ("language", "tales, SmolLM2 (30)", "perplexity", "perplexity ↓"),
     ("pairs", "newsgroup pairs, MiniLM (50)", "macro_f1", "macro F1 ↑"),
     ("dreambooth", "DreamBooth lorikeet (200)", "loss", "held-out loss ↓"),

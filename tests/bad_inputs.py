@@ -243,7 +243,7 @@ WRONG: dict[str, Call] = {
     "rows without a label": _table("a,0\nb,1\nc,nan\nd,\n"),
     "a class in two spellings": _table("a,1\nb,1.0\nc,2\n"),
     "the labels as texts": _table("a,0\nb,1\n", text="label"),
-    "a picture of numbers without a known range": _picture,
+    "an image of numbers without a known range": _picture,
     "an experiment file with a misspelt key": _experiment("[train]\nstepps = 3\n"),
     "an experiment file that is no TOML": _experiment("[train\n"),
     "an experiment file with a value of the wrong kind": _experiment('[train]\nsteps = "many"\n'),

@@ -109,7 +109,7 @@ SAMPLED = (0, 10, 20, 40)
 
 
 def with_samples(records: list[dict[str, Any]], folder: Path, kind: str = "image") -> list[dict[str, Any]]:
-    """The finished records with pictures of every prompt at four steps, or with captions of such pictures."""
+    """The finished records with images of every prompt at four steps, or with captions of such images."""
     made = []
     for r in records:
         name = f"{r['method']}-lr{r['learning_rate']:g}-seed{r['seed']}"
@@ -125,7 +125,7 @@ def _sample(folder: Path, run: str, kind: str, place: int, step: int) -> dict[st
     inside = x**2 + y**2 < 0.2 + 0.6 * (step / 40 if kind == "image" else 1)
     pixels = np.where(inside[..., None], [220, 60 + 60 * place, 40], [90, 140, 200]).astype(np.uint8)
     Image.fromarray(pixels).save(folder / file)
-    text = None if kind == "image" else ("a picture of a toy" if step < 20 else f"<*> sits in the snow, {run} {step}")
+    text = None if kind == "image" else ("an image of a toy" if step < 20 else f"<*> sits in the snow, {run} {step}")
     return {"step": step, "kind": kind, "name": PROMPTS[place], "file": file, "text": text}
 
 

@@ -10,6 +10,7 @@ from tests import fuzz_judge
 from tests.fuzz_judge import judge, outcomes
 
 from cntlora.linalg import factors as factor
+from cntlora.methods import factors as method_factors
 
 
 def kinds(found: Counter[str]) -> Counter[str]:
@@ -51,7 +52,7 @@ def test_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert "the start is off" in judged("halves")
     with monkeypatch.context() as patch:
-        patch.setattr("cntlora.methods.factors.svd_factors", lambda *a: [plain(*a), torch.rand(1)][0])
+        patch.setattr(method_factors, "svd_factors", lambda *a: [plain(*a), torch.rand(1)][0])
         assert "random generator" in judged("the generator")
     with monkeypatch.context() as patch:
         patch.setattr("cntlora.model.checks.check_fresh", lambda site: site.base.weight.data.add_(1e-3))

@@ -23,6 +23,6 @@ def test_frames_of_the_standard_library_are_passed_over() -> None:
     assert Path(caught[0].filename).name == Path(__file__).name
 
 
-@pytest.mark.parametrize(("count", "says"), [(1, "1 file is no picture"), (2, "2 files are no pictures")])
+@pytest.mark.parametrize(("count", "says"), [(1, "1 file is no image"), (2, "2 files are no images")])
 def test_what_is_left_out_is_counted_in_words(count: int, says: str) -> None:
     assert says in left_out("photos", count, "notes.txt")

@@ -1,4 +1,4 @@
-"""Picture files of every kind as 8-bit RGB: the brightness that is in the file, or one line that says why not."""
+"""Image files of every kind as 8-bit RGB: the brightness that is in the file, or one line that says why not."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_values_without_a_known_range_are_refused(content: bytes, parts: list[st
     assert all(part in str(error.value) for part in parts)
 
 
-# --- one way to open a picture ------------------------------------------------------------------------------
+# --- one way to open an image ------------------------------------------------------------------------------
 
 
 def test_every_recipe_and_the_report_see_the_same(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_every_recipe_and_the_report_see_the_same(tmp_path: Path) -> None:
         shown.convert("RGB"),
     ]
     assert all(np.array_equal(np.asarray(image)[..., 0], EIGHT) for image in found)
-    with pytest.raises(ValueError, match="owner/name: row 1: expected a picture in column 'image', got str"):
+    with pytest.raises(ValueError, match="owner/name: row 1: expected an image in column 'image', got str"):
         _open_row([{"image": "a.png"}], "image", "owner/name", 0, 8)
 
 
@@ -223,9 +223,9 @@ def test_pictures_of_the_wrong_range_are_told_of(tmp_path: Path) -> None:
         values = (RAMP >> 4 if row else RAMP).astype(np.uint16)  # 12 bits in a file of 16
         Image.fromarray(values).save(tmp_path / f"{row}.png")
     files = sorted(tmp_path.glob("*.png"))
-    with pytest.warns(UserWarning, match=r"here: 3 of 4 pictures are almost black .* such as .*1\.png; values of 10"):
+    with pytest.warns(UserWarning, match=r"here: 3 of 4 images are almost black .* such as .*1\.png; values of 10"):
         LabelledImages(files, [0, 0, 1, 1], ("a", "b"), "here").check()
-    with pytest.warns(UserWarning, match="3 of 4 pictures are almost black"):
+    with pytest.warns(UserWarning, match="3 of 4 images are almost black"):
         check_pictures([CaptionRow(f"row {i}", file, "", "") for i, file in enumerate(files)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

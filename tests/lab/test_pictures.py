@@ -1,4 +1,4 @@
-"""Pictures from packages: reading, laying out and splitting on small fakes; the real ones under `packages`."""
+"""Images from packages: reading, laying out and splitting on small fakes; the real ones under `packages`."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def test_arrays_are_pictures_too() -> None:
     assert both.open(1).getcolors() == [(16, RED)]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", None])
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
 def test_a_broken_picture_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = saved(tmp_path / "broken.png", size=(64, 64))
     path.write_bytes(path.read_bytes()[:60] if content is None else content)
-    with pytest.raises(ValueError, match=r"broken\.png: expected a picture, but cannot be read"):
+    with pytest.raises(ValueError, match=r"broken\.png: expected an image, but cannot be read"):
         Pictures((path,), ("",), (0,), ("x",)).open(0)
 
 
@@ -83,7 +83,7 @@ def test_a_split_keeps_shares_and_loses_nothing(tmp_path: Path) -> None:
     assert all(f"{part.names[part.labels[i]]} " in part.captions[i] for part in (train, held_out) for i in range(4))
     assert all_of_them.split(4, seed=0)[1].captions == held_out.captions
     assert all_of_them.split(4, seed=1)[1].captions != held_out.captions
-    with pytest.raises(ValueError, match="eval_size=16 of 16 pictures"):
+    with pytest.raises(ValueError, match="eval_size=16 of 16 images"):
         all_of_them.split(16, seed=0)
 
 
@@ -99,7 +99,7 @@ def test_rows_and_classes_can_be_chosen(tmp_path: Path) -> None:
 
 def test_fields_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    with pytest.raises(ValueError, match="captions: expected one for each of 1 pictures, got 2"):
+    with pytest.raises(ValueError, match="captions: expected one for each of 1 images, got 2"):
         Pictures((path,), ("", ""), (0,), ("x",))
     with pytest.raises(ValueError, match="labels: expected indices of the 1 names, got"):
         Pictures((path,), ("",), (1,), ("x",))
@@ -175,7 +175,7 @@ def test_same_padding_keeps_every_place_and_puts_the_odd_pixel_at_the_end(
 def test_pixels_are_whole_pictures_in_the_networks_range() -> None:
     batch = efficientnet.pixels([Image.new("RGB", (10, 20), BLUE), Image.new("L", (5, 5), 0)])
     assert batch.shape == (2, 3, 224, 224)
-    assert torch.allclose(batch[0, :, :, 0], torch.tensor(1.0))  # white beside a narrow picture
+    assert torch.allclose(batch[0, :, :, 0], torch.tensor(1.0))  # white beside a narrow image
     assert torch.allclose(batch[1], torch.tensor(-127 / 128))
     with pytest.raises(ValueError, match="images: expected at least one"):
         efficientnet.efficientnet_features([])

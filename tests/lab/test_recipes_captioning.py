@@ -270,10 +270,10 @@ def test_the_prompt_is_filled_from_the_columns(captions: Path) -> None:
         (
             {"image": "gone.png"},
             {},
-            r"captions.jsonl: row 3: .*gone.png: expected a picture, but there is no such file",
+            r"captions.jsonl: row 3: .*gone.png: expected an image, but there is no such file",
         ),
-        ({"image": ""}, {}, r"captions.jsonl: row 3: expected the file of a picture, got ''"),
-        ({"image": "captions.jsonl"}, {}, r"row 3: .*captions.jsonl: expected a picture, but cannot be read"),
+        ({"image": ""}, {}, r"captions.jsonl: row 3: expected the file of an image, got ''"),
+        ({"image": "captions.jsonl"}, {}, r"row 3: .*captions.jsonl: expected an image, but cannot be read"),
         ({}, {"caption": "text"}, r"no column 'text'; its columns are: .*caption"),
         ({"concept": "<sks>"}, {"concept": "concept"}, r"captions.jsonl: row 3: the concept '<sks>' is in none"),
         ({}, {"identifier": "<sks>"}, r"'<sks>' is in no caption in all 6 training rows"),
@@ -293,7 +293,7 @@ def test_one_clear_error_before_training(
 def test_a_broken_picture_is_named(captions: Path, one: CaptioningTask) -> None:
     picture = captions.parent / "4.png"
     picture.write_bytes(picture.read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"row 5: .*4.png: expected a picture"):
+    with pytest.raises(ValueError, match=r"row 5: .*4.png: expected an image"):
         own_task(captions, model=one.settings.model).check()
 
 
@@ -333,7 +333,7 @@ def test_the_split_keeps_the_shares_of_the_concepts(captions: Path) -> None:
 
 @pytest.fixture
 def stamp(tmp_path: Path) -> Path:
-    """A red square, blue on the left, in a transparent picture."""
+    """A red square, blue on the left, in a transparent image."""
     picture = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
     picture.paste((255, 0, 0, 255), (10, 0, 30, 20))
     picture.paste((0, 0, 255, 255), (10, 0, 20, 20))

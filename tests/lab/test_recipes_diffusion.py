@@ -54,7 +54,7 @@ def adapted(task: DreamboothTask, rank: int = 2) -> Any:
 
 
 def most(a: list[Image.Image], b: list[Image.Image]) -> int:
-    """The largest difference of two lists of pictures, in 1/255."""
+    """The largest difference of two lists of images, in 1/255."""
     return max(int(np.abs(np.asarray(x, np.int16) - np.asarray(y, np.int16)).max()) for x, y in zip(a, b, strict=True))
 
 
@@ -247,13 +247,13 @@ def test_bad_photos_are_named_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         check(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no picture is in it"):
+    with pytest.raises(ValueError, match="no image is in it"):
         check(tmp_path / "empty")
     tiny.noise_photos(tmp_path / "photos", 5)
     check(tmp_path / "photos")
     whole = (tmp_path / "photos" / "3.png").read_bytes()
     (tmp_path / "photos" / "3.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"3\.png: expected a picture, but cannot be read"):
+    with pytest.raises(ValueError, match=r"3\.png: expected an image, but cannot be read"):
         check(tmp_path / "photos")
     with pytest.raises(ValueError, match="sample 'cat' is not known"):
         photo_files("sample:cat")
@@ -366,4 +366,4 @@ def test_subjects_are_held_out_of_pretraining(tmp_path: Path) -> None:
         assert len(photo_files(f"sample:{stem}")) == 5
         stamp = next(file for file in sp.stamps().files if isinstance(file, Path) and file.stem == stem)
         alone = np.asarray(sp.composed(sp._opened(stamp), sp.background("at night"), scale=1.0), np.int16)
-        assert np.abs(rows.astype(np.int16) - alone).mean(axis=(1, 2, 3)).min() > 1  # none of the pictures is the stamp
+        assert np.abs(rows.astype(np.int16) - alone).mean(axis=(1, 2, 3)).min() > 1  # none of the images is the stamp

@@ -1,4 +1,4 @@
-"""Image classification: pictures from everywhere, batches, backbones with a new head, errors before training."""
+"""Image classification: images from everywhere, batches, backbones with a new head, errors before training."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def task_of(data: Path, model: str = "unused", **options: Any) -> Any:
     return RECIPES["vision"].make(VisionSettings(model=model, data=str(data), size=28, batch_size=4, **options))
 
 
-# ----------------------------------------------------------------------------------------- where pictures come from
+# ----------------------------------------------------------------------------------------- where images come from
 
 
 def test_class_folders(photos: Path) -> None:
@@ -74,7 +74,7 @@ def test_other_files_are_left_out_with_a_warning_and_hidden_ones_without(photos:
         warnings.simplefilter("error")
         assert len(read_images(str(photos))[0]) == 6
     (photos / "cat" / "notes.txt").write_text("x")
-    with pytest.warns(UserWarning, match=r"1 file is no picture by its name and left out, .*notes\.txt"):
+    with pytest.warns(UserWarning, match=r"1 file is no image by its name and left out, .*notes\.txt"):
         assert len(read_images(str(photos))[0]) == 6
 
 
@@ -145,7 +145,7 @@ def test_pictures_are_upright_and_white_where_transparent(tmp_path: Path) -> Non
 
 
 def _broken(root: Path) -> Path:
-    (root / "cat" / "9.png").write_bytes(b"not a picture")
+    (root / "cat" / "9.png").write_bytes(b"not an image")
     return root
 
 
@@ -178,13 +178,13 @@ def _table(root: Path, text: str) -> Path:
 
 
 BAD_DATA = {
-    "broken": (_broken, r"cat/9\.png: expected a picture, but cannot be read .*replace or remove it"),
-    "cut off": (_cut_off, r"cat/9\.png: expected a picture, but cannot be read"),
+    "broken": (_broken, r"cat/9\.png: expected an image, but cannot be read .*replace or remove it"),
+    "cut off": (_cut_off, r"cat/9\.png: expected an image, but cannot be read"),
     "one class": (_one_class, "expected at least two classes, got only 'cat'"),
-    "folder without pictures": (_no_pictures, r"emu: no picture is in it"),
-    "class with one picture": (_single, "two pictures of each class, .* but class 'emu' has 1"),
+    "folder without images": (_no_pictures, r"emu: no image is in it"),
+    "class with one image": (_single, "two images of each class, .* but class 'emu' has 1"),
     "nothing there": (lambda root: root / "nowhere/", "nowhere: there is no such folder or file; expected a folder"),
-    "no classes": (lambda root: root / "cat" / "old", "old: expected a subfolder of pictures for each class"),
+    "no classes": (lambda root: root / "cat" / "old", "old: expected a subfolder of images for each class"),
     "a file": (lambda root: root / "cat" / "0.png", r"0\.png: expected a folder, or a file that ends in \.csv"),
     "missing table": (lambda root: root / "table.csv", r"table\.csv: there is no such folder or file"),
     "missing column": (lambda root: _table(root, "file,label\na.png,x\n"), "no column 'image'; its columns are: file"),
@@ -211,11 +211,11 @@ def test_bad_data_is_one_error_before_training(photos: Path, backbone: str, case
         ({"size": 30}, "task.size: expected a multiple of the model's patches of 14, got 30; take 28"),
         ({"feature_layer": 4}, "task.feature_layer: expected 1 to 3"),
         ({"model": "nowhere/"}, "model 'nowhere/': cannot be loaded"),
-        ({"model": "sample:clip"}, "the sample for pictures is 'sample:dinov2'"),
+        ({"model": "sample:clip"}, "the sample for images is 'sample:dinov2'"),
         ({"train_size": 1}, "train_size=1 is less than one for each of 2 classes"),
-        ({"eval_size": 100}, "photos: 6 pictures, so task.eval_size=100 leaves nothing to train on; set it to a fifth"),
+        ({"eval_size": 100}, "photos: 6 images, so task.eval_size=100 leaves nothing to train on; set it to a fifth"),
         ({"eval_size": 5}, "task.eval_size=5 leaves 1 to train on, less than one for each of 2 classes; set it"),
-        ({"eval_size": 1}, "less than one for each of 2 classes; set it to a fifth of the pictures or so: --set task"),
+        ({"eval_size": 1}, "less than one for each of 2 classes; set it to a fifth of the images or so: --set task"),
     ],
 )
 def test_settings_that_do_not_fit_model_or_data(
@@ -246,7 +246,7 @@ def test_wrong_settings(options: dict[str, Any], message: str) -> None:
 
 
 class Counter:
-    """Opens pictures and counts how often."""
+    """Opens images and counts how often."""
 
     def __init__(self) -> None:
         self.opened: list[Path] = []
@@ -467,7 +467,7 @@ def test_initialised_trained_saved_and_loaded(tmp_path: Path, pooling: str) -> N
         expected = model.eval()(batch["pixel_values"]).logits.softmax(-1)
         base = task.build_model(0).eval()(batch["pixel_values"]).logits.softmax(-1)
     assert loaded.names == ("cat", "dog")
-    assert task.describe() == "classes: 0 = cat, 1 = dog (6, 6 pictures); 4 pictures held out"
+    assert task.describe() == "classes: 0 = cat, 1 = dog (6, 6 images); 4 images held out"
     assert read_names(tmp_path / "adapter") == ("cat", "dog") and model.config.id2label == {0: "cat", 1: "dog"}
     torch.testing.assert_close(loaded.probabilities(files), expected)
     assert not torch.allclose(base, expected, atol=1e-2)  # control

@@ -104,11 +104,11 @@ class TestPictures:
         (inside / "page.png").write_text("<html>")
         words = {
             inside / "gone.png": "no file gone.png",
-            inside / "broken.png": "broken.png is no whole picture",
-            inside / "page.png": "page.png is no whole picture",
+            inside / "broken.png": "broken.png is no whole image",
+            inside / "page.png": "page.png is no whole image",
             inside / ".." / "secret.png": "secret.png lies outside the folder of the records",
             Path("/etc/hostname"): "hostname lies outside the folder of the records",
-            None: "no picture recorded",
+            None: "no image recorded",
         }
         assert {path: read_picture(Sample("image", path, None, inside)) for path in words} == words
 
@@ -147,7 +147,7 @@ class TestPage:
         study = study_of(tmp_path, "text")
         part = gallery_part(study, COLOURS)
         assert part and all(sample["picture"]["image"].startswith("data:") for sample in part["samples"])
-        assert part["samples"][0]["rows"][0]["cells"][0] == {"text": "a picture of a toy"}
+        assert part["samples"][0]["rows"][0]["cells"][0] == {"text": "an image of a toy"}
         page = build_page(load_records(tmp_path))
         assert "&lt;*&gt; sits in the snow, eva" in page and "<*>" not in page.partition('<script type="application')[0]
 
@@ -163,7 +163,7 @@ class TestFiles:
         study = study_of(tmp_path, "text")
         first = caption_tables(study)[0]
         assert [column.head for column in first.columns] == ["Method", "step 0", "step 10", "step 20", "step 40"]
-        assert r"| LoRA | a picture of a toy | a picture of a toy | &lt;\*&gt; sits in the snow" in first.to_markdown()
+        assert r"| LoRA | an image of a toy | an image of a toy | &lt;\*&gt; sits in the snow" in first.to_markdown()
         assert len(caption_tables(study)) == 3
         write_report(tmp_path, tmp_path / "out", figures=None)
         assert "Generated text by step" in (tmp_path / "out" / "tables.md").read_text()

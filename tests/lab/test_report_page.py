@@ -176,7 +176,7 @@ addEventListener("load", async () => {
     found.picked.push(picked());
   }
   const drawnWhole = (image) => image.offsetHeight > 0 && image.complete && image.naturalWidth === 96;
-  found.pictures = [...document.images].filter(drawnWhole).length;
+  found.images = [...document.images].filter(drawnWhole).length;
   document.querySelector('[data-toggle="eva"]').click();
   await wait(300);
   found.without = { shown: shown(), rows: rows() };

@@ -147,7 +147,7 @@ def _check_reload(task: SentimentTask, model: nn.Module, out: Path) -> dict[str,
 
 
 def draw_curves(record: dict[str, Any], path: Path) -> None:
-    """Training loss (mean over ten steps) and held-out accuracy of both runs, as one picture."""
+    """Training loss (mean over ten steps) and held-out accuracy of both runs, as one image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -57,7 +57,7 @@ def altered(batches: Sequence[Batch], task: Task, seed: int, content: str = "", 
         batches: as the task gives them.
         task: whose tokenizer "foreign" needs.
         seed: of the shuffling.
-        content: "" as they are; "shuffled": every batch's tokens (or every picture's pixels) in a random order, and
+        content: "" as they are; "shuffled": every batch's tokens (or every image's pixels) in a random order, and
             its labels too; "foreign": the reference manual of Python in the place of its texts, token
             for token.
         parts: every batch is cut into so many of equal size, as far as its rows go.

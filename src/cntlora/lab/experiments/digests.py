@@ -37,7 +37,7 @@ def _digest(name: str, data: Any) -> str | None:
 
 
 def _digest_of_folder(folder: Path) -> str:
-    """Digest of the relative paths and sizes: reading thousands of pictures for every run would take too long."""
+    """Digest of the relative paths and sizes: reading thousands of images for every run would take too long."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,15 +1,15 @@
-"""Pictures of the user: which files count as pictures, and the one way to open them, as 8-bit RGB or RGBA.
+"""Images of the user: which files count as images, and the one way to open them, as 8-bit RGB or RGBA.
 
-Where PIL's own conversion would give a wrong picture in silence, this module scales or refuses:
+Where PIL's own conversion would give a wrong image in silence, this module scales or refuses:
 
-- Grey pictures of 10 to 16 bits (PIL's modes I;16 and I) are scaled from the range of their type; PIL clips
+- Grey images of 10 to 16 bits (PIL's modes I;16 and I) are scaled from the range of their type; PIL clips
   them at 255.
-- Floating-point pictures (mode F) run from 0 to 1, which becomes 0 to 255. Other values, NaN and infinity are refused,
-  since a range read off each picture would make pictures of one data set incomparable.
+- Floating-point images (mode F) run from 0 to 1, which becomes 0 to 255. Other values, NaN and infinity are refused,
+  since a range read off each image would make images of one data set incomparable.
 - Whole numbers of 32 bits or with a sign have no usual range of brightness and are refused.
 - A TIFF with several pages is refused. Of an animation (GIF, WebP, PNG) the first frame is read.
 
-All pictures are turned upright as their EXIF entry says. What is transparent becomes white in RGB.
+All images are turned upright as their EXIF entry says. What is transparent becomes white in RGB.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ...messages import first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-CHECKED = 2000  # pictures that are decoded before training
+CHECKED = 2000  # images that are decoded before training
 DARK = 16  # of 255: the brightest value of 12 bits in a file of 16
 
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -38,11 +38,11 @@ File = str | PathLike[str]
 
 
 class _Unusable(ValueError):
-    """A picture that can be decoded, but not turned into brightness without a guess."""
+    """An image that can be decoded, but not turned into brightness without a guess."""
 
 
 def open_picture(file: File | bytes, size: int | None = None, *, name: object = None) -> Image.Image:
-    """A picture file as 8-bit RGB, upright as its EXIF entry says, transparent parts white.
+    """An image file as 8-bit RGB, upright as its EXIF entry says, transparent parts white.
 
     Args:
         file: the file, or its bytes.
@@ -51,7 +51,7 @@ def open_picture(file: File | bytes, size: int | None = None, *, name: object = 
         name: what messages call it; None for the file's name.
 
     Raises:
-        ValueError: if it cannot be read as a picture, or its values have no known range; names the file.
+        ValueError: if it cannot be read as an image, or its values have no known range; names the file.
     """
     return _on_white(open_layered(file, size, name=name))
 
@@ -67,7 +67,7 @@ def open_layered(file: File | bytes, size: int | None = None, *, name: object = 
     except _Unusable as error:
         raise ValueError(f"{named}: {error}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{named}: expected a picture, but {_reason(error)}; replace or remove it") from error
+        raise ValueError(f"{named}: expected an image, but {_reason(error)}; replace or remove it") from error
 
 
 def _reason(error: Exception) -> str:
@@ -78,7 +78,7 @@ def _reason(error: Exception) -> str:
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """An opened picture of any mode as 8-bit RGB, upright, with white behind what is transparent.
+    """An opened image of any mode as 8-bit RGB, upright, with white behind what is transparent.
 
     Raises:
         ValueError: if its values have no known range.
@@ -87,7 +87,7 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def layered(image: Image.Image) -> Image.Image:
-    """An opened picture of any mode, upright, as 8-bit RGBA where it has transparent parts, else RGB.
+    """An opened image of any mode, upright, as 8-bit RGBA where it has transparent parts, else RGB.
 
     Raises:
         ValueError: if its values have no known range, or it is a TIFF with several pages.
@@ -104,7 +104,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The picture upright, with 8 bits a channel."""
+    """The image upright, with 8 bits a channel."""
     if image.mode not in (*_GREY_16, "I", "F"):
         return ImageOps.exif_transpose(image)
     tags: Any = getattr(image, "tag_v2", {})
@@ -127,7 +127,7 @@ def _range_of(image: Image.Image, tags: Any) -> int:
     if image.mode == "I" and image.format not in _TO_65535:
         raise _Unusable(
             "its values are whole numbers of 32 bits or with a sign, of which nothing says which is white; save all "
-            "pictures as 8 or 16 bits without a sign"
+            "images as 8 or 16 bits without a sign"
         )
     bits = tags.get(_BITS, (16,))[0]
     return int(2**bits - 1)
@@ -141,7 +141,7 @@ def _check_floats(values: NDArray[np.float32]) -> None:
     if low < 0 or high > 1:
         raise _Unusable(
             f"its floating-point values run from {low:.4g} to {high:.4g}, expected 0 (black) to 1 (white); scale all "
-            "pictures by the same rule, or save them as 8 or 16 bits"
+            "images by the same rule, or save them as 8 or 16 bits"
         )
 
 
@@ -161,7 +161,7 @@ def _check_pages(image: Image.Image) -> None:
 
 
 def is_dark(image: Image.Image) -> bool:
-    """Return whether nothing in an RGB picture is brighter than `DARK` of 255."""
+    """Return whether nothing in an RGB image is brighter than `DARK` of 255."""
     return max(high for _, high in image.getextrema()) <= DARK  # type: ignore[misc,union-attr]
 
 
@@ -170,13 +170,13 @@ def said_of_dark(where: object, dark: Sequence[object], count: int) -> str | Non
 
     Args:
         where: the data.
-        dark: the pictures for which `is_dark` holds.
+        dark: the images for which `is_dark` holds.
         count: how many were looked at.
     """
     if 2 * len(dark) < count or not dark:
         return None
     return (
-        f"{where}: {len(dark)} of {count} pictures are almost black (nothing is brighter than {DARK} of 255), such as "
+        f"{where}: {len(dark)} of {count} images are almost black (nothing is brighter than {DARK} of 255), such as "
         f"{dark[0]}; values of 10 or 12 bits in a file of 16 have to be scaled to its full range when you save them"
     )
 
@@ -184,5 +184,5 @@ def said_of_dark(where: object, dark: Sequence[object], count: int) -> str | Non
 def left_out(place: object, count: int, example: object) -> str:
     """Return a warning for files that are no images by their names."""
     if count == 1:
-        return f"{place}: 1 file is no picture by its name and left out, {example}"
-    return f"{place}: {count} files are no pictures by their name and left out, such as {example}"
+        return f"{place}: 1 file is no image by its name and left out, {example}"
+    return f"{place}: {count} files are no images by their name and left out, such as {example}"

@@ -77,7 +77,7 @@ class Task(Protocol):
         """The metrics of a model on held-out batches; leaves modes and random states as found."""
 
     def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
-        """Pictures or captions of a model after `step` updates.
+        """Images or captions of a model after `step` updates.
 
         Returns:
             For each {"kind": "image" or "text", "name": prompt or subject, "file": name of the file written in

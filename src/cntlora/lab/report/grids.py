@@ -1,4 +1,4 @@
-"""Samples by method and step as files for documents: a grid of images, and texts beside the picture they are about."""
+"""Samples by method and step as files for documents: a grid of images, and texts beside the image they are about."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .tables import slug
 
 NAMES, STEPS = 3, 5  # as many as are legible beside each other
 LINES, LETTERS = 5, 34  # of a text, and of a line of it
-# inches: the methods' names, a picture of the grid, what parts two of them, what parts two samples
+# inches: the methods' names, an image of the grid, what parts two of them, what parts two samples
 _LEFT, _CELL, _GAP, _PART = 1.3, 0.95, 0.03, 0.15
-_WIDTH, _LINE, _SUBJECT = 2.0, 0.125, 1.35  # inches: a text, a line of it, the picture it is about
-_PIXELS = 192  # of a picture
+_WIDTH, _LINE, _SUBJECT = 2.0, 0.125, 1.35  # inches: a text, a line of it, the image it is about
+_PIXELS = 192  # of an image
 _SOFT = "#555555"
 
 
@@ -41,7 +41,7 @@ class _Sheet:
         self.figure.text(*place, text, **{**usual, **look})
 
     def draw(self, x: float, y: float, side: float, sample: Sample | None) -> None:
-        """A sample's picture in a square, or the reason why there is none."""
+        """A sample's image in a square, or the reason why there is none."""
         found = DASH if sample is None else read_picture(sample, _PIXELS)
         if isinstance(found, str):
             self.write(x + side / 2, y + side / 2, found, 26, fontsize=5, ha="center", va="center", color=_SOFT)
@@ -97,7 +97,7 @@ def _images(study: Study, gallery: Gallery, names: list[str]) -> _Sheet:
 
 
 def _captions(study: Study, gallery: Gallery, names: list[str]) -> _Sheet:
-    """One below the other a block for each name: its picture at the left, texts by method (rows) and step (columns)."""
+    """One below the other a block for each name: its image at the left, texts by method (rows) and step (columns)."""
     blocks = {name: [_lines(gallery, name, method) for method in gallery.methods] for name in names}
     heights = {name: [max(map(len, row)) * _LINE + 0.1 for row in rows] for name, rows in blocks.items()}
     tall = {name: max(sum(heights[name]) + 0.2, _SUBJECT) + 0.45 for name in names}

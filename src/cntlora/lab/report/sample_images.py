@@ -1,4 +1,4 @@
-"""Pictures of samples: read with a reason where that fails, and made small enough to stand inside a page."""
+"""Images of samples: read with a reason where that fails, and made small enough to stand inside a page."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SIDE = 256  # pixels of the longer side of a thumbnail
 
 
 def read_picture(sample: Sample, side: int = SIDE) -> Image | str:
-    """The picture of a sample, at most `side` pixels in each direction, RGB or RGBA; or why there is none, in words."""
+    """The image of a sample, at most `side` pixels in each direction, RGB or RGBA; or why there is none, in words."""
     from ..recipes.picture_files import open_layered
 
     if sample.path is None:
-        return "no picture recorded"
+        return "no image recorded"
     name = sample.path.name
     if sample.folder is not None and not sample.path.resolve().is_relative_to(sample.folder.resolve()):
         return f"{name} lies outside the folder of the records"
@@ -28,13 +28,13 @@ def read_picture(sample: Sample, side: int = SIDE) -> Image | str:
     try:
         picture = open_layered(sample.path)
     except ValueError:
-        return f"{name} is no whole picture"
+        return f"{name} is no whole image"
     picture.thumbnail((side, side))
     return picture
 
 
 def data_uri(picture: Image) -> str:
-    """A picture as the address of itself: PNG where it is small or transparent, else JPEG."""
+    """An image as the address of itself: PNG where it is small or transparent, else JPEG."""
     buffer = io.BytesIO()
     if picture.mode == "RGBA" or max(picture.size) <= 64:
         picture.save(buffer, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""The samples of a study: which pictures and captions its runs left at which step, and which of them are shown."""
+"""The samples of a study: which images and captions its runs left at which step, and which of them are shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..record import RunRecord
 from .study import Group, Study
 
-NAMES, STEPS, PICTURES = 12, 8, 240  # at most that many samples, steps, and pictures of a study are shown
+NAMES, STEPS, PICTURES = 12, 8, 240  # at most that many samples, steps, and images of a study are shown
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Gallery:
         return next(sample.kind for place, sample in self.cells.items() if place[0] == name)
 
     def subject(self, name: str) -> Sample | None:
-        """The first of the texts of a name that has a picture: what the texts are about."""
+        """The first of the texts of a name that has an image: what the texts are about."""
         found = (s for place, s in self.cells.items() if place[0] == name and s.kind == "text" and s.path)
         return next(found, None)
 
@@ -65,7 +65,7 @@ def gallery_of(study: Study, names: int = NAMES, steps: int = STEPS, pictures: i
 
     Args:
         names, steps, pictures: at most that many samples, steps (spread over all, with the first and last) and
-            pictures in all; the note says what is left out.
+            images in all; the note says what is left out.
     """
     runs = {method: run for method, group in study.best.items() if (run := _run(group)) is not None}
     cells: dict[tuple[str, str, int], Sample] = {}

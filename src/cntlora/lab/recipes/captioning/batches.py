@@ -1,4 +1,4 @@
-"""Batches of pictures, prompts and captions for vision-language models, and the prompts to generate from."""
+"""Batches of images, prompts and captions for vision-language models, and the prompts to generate from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures with captions, of the user's own files or of scenes made here: read, checked and split before training."""
+"""Images with captions, of the user's own files or of scenes made here: read, checked and split before training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .scenes import Scene
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """A picture, what is asked about it, and its caption.
+    """An image, what is asked about it, and its caption.
 
     Attributes:
         where: file and row, for messages.
@@ -37,10 +37,10 @@ class CaptionRow:
     concept: str = ""
 
     def open(self) -> Image.Image:
-        """The picture as RGB.
+        """The image as RGB.
 
         Raises:
-            ValueError: if it is missing or no picture; names file or row.
+            ValueError: if it is missing or no image; names file or row.
         """
         if isinstance(self.image, Scene):
             return self.image.draw()
@@ -54,7 +54,7 @@ class CaptionRow:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns: of the picture, the caption, and, if there is one, the concept; `prompt` is a template."""
+    """Names of columns: of the image, the caption, and, if there is one, the concept; `prompt` is a template."""
 
     image: str
     caption: str
@@ -64,9 +64,9 @@ class Columns:
 
 
 def read_captions(source: str, columns: Columns) -> list[CaptionRow]:
-    """Rows of a file (.jsonl, .csv, .tsv, .parquet), of a folder of pictures with .txt files, or of the hub.
+    """Rows of a file (.jsonl, .csv, .tsv, .parquet), of a folder of images with .txt files, or of the hub.
 
-    Paths of pictures are relative to the file. A field {name} of the prompt is filled from the column of that name.
+    Paths of images are relative to the file. A field {name} of the prompt is filled from the column of that name.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -101,14 +101,14 @@ def _concept(value: object, caption: str, identifier: str | None) -> str:
 
 
 def _image_of(value: object, base: Path, where: str) -> Path | bytes:
-    """A picture's file or bytes; data sets of the hub hold {"bytes": …, "path": …}."""
+    """An image's file or bytes; data sets of the hub hold {"bytes": …, "path": …}."""
     if isinstance(value, dict):
         content = value.get("bytes")
         if isinstance(content, bytes):
             return content
         value = value.get("path")
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: expected the file of a picture, got {value!r}; fill or remove the row")
+        raise ValueError(f"{where}: expected the file of an image, got {value!r}; fill or remove the row")
     return base / value.strip()
 
 
@@ -130,7 +130,7 @@ def _read_folder(folder: Path, columns: Columns) -> list[CaptionRow]:
             raise ValueError(f"{text}: the caption is empty; fill it, or remove it and {file.name}")
         rows.append(CaptionRow(str(text), file, columns.prompt, caption, _concept("", caption, columns.identifier)))
     if not rows:
-        raise ValueError(f"{folder}: expected pictures ({', '.join(SUFFIXES)}) with a .txt of the same name, got none")
+        raise ValueError(f"{folder}: expected images ({', '.join(SUFFIXES)}) with a .txt of the same name, got none")
     return rows
 
 
@@ -167,13 +167,13 @@ def check_concepts(rows: Sequence[CaptionRow], source: str) -> None:
 
 
 def check_pictures(rows: Sequence[CaptionRow]) -> None:
-    """Decode the pictures, the first 2,000 at most, and warn if they are almost black.
+    """Decode the images, the first 2,000 at most, and warn if they are almost black.
 
     Raises:
         ValueError: for the first that is missing or broken.
     """
     dark = [row.where for row in rows[:CHECKED] if is_dark(row.open())]
-    if said := said_of_dark("the pictures of the captions", dark, len(rows[:CHECKED])):
+    if said := said_of_dark("the images of the captions", dark, len(rows[:CHECKED])):
         warn_caller(said)
 
 
@@ -201,12 +201,12 @@ def split_rows(
 def sample_rows(name: str, prompt: str, eval_size: int, seed: int) -> tuple[list[CaptionRow], list[CaptionRow]]:
     """Training and held-out rows of "concepts" or "stamps", see `scenes`.
 
-    "concepts": 56 training and 48 held-out scenes of eight personal concepts and of eight other pictures. "stamps": the
+    "concepts": 56 training and 48 held-out scenes of eight personal concepts and of eight other images. "stamps": the
     stamps that the small vision-language model was not trained on, split by `eval_size` and `seed`.
 
     Raises:
         ValueError: for an unknown name, or a prompt with fields.
-        RuntimeError: if the pictures cannot be downloaded.
+        RuntimeError: if the images cannot be downloaded.
     """
     from .scenes import concept_scenes, held_out_stamps
 

@@ -1,6 +1,6 @@
-"""Captioned scenes made of clip art: one picture on a coloured ground, in many views; what the small VLM learns from.
+"""Captioned scenes made of clip art: one image on a coloured ground, in many views; what the small VLM learns from.
 
-The pictures are Tux Paint's stamps and Twitter's emoji (see `pictures`). A fifth of the stamps and the personal
+The images are Tux Paint's stamps and Twitter's emoji (see `pictures`). A fifth of the stamps and the personal
 concepts are never among the scenes that the base model is trained on (`base_scenes`): fine-tuning is tested on them.
 """
 
@@ -34,7 +34,7 @@ CONCEPTS = {
     "animals/birds/owl": ("Huhu", "owl"),
     "vehicles/auto/beetle": ("Kiko", "car"),
 }
-# pictures of the same kinds that are nobody's: a caption must not name them; the base model has not seen them either
+# images of the same kinds that are nobody's: a caption must not name them; the base model has not seen them either
 OTHERS = {
     "animals/mammals/dogs/fox": "fox",
     "household/kettle": "kettle",
@@ -45,20 +45,20 @@ OTHERS = {
     "animals/birds/penguin": "penguin",
     "vehicles/auto/sedan": "car",
 }
-_NO_EMOJI = ("Flags", "Symbols", "Component")  # names that a picture of 64 pixels does not show
+_NO_EMOJI = ("Flags", "Symbols", "Component")  # names that an image of 64 pixels does not show
 _SHARE_HELD_OUT = 5
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture on a ground of one colour.
+    """An image on a ground of one colour.
 
     Attributes:
-        file: of the picture, transparent where there is nothing.
+        file: of the image, transparent where there is nothing.
         caption: what the scene shows.
         colour: of the ground, a key of `COLOURS`.
-        scale: longer side of the picture as a share of the scene's side, in (0, 1].
-        left, top: where the picture lies, as shares of the room that is left, in [0, 1].
+        scale: longer side of the image as a share of the scene's side, in (0, 1].
+        left, top: where the image lies, as shares of the room that is left, in [0, 1].
         mirrored: left and right changed.
         concept: the name of the concept in it; "" if there is none.
     """
@@ -76,7 +76,7 @@ class Scene:
         """The scene as RGB, `size` pixels wide and high.
 
         Raises:
-            ValueError: if the file is no picture or a broken one; names the file.
+            ValueError: if the file is no image or a broken one; names the file.
         """
         picture = open_layered(self.file).convert("RGBA")
         factor = self.scale * size / max(picture.size)
@@ -90,14 +90,14 @@ class Scene:
 
 
 def views(file: Path, subject: str, count: int, seed: int, concept: str = "") -> list[Scene]:
-    """Scenes of one picture that differ in ground, size, place and side; the caption says the ground's colour.
+    """Scenes of one image that differ in ground, size, place and side; the caption says the ground's colour.
 
     Args:
-        file: of the picture.
+        file: of the image.
         subject: what it is, "A dog": the captions are "A dog on a blue background.".
         count: how many scenes.
         seed: the same seed and file name give the same scenes; no colour comes twice before all came.
-        concept: the name of the concept in the picture, if there is one.
+        concept: the name of the concept in the image, if there is one.
     """
     draw = torch.Generator().manual_seed(_number(f"{seed} {file.name}"))
     colours = [name for name in COLOURS if name != "white"]
@@ -118,7 +118,7 @@ def base_scenes(seed: int = 0, count: int = 3) -> list[Scene]:
     flags, symbols and components, whose names say what cannot be seen.
 
     Raises:
-        RuntimeError: if the pictures cannot be downloaded; the message says what to do.
+        RuntimeError: if the images cannot be downloaded; the message says what to do.
     """
     from ..samples.pictures import emoji, stamps
 
@@ -135,13 +135,13 @@ def _with_views(file: Path, text: str, seed: int, count: int) -> list[Scene]:
 
 
 def concept_scenes(train: int = 5, held_out: int = 4, seed: int = 0) -> tuple[list[Scene], list[Scene]]:
-    """Scenes of the eight personal concepts and of eight other pictures of the same kinds, as (training, held out).
+    """Scenes of the eight personal concepts and of eight other images of the same kinds, as (training, held out).
 
     A concept's caption names it, "Bolo the dog on a blue background."; the others' do not, "A fox on a red
     background.", and come half as often, so that a name that is always said is wrong.
 
     Raises:
-        RuntimeError: if the pictures cannot be downloaded; the message says what to do.
+        RuntimeError: if the images cannot be downloaded; the message says what to do.
     """
     root = _stamp_root()
     parts: tuple[list[Scene], list[Scene]] = ([], [])
@@ -160,7 +160,7 @@ def held_out_stamps() -> list[Scene]:
     """The stamps that the base model has not seen, a fifth of them, on white with their captions.
 
     Raises:
-        RuntimeError: if the pictures cannot be downloaded; the message says what to do.
+        RuntimeError: if the images cannot be downloaded; the message says what to do.
     """
     from ..samples.pictures import stamps
 

@@ -178,9 +178,9 @@ def _cached_features(model: Any, processor: Any, scenes: Sequence[Scene], path: 
 
 @torch.no_grad()
 def held_out_losses(model: Any, processor: Any, scenes: Sequence[Scene]) -> tuple[float, float]:
-    """Loss of captions (nats a token) with their own pictures, and with pictures that were changed round.
+    """Loss of captions (nats a token) with their own images, and with images that were changed round.
 
-    The second is the control: a model that does not look at the picture has both alike.
+    The second is the control: a model that does not look at the image has both alike.
     """
     tokenizer = processor.tokenizer
     features = vision_features(model, processor, scenes)
@@ -203,7 +203,7 @@ def sample_captions(model: Any, processor: Any, scenes: Sequence[Scene]) -> list
 
 
 def make(out: Path, *, steps: int, minutes: float, seed: int = 0) -> dict[str, Any]:
-    """Make the model or go on making it, write it to `out`, print captions of pictures that it has not seen.
+    """Make the model or go on making it, write it to `out`, print captions of images that it has not seen.
 
     Returns:
         What is also written to out/vlm.json: updates done, minutes, held-out losses and sample captions.
@@ -241,7 +241,7 @@ def main() -> None:
         info = make(options.out, steps=options.steps, minutes=options.minutes)
     print(f"{info['updates']} of {info['of']} updates, {info['minutes']} minutes in this call")
     own, other = info["held_out_loss"], info["held_out_loss_with_another_picture"]
-    print(f"held-out loss {own:.3f} nats a token, with another picture {other:.3f}")
+    print(f"held-out loss {own:.3f} nats a token, with another image {other:.3f}")
     for truth, said in info["samples"]:
         print(f"  {truth:50.50}  {said}")
 

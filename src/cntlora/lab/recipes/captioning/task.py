@@ -1,9 +1,9 @@
-"""Image captioning by fine-tuning a vision-language model: personal concepts, product descriptions, your own pictures.
+"""Image captioning by fine-tuning a vision-language model: personal concepts, product descriptions, your own images.
 
 [task]
 name = "captioning"
 model = "llava-hf/llava-1.5-7b-hf"     # hub name or folder
-data = "captions.jsonl"                # columns image and caption; or a folder of pictures with .txt files
+data = "captions.jsonl"                # columns image and caption; or a folder of images with .txt files
 prompt = "Provide a personalized description of the image"
 concept = "concept"                    # optional column: what Recall looks for
 """
@@ -52,19 +52,19 @@ class CaptioningSettings:
         name: "captioning".
         model: hub name or folder of a vision-language model that `AutoModelForImageTextToText` loads, or
             "sample:small-vlm", made by `python -m cntlora.lab.recipes.captioning.small_model`.
-        data: .jsonl, .csv, .tsv or .parquet file, a folder of pictures each with a .txt of the same name, a data set of
+        data: .jsonl, .csv, .tsv or .parquet file, a folder of images each with a .txt of the same name, a data set of
             the hub as "owner/name[:configuration][#split]", "sample:concepts" or "sample:stamps".
         prompt: what is asked; {column} is filled from the row. Where it does not place the image itself (by the model's
             image token, such as <image>) it becomes a turn of the model's chat template.
-        image, caption: columns of the picture's file, relative to the table, and of the caption.
+        image, caption: columns of the image's file, relative to the table, and of the caption.
         concept: column of what Recall looks for in the caption; None for no such column.
         identifier: the one concept of all rows whose caption contains it, such as "<*>"; instead of `concept`.
         eval_data: held-out rows of their own, as `data`; then `eval_size` is not used.
         eval_size: held-out rows, at random under `split_seed`; not used by sample:concepts.
-        batch_size: pictures a batch.
+        batch_size: images a batch.
         max_caption: tokens of a caption; longer ones are cut, and no more are generated.
         sentences: model of the sentence embeddings of SentSim, or "sample:minilm".
-        shown: held-out pictures whose captions `sample` writes.
+        shown: held-out images whose captions `sample` writes.
         dtype: of the frozen weights, "float32" or "bfloat16".
     """
 
@@ -90,7 +90,7 @@ class CaptioningSettings:
         one_of("task.dtype", self.dtype, DTYPES)
         prompt_fields(self.prompt)
         if not self.prompt.strip():
-            raise ValueError("task.prompt: expected what to ask about the picture, got an empty text")
+            raise ValueError("task.prompt: expected what to ask about the image, got an empty text")
         if self.concept and self.identifier:
             raise ValueError("task.concept and task.identifier: expected one of them, got both")
 
@@ -102,7 +102,7 @@ class CaptioningSettings:
 
 @dataclass(frozen=True)
 class CaptioningTask(Defaults):
-    """Captions of pictures; the same split for every seed of training."""
+    """Captions of images; the same split for every seed of training."""
 
     settings: CaptioningSettings
     main_metric: ClassVar[str] = "sentsim"
@@ -140,7 +140,7 @@ class CaptioningTask(Defaults):
 
     @cached_property
     def rows(self) -> tuple[list[CaptionRow], list[CaptionRow]]:
-        """Training and held-out rows; pictures are opened when they are used."""
+        """Training and held-out rows; images are opened when they are used."""
         s = self.settings
         if s.data.startswith("sample:"):
             return sample_rows(s.data.removeprefix("sample:"), s.prompt, s.eval_size, s.split_seed)
@@ -150,10 +150,10 @@ class CaptioningTask(Defaults):
         return split_rows(rows, s.eval_size, s.split_seed, s.data)
 
     def check(self) -> None:
-        """Read all rows, decode up to 2,000 pictures of each part, and lay out a prompt.
+        """Read all rows, decode up to 2,000 images of each part, and lay out a prompt.
 
         Raises:
-            ValueError: for rows, pictures, concepts or a prompt that cannot be used.
+            ValueError: for rows, images, concepts or a prompt that cannot be used.
         """
         s = self.settings
         for rows in self.rows:
@@ -198,7 +198,7 @@ class CaptioningTask(Defaults):
         return Sentences(self.settings.sentences)
 
     def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
-        """Captions of some held-out pictures, spread evenly, and the pictures beside them."""
+        """Captions of some held-out images, spread evenly, and the images beside them."""
         held_out = self.rows[1]
         count = min(self.settings.shown, len(held_out))
         chosen = [held_out[i * len(held_out) // count] for i in range(count)]
@@ -251,7 +251,7 @@ def caption_targets(source: str) -> str:
 
 
 def tiny_settings(settings: CaptioningSettings, folder: Path) -> CaptioningSettings:
-    """The same task on a tiny random model of the same architecture and eight pictures of noise, made in `folder`."""
+    """The same task on a tiny random model of the same architecture and eight images of noise, made in `folder`."""
     from ..text.tiny import tiny_encoder
     from .tiny import CAPTIONS, tiny_vlm, write_captions
 

@@ -110,10 +110,10 @@ def _llava_processor(tokenizer: Any, strategy: str) -> Any:
 
 
 def write_captions(path: Path, concept: str, fields: Mapping[str, str], keys: Mapping[str, str]) -> str:
-    """Eight pictures of noise with captions, as a .jsonl file; its name.
+    """Eight images of noise with captions, as a .jsonl file; its name.
 
     Args:
-        path: of the file; the pictures lie beside it.
+        path: of the file; the images lie beside it.
         concept: a name that every other caption contains.
         fields: further columns, the same in each row.
         keys: names of the columns "image", "caption" and "concept"; no column where it is "".

@@ -1,4 +1,4 @@
-"""Photos of a subject, pictures of its class, and the batches of DreamBooth (Ruiz et al. 2023)."""
+"""Photos of a subject, images of its class, and the batches of DreamBooth (Ruiz et al. 2023)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ INIT_LATENTS = ("clean", "noised")
 
 
 def photo_files(data: str) -> list[Path]:
-    """The pictures of a folder in the order of their names; "sample:dog" and others are made, see `small_pictures`.
+    """The images of a folder in the order of their names; "sample:dog" and others are made, see `small_pictures`.
 
     Raises:
-        ValueError: if there is no such folder or sample, or no picture in it.
+        ValueError: if there is no such folder or sample, or no image in it.
     """
     if data.startswith("sample:"):
         subject = data.removeprefix("sample:")
@@ -40,7 +40,7 @@ def photo_files(data: str) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     photos = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not photos:
-        raise ValueError(f"{data}: no picture is in it ({', '.join(SUFFIXES)}); put 3 to 6 photos of one subject there")
+        raise ValueError(f"{data}: no image is in it ({', '.join(SUFFIXES)}); put 3 to 6 photos of one subject there")
     others = sorted(set(files) - set(photos))
     if others:
         warn_caller(left_out(data, len(others), others[0].name))
@@ -48,12 +48,12 @@ def photo_files(data: str) -> list[Path]:
 
 
 def open_photo(path: Path) -> Image.Image:
-    """A picture as RGB, see `cntlora.lab.recipes.picture_files.open_picture`."""
+    """An image as RGB, see `cntlora.lab.recipes.picture_files.open_picture`."""
     return open_picture(path)
 
 
 def as_pixels(pictures: Sequence[Image.Image], side: int) -> Tensor:
-    """Pictures as (n, 3, side, side) in [−1, 1]: the largest square from the middle, resized (bicubic)."""
+    """Images as (n, 3, side, side) in [−1, 1]: the largest square from the middle, resized (bicubic)."""
     fitted = [ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC) for picture in pictures]
     array = np.stack([np.asarray(picture) for picture in fitted])
     return torch.tensor(array).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -89,9 +89,9 @@ def class_folder(model: str, prompt: str, steps: int, guidance: float) -> Path:
 def class_files(
     pipeline: Any, prompt: str, count: int, folder: Path, *, steps: int, guidance: float, batch_size: int
 ) -> list[Path]:
-    """Pictures of a class that the pretrained pipeline makes of its prompt, each once: those in `folder` are kept.
+    """Images of a class that the pretrained pipeline makes of its prompt, each once: those in `folder` are kept.
 
-    Picture i is drawn under seed i, and written under another name first, so an interrupted call goes on where it was.
+    Image i is drawn under seed i, and written under another name first, so an interrupted call goes on where it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:04d}.png" for i in range(count)]
@@ -109,7 +109,7 @@ def class_files(
 def generate(
     pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float
 ) -> list[Image.Image]:
-    """One picture a prompt, each drawn under its own seed; no global generator is used."""
+    """One image a prompt, each drawn under its own seed; no global generator is used."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad():
         made = pipeline(list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators)
@@ -119,19 +119,19 @@ def generate(
 
 @dataclass
 class DreamboothBatches:
-    """Batches of noised photos, each beside as many pictures of the class, that can be read again.
+    """Batches of noised photos, each beside as many images of the class, that can be read again.
 
     A batch holds latents (2b, c, h, w), timesteps (2b,), target (2b, c, h, w), weights (2b,) and the tensors of the
-    texts (2b, …); without class pictures b rows. With the weights 1/b for photos and prior_weight/b for pictures of
+    texts (2b, …); without class images b rows. With the weights 1/b for photos and prior_weight/b for images of
     the class, Σ wᵢ·MSEᵢ is DreamBooth's loss, also where the rows are read one at a time.
 
     Attributes:
         photos, of_class: clean latents (n, c, h, w) and (m, c, h, w).
-        texts: of one photo and one picture of the class, each tensor (2, …).
+        texts: of one photo and one image of the class, each tensor (2, …).
         scheduler: adds the noise.
         batch_size: photos a batch; the last one of a pass may have fewer.
-        prior_weight: of the pictures of the class.
-        seed: order, noise, time steps and the choice of pictures depend on it and on the pass alone.
+        prior_weight: of the images of the class.
+        seed: order, noise, time steps and the choice of images depend on it and on the pass alone.
         clean: latents without noise, at time step 0, for initialisation.
         epoch: the number of the pass that is read next; every reading from the start adds one.
     """
@@ -183,7 +183,7 @@ class Subject:
 
     Attributes:
         pictures: the photos, square, of the pipeline's size.
-        photos, of_class: their latents, and those of the pictures of the class.
+        photos, of_class: their latents, and those of the images of the class.
         texts: tokens of the instance prompt and of the class prompt.
         scheduler: the training noise.
     """
@@ -196,7 +196,7 @@ class Subject:
 
 
 def read_subject(pipeline: Any, photos: Sequence[Path], of_class: Sequence[Path], prompts: tuple[str, str]) -> Subject:
-    """Photos and pictures of the class, encoded once, with the tokens of their two prompts."""
+    """Photos and images of the class, encoded once, with the tokens of their two prompts."""
     side = side_of(pipeline)
     opened = [ImageOps.fit(open_photo(path), (side, side), Image.Resampling.BICUBIC) for path in photos]
     latents = encode_pictures(pipeline, as_pixels(opened, side))

@@ -257,7 +257,7 @@ def training_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Ten
 
 
 def side_of(pipeline: Any) -> int:
-    """Width and height in pixels of the pictures that the pipeline makes."""
+    """Width and height in pixels of the images that the pipeline makes."""
     unet = pipeline.unet.config
     if getattr(pipeline, "vae", None) is None:
         return int(unet.sample_size) * patch_side(unet.in_channels)
@@ -265,7 +265,7 @@ def side_of(pipeline: Any) -> int:
 
 
 def encode_pictures(pipeline: Any, pixels: Tensor) -> Tensor:
-    """Latents (n, c, h, w) of pictures (n, 3, H, W) in [−1, 1]: the mode of the autoencoder's posterior, scaled.
+    """Latents (n, c, h, w) of images (n, 3, H, W) in [−1, 1]: the mode of the autoencoder's posterior, scaled.
 
     Where the pipeline has no autoencoder, the pixels themselves in the UNet's layout.
     """

@@ -1,7 +1,7 @@
 """Scores of generated images, likeness to the subject and to the prompt: DINO, CLIP-I, CLIP-T, and stand-ins.
 
 All are cosines in [−1, 1]; the paper gives them times 100. A similarity is the mean over all pairs of a generated
-picture and a photo of the subject.
+image and a photo of the subject.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Features = Callable[[Sequence[Image.Image]], Tensor]
 
 
 def pixels(pictures: Sequence[Image.Image], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pictures (n, 3, 224, 224): the largest square from the middle, bicubic, normalised."""
+    """Images (n, 3, 224, 224): the largest square from the middle, bicubic, normalised."""
     fitted = [ImageOps.fit(picture.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC) for picture in pictures]
     values = torch.tensor(np.stack([np.asarray(one) for one in fitted])).permute(0, 3, 1, 2).float() / 255
     return (values - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -68,7 +68,7 @@ def class_tokens(model: str, pictures: Sequence[Image.Image]) -> Tensor:
 
 @torch.no_grad()
 def clip_pictures(model: str, pictures: Sequence[Image.Image]) -> Tensor:
-    """Unit vectors (n, width) of CLIP's picture side."""
+    """Unit vectors (n, width) of CLIP's image side."""
     network = _loaded(model)
     values = pixels(pictures, CLIP_MEAN, CLIP_STD).to(network.device)
     pooled = network.vision_model(pixel_values=values).pooler_output
@@ -114,10 +114,10 @@ def measures(dino: str, clip: str, stand_ins: Sequence[str]) -> dict[str, Featur
 
 
 def similarity(features: Features, made: Sequence[Image.Image], photos: Tensor) -> float:
-    """Mean cosine of all pairs of a picture and a row of `photos`, unit vectors (m, width)."""
+    """Mean cosine of all pairs of an image and a row of `photos`, unit vectors (m, width)."""
     return float((features(made) @ photos.T).mean())
 
 
 def text_fidelity(clip: str, made: Sequence[Image.Image], texts: Sequence[str]) -> float:
-    """CLIP-T: mean cosine of each picture and its own text."""
+    """CLIP-T: mean cosine of each image and its own text."""
     return float((clip_pictures(clip, made) * clip_texts(clip, texts)).sum(dim=-1).mean())

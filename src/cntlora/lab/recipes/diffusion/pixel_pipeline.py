@@ -16,7 +16,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 class PixelOutput(BaseOutput):  # type: ignore[misc]
-    """The pictures of one call."""
+    """The images of one call."""
 
     images: list[Image.Image]
 
@@ -34,7 +34,7 @@ def patch_side(channels: int) -> int:
 
 
 def to_positions(pixels: Tensor, channels: int) -> Tensor:
-    """Pictures (N, 3, H, W) as (N, channels, H/s, W/s), with s = `patch_side(channels)`."""
+    """Images (N, 3, H, W) as (N, channels, H/s, W/s), with s = `patch_side(channels)`."""
     return pixel_unshuffle(pixels, patch_side(channels))
 
 
@@ -99,7 +99,7 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # type:
         output_type: str = "pil",
         **_: Any,
     ) -> Any:
-        """Pictures of prompts, as diffusers' pipelines: `.images`, of type "pil", "np" or "pt"."""
+        """Images of prompts, as diffusers' pipelines: `.images`, of type "pil", "np" or "pt"."""
         from diffusers.utils.torch_utils import randn_tensor
 
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)

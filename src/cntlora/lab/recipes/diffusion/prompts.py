@@ -1,6 +1,6 @@
 """The prompts of DreamBooth's evaluation (Ruiz et al. 2023), 25 for objects and 25 for living subjects.
 
-In each, {} stands for the subject: "sks dog" where pictures are made, "dog" where a text is compared with a picture.
+In each, {} stands for the subject: "sks dog" where images are made, "dog" where a text is compared with an image.
 """
 
 from __future__ import annotations

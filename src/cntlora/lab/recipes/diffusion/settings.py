@@ -22,7 +22,7 @@ class DreamboothSettings:
         class_prompt: the same without it: "a photo of a dog".
         identifier: a rare word.
         subject: the subject's words in prompts; the instance prompt from the identifier to its end unless given.
-        prior_weight: of the loss on pictures of the class; 0 for none of them.
+        prior_weight: of the loss on images of the class; 0 for none of them.
         class_pictures: how many, generated once by the model itself.
         class_folder: where they lie; a folder in the cache unless given.
         batch_size: photos a batch.
@@ -31,10 +31,10 @@ class DreamboothSettings:
         kind: which prompts score the model: "object", "live" (25 each) or "small".
         prompts: others instead, with {} for the subject.
         prompt_count: take the first so many only; None for all.
-        seeds: pictures a prompt.
-        sample_prompts: templates of the pictures that show the training; the first three unless given.
-        sampling_steps, guidance: of generated pictures.
-        generate_batch: pictures generated at once.
+        seeds: images a prompt.
+        sample_prompts: templates of the images that show the training; the first three unless given.
+        sampling_steps, guidance: of generated images.
+        generate_batch: images generated at once.
         dino, clip: models for DINO, and for CLIP-I and CLIP-T; "" to leave them out.
         stand_ins: other similarities for where these cannot be had, see `diffusion_metrics.STAND_INS`.
     """

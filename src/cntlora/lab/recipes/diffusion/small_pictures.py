@@ -1,6 +1,6 @@
-"""Captioned pictures for the small text-to-image model, and subjects that it has never seen.
+"""Captioned images for the small text-to-image model, and subjects that it has never seen.
 
-A picture is clip art laid on a drawn background, and its caption says so: "a photo of a red apple on the beach".
+An image is clip art laid on a drawn background, and its caption says so: "a photo of a red apple on the beach".
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SUBJECTS: Mapping[str, str] = {
     "double_decker_bus": "bus",
 }
 LIVING = ("bird", "fish", "dog")
-# folder of a stamp → what it is, so that class words ("a bird") have many pictures
+# folder of a stamp → what it is, so that class words ("a bird") have many images
 _NOUNS = {
     "birds": "bird", "fish": "fish", "insects": "insect", "dogs": "dog", "cats": "cat", "bears": "bear",
     "mammals": "animal", "bovines": "cow", "deer": "deer", "equines": "horse", "rodents": "rodent",
@@ -64,7 +64,7 @@ _NOUNS = {
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: RGBA, what it shows ("a red apple"), its class ("a fruit", or the same), "photo" or "drawing"."""
+    """One image: RGBA, what it shows ("a red apple"), its class ("a fruit", or the same), "photo" or "drawing"."""
 
     picture: Image.Image
     what: str
@@ -84,7 +84,7 @@ def phrase(caption: str) -> str:
 
 
 def items() -> list[Item]:
-    """The pictures that pretraining sees, in a fixed order: stamps of four classes and emoji of two.
+    """The images that pretraining sees, in a fixed order: stamps of four classes and emoji of two.
 
     Raises:
         RuntimeError: if a package cannot be downloaded; the message says what to do.
@@ -112,7 +112,7 @@ def _opened(file: Path | NDArray[np.uint8]) -> Image.Image:
 
 
 def cropped(picture: Image.Image) -> Image.Image:
-    """An RGBA picture without its transparent rim, at most 4 times the size that is drawn."""
+    """An RGBA image without its transparent rim, at most 4 times the size that is drawn."""
     picture = picture.crop(picture.getchannel("A").getbbox())
     picture.thumbnail((4 * SIZE, 4 * SIZE), Image.Resampling.BICUBIC)
     return picture
@@ -144,12 +144,12 @@ def composed(
     shift: tuple[float, float] = (0.0, 0.0),
     flip: bool = False,
 ) -> Image.Image:
-    """A picture laid on a background.
+    """An image laid on a background.
 
     Args:
         picture: RGBA.
         on: RGB, square.
-        scale: the picture's longer side as a share of the background's side.
+        scale: the image's longer side as a share of the background's side.
         shift: right and down from the middle, as shares of the free room, −1 to 1.
         flip: left and right exchanged.
     """
@@ -164,7 +164,7 @@ def composed(
 
 
 def drawn(item: Item, rng: np.random.Generator, size: int = SIZE) -> tuple[Image.Image, str]:
-    """A random picture of an item with its caption; one in four says the class only, one in six has white behind it."""
+    """A random image of an item with its caption; one in four says the class only, one in six has white behind it."""
     names = background_names()
     place = names[int(rng.integers(len(names)))] if rng.random() > 0.16 else names[0]
     scale, flip = rng.uniform(0.72, 1.0), bool(rng.random() < 0.5)
@@ -183,11 +183,11 @@ def subject_photos(folder: Path, stem: str, *, count: int = 5, size: int = SIZE)
     Args:
         folder: gets `<stem>/1.png` and so on, if they are not there yet.
         stem: a key of `SUBJECTS`.
-        count: number of pictures.
-        size: of the pictures in pixels.
+        count: number of images.
+        size: of the images in pixels.
 
     Returns:
-        The folder of the pictures.
+        The folder of the images.
     """
     home = folder / stem
     if len(list(home.glob("*.png"))) >= count:

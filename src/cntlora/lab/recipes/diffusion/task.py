@@ -1,4 +1,4 @@
-"""DreamBooth: a text-to-image model learns one subject from a few photos; pictures of its class hold the rest."""
+"""DreamBooth: a text-to-image model learns one subject from a few photos; images of its class hold the rest."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from .settings import DreamboothSettings
 from .tiny import tiny_settings
 
 EVAL_SEED = 20_000
-"""First seed of scored pictures: others than those of the pictures of the class, which start at 0."""
+"""First seed of scored images: others than those of the images of the class, which start at 0."""
 EVAL_DRAWS = 8
 """Draws of noise a photo in the held-out loss."""
 
 
 @dataclass(frozen=True)
 class DreamboothTask(Defaults):
-    """One subject. The loss of photos and pictures of the class is what trains; pictures of new prompts are scored."""
+    """One subject. The loss of photos and images of the class is what trains; images of new prompts are scored."""
 
     settings: DreamboothSettings
     peft_type: ClassVar[str | None] = None
@@ -52,7 +52,7 @@ class DreamboothTask(Defaults):
 
     @property
     def metrics(self) -> dict[str, str]:
-        """ "loss", of the photos under fixed noise, and the similarities and fidelity of generated pictures."""
+        """ "loss", of the photos under fixed noise, and the similarities and fidelity of generated images."""
         s = self.settings
         names = [*measures(s.dino, s.clip, s.stand_ins), *(["clip_t"] if s.clip else [])]
         return {**dict.fromkeys(names, "max"), "loss": "min"}
@@ -66,7 +66,7 @@ class DreamboothTask(Defaults):
         """Open every photo, and warn if they are almost black.
 
         Raises:
-            ValueError: for a folder without pictures, or a broken one; names it.
+            ValueError: for a folder without images, or a broken one; names it.
         """
         files = photo_files(self.settings.data)
         dark = [path for path in files if is_dark(open_photo(path))]
@@ -80,7 +80,7 @@ class DreamboothTask(Defaults):
 
     @cached_property
     def subject(self) -> Subject:
-        """Photos and pictures of the class, which are generated now unless they are there."""
+        """Photos and images of the class, which are generated now unless they are there."""
         s, of_class = self.settings, []
         if s.prior_weight and s.class_pictures:
             folder = Path(s.class_folder).expanduser() if s.class_folder else self._class_folder()
@@ -108,7 +108,7 @@ class DreamboothTask(Defaults):
         )
 
     def train_batches(self, seed: int) -> DreamboothBatches:
-        """Each photo once a pass, with noise, time steps and pictures of the class drawn anew."""
+        """Each photo once a pass, with noise, time steps and images of the class drawn anew."""
         return self._batches(seed, self.subject.photos)
 
     def init_batches(self, seed: int) -> DreamboothBatches:
@@ -121,12 +121,12 @@ class DreamboothTask(Defaults):
         return self._batches(seed, self.subject.photos[: s.init_photos], clean=s.init_latents == "clean")
 
     def eval_batches(self) -> list[dict[str, Tensor]]:
-        """The photos without pictures of the class, under noise that is always the same."""
+        """The photos without images of the class, under noise that is always the same."""
         bare = dataclasses.replace(self._batches(EVAL_SEED, self.subject.photos), of_class=self.subject.of_class[:0])
         return [batch for _ in range(EVAL_DRAWS) for batch in bare]
 
     def evaluate(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Mean loss of the batches, and the similarities of pictures of every prompt and seed to the photos."""
+        """Mean loss of the batches, and the similarities of images of every prompt and seed to the photos."""
         s, device = self.settings, next(model.parameters()).device
         with (
             modes(model, training=False),
@@ -159,7 +159,7 @@ class DreamboothTask(Defaults):
         return made
 
     def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
-        """A picture of each sample prompt, the same seed at every step and for every arm."""
+        """An image of each sample prompt, the same seed at every step and for every arm."""
         s = self.settings
         prompts = [filled(template, s.words) for template in s.sample_prompts or s.templates[:3]]
         with modes(model, training=False):

@@ -122,7 +122,7 @@ def pixel(folder: Path) -> None:
 
 
 def scoring_models(dino: Path, clip: Path) -> None:
-    """A vision transformer and a CLIP for pictures of 224 × 224."""
+    """A vision transformer and a CLIP for images of 224 × 224."""
     shape: dict[str, Any] = {
         "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": WIDTH,
         "image_size": 224,
@@ -135,7 +135,7 @@ def scoring_models(dino: Path, clip: Path) -> None:
 
 
 def noise_photos(folder: Path, count: int, size: int = 24) -> None:
-    """Write pictures of noise."""
+    """Write images of noise."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):

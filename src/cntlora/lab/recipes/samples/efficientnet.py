@@ -112,7 +112,7 @@ def efficientnet() -> EfficientNetLite0:
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of any size and mode as float32 (N, 3, 224, 224), whole, on white, normalised as the network expects."""
+    """Images of any size and mode as float32 (N, 3, 224, 224), whole, on white, normalised as the network expects."""
     arrays = np.stack([np.asarray(laid_out(image, SIZE)) for image in images]).astype(np.float32)
     values = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
     return (values - MEAN) / STD
@@ -124,11 +124,11 @@ def efficientnet_features(images: Sequence[Image.Image], batch_size: int = 32) -
     An honest stand-in for CLIP-I and DINO of DreamBooth's evaluation, not the same measure: say so beside the figures.
 
     Args:
-        images: N pictures of any size and mode, at least one.
-        batch_size: pictures at once.
+        images: N images of any size and mode, at least one.
+        batch_size: images at once.
 
     Raises:
-        ValueError: for no picture.
+        ValueError: for no image.
         RuntimeError: if the weights cannot be downloaded.
     """
     if not images:

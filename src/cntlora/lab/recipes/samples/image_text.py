@@ -72,15 +72,15 @@ def _class_embeddings() -> Tensor:
 
 
 def image_text_score(images: Sequence[Image.Image], captions: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Cosine of each picture and each caption, float32 (images, captions); a WEAK PROXY of CLIP-T, say so beside it.
+    """Cosine of each image and each caption, float32 (images, captions); a WEAK PROXY of CLIP-T, say so beside it.
 
-    A picture is the mean of the embeddings of ImageNet's class names, weighted by EfficientNet-lite0's probabilities;
+    An image is the mean of the embeddings of ImageNet's class names, weighted by EfficientNet-lite0's probabilities;
     a caption is its own embedding. The right one is among the five best captions for 39 % of the 319 stamps of
     animals, food, household, plants and vehicles, 21 % of all 785 stamps and 11 % of 554 emoji of animals, food and
     objects (chance: 1.6, 0.6 and 0.9 %): what ImageNet has no class for, it cannot see.
 
     Raises:
-        ValueError: for no picture or no caption.
+        ValueError: for no image or no caption.
         RuntimeError: if a model cannot be downloaded; the message says what to do.
     """
     if not images:

@@ -1,4 +1,4 @@
-"""Pictures with captions and classes that ship inside packages: clip art, emoji, textiles, clothes, digits."""
+"""Images with captions and classes that ship inside packages: clip art, emoji, textiles, clothes, digits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHITE = (255, 255, 255)
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures, opened one at a time, with a caption and a class each.
+    """Images, opened one at a time, with a caption and a class each.
 
     Attributes:
         files: n files, or uint8 arrays (H, W) or (H, W, 3) where the source has no files.
@@ -41,7 +41,7 @@ class Pictures:
     def __post_init__(self) -> None:
         for what, values in (("captions", self.captions), ("labels", self.labels)):
             if len(values) != len(self.files):
-                raise ValueError(f"{what}: expected one for each of {len(self.files)} pictures, got {len(values)}")
+                raise ValueError(f"{what}: expected one for each of {len(self.files)} images, got {len(values)}")
         strange = sorted({label for label in self.labels if not 0 <= label < len(self.names)})
         if strange:
             raise ValueError(f"labels: expected indices of the {len(self.names)} names, got {strange[:5]}")
@@ -52,16 +52,16 @@ class Pictures:
     def open(
         self, row: int, size: int | tuple[int, int] | None = None, background: tuple[int, int, int] = WHITE
     ) -> Image.Image:
-        """A picture as RGB, with what is transparent in it laid on the background.
+        """An image as RGB, with what is transparent in it laid on the background.
 
         Args:
             row: which one.
-            size: None for its own size; an int for a square that the whole picture fits in, in its own shape and in the
+            size: None for its own size; an int for a square that the whole image fits in, in its own shape and in the
                 middle, the rest being background; (width, height) to stretch it. Bicubic.
             background: red, green and blue, 0 to 255.
 
         Raises:
-            ValueError: if the file is no picture or a broken one; names the file.
+            ValueError: if the file is no image or a broken one; names the file.
         """
         return laid_out(_read(self.files[row]), size, background)
 
@@ -75,10 +75,10 @@ class Pictures:
         )
 
     def split(self, eval_size: int | float, seed: int) -> tuple[Pictures, Pictures]:
-        """Training pictures and held-out pictures, in random order, with the same shares of the classes.
+        """Training images and held-out images, in random order, with the same shares of the classes.
 
         Args:
-            eval_size: held-out pictures as a number, or as a share in (0, 1).
+            eval_size: held-out images as a number, or as a share in (0, 1).
             seed: the same seed gives the same split; no global generator is used.
 
         Raises:
@@ -89,11 +89,11 @@ class Pictures:
                 range(len(self)), test_size=eval_size, random_state=seed, stratify=self.labels
             )
         except ValueError as error:
-            raise ValueError(f"eval_size={eval_size} of {len(self)} pictures cannot be held out: {error}") from error
+            raise ValueError(f"eval_size={eval_size} of {len(self)} images cannot be held out: {error}") from error
         return self.take(train), self.take(held_out)
 
     def only(self, names: Sequence[str]) -> Pictures:
-        """The pictures of these classes, which are numbered in the given order.
+        """The images of these classes, which are numbered in the given order.
 
         Raises:
             ValueError: for a name that is no class.
@@ -110,7 +110,7 @@ class Pictures:
 def laid_out(
     picture: Image.Image, size: int | tuple[int, int] | None = None, background: tuple[int, int, int] = WHITE
 ) -> Image.Image:
-    """A picture of any mode as RGB on the background, sized as `Pictures.open` says."""
+    """An image of any mode as RGB on the background, sized as `Pictures.open` says."""
     picture = layered(picture).convert("RGBA")
     if isinstance(size, tuple):
         picture, canvas = picture.resize(size, Image.Resampling.BICUBIC), size
@@ -131,12 +131,12 @@ def _read(file: Path | NDArray[np.uint8]) -> Image.Image:
 
 
 def stamps(*, mirrored: bool = False) -> Pictures:
-    """785 clip-art pictures and photos of Tux Paint in 16 classes, each with a caption.
+    """785 clip-art images and photos of Tux Paint in 16 classes, each with a caption.
 
-    The class is the first folder, animals to vehicles (`files[i].parts` has the finer ones). Each picture has a text
+    The class is the first folder, animals to vehicles (`files[i].parts` has the finer ones). Each image has a text
     file, whose first line is the English caption ("A great blue heron."); 674 captions differ. Sizes are 12 to 1226
-    pixels; most pictures have a transparent background. 158 are letters of alphabets. Left out: sounds, SVG, the
-    translations, and 11 pictures that are mirror images of others and have no caption of their own (`mirrored` adds
+    pixels; most images have a transparent background. 158 are letters of alphabets. Left out: sounds, SVG, the
+    translations, and 11 images that are mirror images of others and have no caption of their own (`mirrored` adds
     them, with the caption of their original: 796).
 
     Source: Debian tuxpaint-stamps-default 2022.06.04, 161 MB, downloaded once, 25 MB kept. GPL-2.
@@ -175,11 +175,11 @@ def emoji(*, skin_tones: bool = False) -> Pictures:
 
     The caption is the Unicode name in small letters ("polar bear", "flag of Nicaragua" as "nicaragua flag"). Classes
     are Unicode's categories: 386 of people down to 5 of "Component" (hair and skin samples). `skin_tones` adds the
-    1,875 pictures that are another one in other skin tones, under the same caption; they are left out since near
+    1,875 images that are another one in other skin tones, under the same caption; they are left out since near
     copies on both sides of a split would make held-out scores too good.
 
-    Source: npm emoji-datasource-twitter 16.0.0, 62 MB, downloaded once, 17 MB kept. Code MIT, pictures of Twitter's
-    Twemoji CC-BY 4.0. Left out: the sheets of all pictures in one.
+    Source: npm emoji-datasource-twitter 16.0.0, 62 MB, downloaded once, 17 MB kept. Code MIT, images of Twitter's
+    Twemoji CC-BY 4.0. Left out: the sheets of all images in one.
 
     Raises:
         RuntimeError: if it cannot be downloaded (needs npm); the message says what to do.
@@ -209,7 +209,7 @@ TEXTILES = {"nominal": "without a defect", "local": "with a local defect", "glob
 def textiles() -> Pictures:
     """2,000 simulated textile surfaces, 250×250, grey: 1,000 without a defect, 500 with a local, 500 with a global one.
 
-    The pictures are made by a computer (the source says "simulated"), no photos. A local defect is a small spot of
+    The images are made by a computer (the source says "simulated"), no photos. A local defect is a small spot of
     another texture and hard to see; a global one changes the whole weave. The caption is the same for each of a class.
 
     Source: PyPI conformal-clip-data 0.1.4 (Megahed et al. 2025, arXiv 2501.12596), 42 MB, downloaded once. MIT.
@@ -234,7 +234,7 @@ CLOTHES = (
 
 
 def fashion_mnist(part: str = "train", count: int | None = None) -> Pictures:
-    """Fashion-MNIST: 28×28 grey pictures of clothes on black in 10 classes, as arrays in memory.
+    """Fashion-MNIST: 28×28 grey images of clothes on black in 10 classes, as arrays in memory.
 
     Args:
         part: "train" (60,000) or "test" (10,000).

@@ -1,4 +1,4 @@
-"""Labelled pictures read from folders, tables and published data sets."""
+"""Labelled images read from folders, tables and published data sets."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def _open_file(source: Any, size: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pictures and their classes; a picture is opened when it is needed.
+    """Images and their classes; an image is opened when it is needed.
 
     Attributes:
         sources: n files, or whatever `load` opens.
         labels: n class indices.
         names: of the classes.
         where: the folder, file or data set, for messages.
-        load: (source, size that is wanted in the end) → RGB picture of any size.
+        load: (source, size that is wanted in the end) → RGB image of any size.
     """
 
     sources: Sequence[Any]
@@ -52,7 +52,7 @@ class LabelledImages:
     def __post_init__(self) -> None:
         if len(self.names) < 2:
             found = f"only {self.names[0]!r}" if self.names else "none"
-            raise ValueError(f"{self.where}: expected at least two classes, got {found}; add pictures of another class")
+            raise ValueError(f"{self.where}: expected at least two classes, got {found}; add images of another class")
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -63,23 +63,23 @@ class LabelledImages:
         return LabelledImages(sources, labels, self.names, self.where, self.load)
 
     def split(self, eval_size: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-        """Training and held-out pictures in random order, with the same shares of the classes.
+        """Training and held-out images in random order, with the same shares of the classes.
 
         Args:
-            eval_size: held-out pictures: a number from 1, or a share below 1.
+            eval_size: held-out images: a number from 1, or a share below 1.
             seed: the same seed gives the same split; no global generator is used.
 
         Raises:
-            ValueError: if a class has one picture only, or the pictures do not suffice.
+            ValueError: if a class has one image only, or the images do not suffice.
         """
         counts = np.bincount(np.asarray(self.labels), minlength=len(self.names))
         few = [f"{self.names[i]!r} has {count}" for i, count in enumerate(counts) if count < 2]
         if few:
             raise ValueError(
-                f"{self.where}: expected at least two pictures of each class, one to train on and one to hold out, but "
+                f"{self.where}: expected at least two images of each class, one to train on and one to hold out, but "
                 f"class {few[0]}" + (f" (and {len(few) - 1} more classes)" if len(few) > 1 else "")
             )
-        check_held_out(self.where, len(self), "pictures", eval_size, len(self.names))
+        check_held_out(self.where, len(self), "images", eval_size, len(self.names))
         size = eval_size if eval_size < 1 else int(eval_size)
         train, held_out = train_test_split(
             range(len(self)), test_size=size, random_state=seed, stratify=list(self.labels)
@@ -94,14 +94,14 @@ class LabelledImages:
             raise ValueError(f"{self.where}: train_size={size} is less than one for each of {len(self.names)} classes")
         order = np.random.default_rng(seed).permutation(len(self))
         labels = np.asarray(self.labels)[order]
-        place = np.empty(len(self))  # of a picture within its class, from 0 to 1
+        place = np.empty(len(self))  # of an image within its class, from 0 to 1
         for label in range(len(self.names)):
             rows = np.flatnonzero(labels == label)
             place[rows] = np.arange(len(rows)) / max(1, len(rows))
         return self.take(order[np.argsort(place, kind="stable")[:size]].tolist())
 
     def check(self, limit: int = CHECKED) -> None:
-        """Decode the pictures, or `limit` of them evenly spread where there are more; warn if they are almost black.
+        """Decode the images, or `limit` of them evenly spread where there are more; warn if they are almost black.
 
         Raises:
             ValueError: at the first one that cannot be read; names it.
@@ -117,17 +117,17 @@ class LabelledImages:
 def read_images(
     data: str, *, image: str = "image", label: str = "label", split: str = "train", eval_split: str | None = None
 ) -> tuple[LabelledImages, LabelledImages | None]:
-    """Labelled pictures, and the held-out ones if the data set has them apart.
+    """Labelled images, and the held-out ones if the data set has them apart.
 
     Args:
-        data: a folder with a subfolder of pictures for each class, or with `train` and `test` (or `validation`) that
-            hold such subfolders; a .csv, .tsv or .jsonl file with picture files (relative to the file) and classes; or
+        data: a folder with a subfolder of images for each class, or with `train` and `test` (or `validation`) that
+            hold such subfolders; a .csv, .tsv or .jsonl file with image files (relative to the file) and classes; or
             the name of a published data set, `owner/name` or `owner/name:configuration`, that `datasets` loads.
         image, label: columns of a table or data set.
         split, eval_split: of a published data set.
 
     Raises:
-        ValueError: if there is no such data, a class or column is missing, or there is no picture; names the place.
+        ValueError: if there is no such data, a class or column is missing, or there is no image; names the place.
     """
     path = Path(data).expanduser()
     if path.is_dir():
@@ -145,7 +145,7 @@ def read_images(
 
 
 def _folders(root: Path) -> tuple[LabelledImages, LabelledImages | None]:
-    """Pictures of class folders, or of a `train` and a held-out folder of them."""
+    """Images of class folders, or of a `train` and a held-out folder of them."""
     held_out = [name for name in _HELD_OUT if (root / name).is_dir()]
     if not ((root / "train").is_dir() and held_out):
         return class_folders(root), None
@@ -159,16 +159,16 @@ def _folders(root: Path) -> tuple[LabelledImages, LabelledImages | None]:
 
 
 def class_folders(root: Path) -> LabelledImages:
-    """The pictures under each subfolder, however deep; its name is the class. Other files are left out, with a warning.
+    """The images under each subfolder, however deep; its name is the class. Other files are left out, with a warning.
 
     Hidden files and folders are ignored.
 
     Raises:
-        ValueError: if there is no subfolder, or one without pictures.
+        ValueError: if there is no subfolder, or one without images.
     """
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
-        raise ValueError(f"{root}: expected a subfolder of pictures for each class, got none")
+        raise ValueError(f"{root}: expected a subfolder of images for each class, got none")
     sources: list[Path] = []
     labels: list[int] = []
     others: list[Path] = []
@@ -177,10 +177,10 @@ def class_folders(root: Path) -> LabelledImages:
         pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
         others += [p for p in files if p.suffix.lower() not in SUFFIXES]
         if not pictures:
-            raise ValueError(f"{root / name}: no picture is in it ({', '.join(SUFFIXES)}); add some or remove it")
+            raise ValueError(f"{root / name}: no image is in it ({', '.join(SUFFIXES)}); add some or remove it")
         sources += pictures
         labels += [index] * len(pictures)
-    warn_alike(Counter(names[i] for i in labels), str(root), "pictures")
+    warn_alike(Counter(names[i] for i in labels), str(root), "images")
     if others:
         warn_caller(left_out(root, len(others), others[0]))
     return LabelledImages(sources, labels, tuple(names), str(root))
@@ -246,10 +246,10 @@ def _published_labels(parts: Sequence[Any], label: str, where: Sequence[str]) ->
 
 
 def _open_row(part: Any, column: str, data: str, row: int, size: int) -> Image.Image:
-    """The picture of a row of a published data set; `size` is not needed, the picture comes decoded."""
+    """The image of a row of a published data set; `size` is not needed, the image comes decoded."""
     value = part[row][column]
     if not isinstance(value, Image.Image):
-        raise ValueError(f"{data}: row {row + 1}: expected a picture in column {column!r}, got {type(value).__name__}")
+        raise ValueError(f"{data}: row {row + 1}: expected an image in column {column!r}, got {type(value).__name__}")
     try:
         return opaque(value)
     except ValueError as error:

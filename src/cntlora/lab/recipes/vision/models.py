@@ -62,7 +62,7 @@ def folder_or_name(model: str) -> str:
     if not model.startswith("sample:"):
         return model
     if model != "sample:dinov2":
-        raise ValueError(f"task.model: {model!r} is not known; the sample for pictures is 'sample:dinov2'")
+        raise ValueError(f"task.model: {model!r} is not known; the sample for images is 'sample:dinov2'")
     from ..samples.models import dinov2_folder
 
     return str(dinov2_folder())
@@ -83,7 +83,7 @@ def load_config(model: str) -> Any:
 
 
 def check_backbone(model: str, size: int, feature_layer: int | None) -> None:
-    """Return whether the model exists, and has that layer and patches that fit the pictures' size.
+    """Return whether the model exists, and has that layer and patches that fit the images' size.
 
     Raises:
         ValueError: if not; says which values do.

@@ -1,4 +1,4 @@
-"""Batches of pixels: pictures resized, kept in memory, shuffled and augmented anew in every pass, normalised."""
+"""Batches of pixels: images resized, kept in memory, shuffled and augmented anew in every pass, normalised."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SMALLEST_CROP = 0.5  # share of the area
 
 @dataclass
 class Pixels:
-    """Pictures as uint8 (3, size, size), resized (bicubic, the aspect is not kept), each decoded once while they fit.
+    """Images as uint8 (3, size, size), resized (bicubic, the aspect is not kept), each decoded once while they fit.
 
     Attributes:
-        images: the pictures.
+        images: the images.
         size: pixels of each side.
-        cache_mib: memory for decoded pictures; those beyond are decoded at every use.
+        cache_mib: memory for decoded images; those beyond are decoded at every use.
     """
 
     images: LabelledImages
@@ -34,7 +34,7 @@ class Pixels:
     _cache: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def rows(self, rows: Sequence[int]) -> Tensor:
-        """The given pictures, (len(rows), 3, size, size)."""
+        """The given images, (len(rows), 3, size, size)."""
         threads = min(torch.get_num_threads(), len(rows))
         if threads < 2 or all(row in self._cache for row in rows):
             return torch.stack([self._row(row) for row in rows])
@@ -57,10 +57,10 @@ class ImageBatches:
     """Batches {"pixel_values": (b, 3, size, size) float32, "labels": (b,) int64} that can be read again.
 
     Attributes:
-        pixels: the pictures.
-        batch_size: pictures a batch; the last one may have fewer.
-        seed: order and augmentation depend on it and on the pass alone; None for the pictures as they come.
-        augment: "none"; "flip": half of the pictures mirrored left to right; "crop": flip, and a random square of 50 to
+        pixels: the images.
+        batch_size: images a batch; the last one may have fewer.
+        seed: order and augmentation depend on it and on the pass alone; None for the images as they come.
+        augment: "none"; "flip": half of the images mirrored left to right; "crop": flip, and a random square of 50 to
             100 % of the area brought to the full size.
         mean, std: of the three channels, in [0, 1].
         epoch: the number of the pass that is read next; every reading from the start adds one.
@@ -102,7 +102,7 @@ class ImageBatches:
 
 
 def augmented(values: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Pictures (b, 3, size, size) in [0, 1], each changed at random as `ImageBatches.augment` says."""
+    """Images (b, 3, size, size) in [0, 1], each changed at random as `ImageBatches.augment` says."""
     if kind == "none":
         return values
     flips = torch.rand(len(values), generator=generator) < 0.5

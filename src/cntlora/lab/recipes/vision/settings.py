@@ -17,16 +17,16 @@ class ImageSettings:
     Attributes:
         name: of the task.
         model: hub name or folder of a backbone for `AutoModel`, or "sample:dinov2", which a package ships.
-        data: where the pictures are.
+        data: where the images are.
         pooling: what the head sees: "cls", the first token; "mean" of the patches; "pooler", the model's own pooled
             output (ConvNeXt, Swin); or "own": the model and head of `AutoModelForImageClassification`.
         feature_layer: the backbone ends after this layer (1 is the first), then comes its last norm; None for all.
-        size: pixels of each side that pictures are resized to, bicubic.
-        batch_size: pictures a batch.
-        augment: of training pictures: "none", "flip" or "crop", see `ImageBatches`.
+        size: pixels of each side that images are resized to, bicubic.
+        batch_size: images a batch.
+        augment: of training images: "none", "flip" or "crop", see `ImageBatches`.
         mean, std: of the channels, for normalisation; ImageNet's unless the model was trained with others.
         head_std: standard deviation of the new head's weights; its biases start at 0.
-        cache_mib: memory for decoded pictures, each of training and held-out ones.
+        cache_mib: memory for decoded images, each of training and held-out ones.
     """
 
     name: str = "vision"
@@ -43,7 +43,7 @@ class ImageSettings:
     cache_mib: int = 1024
 
     def __post_init__(self) -> None:
-        needed = {"model": "hub name or folder", "data": "folder, table or data set with pictures"}
+        needed = {"model": "hub name or folder", "data": "folder, table or data set with images"}
         missing = [key for key in needed if not getattr(self, key)]
         if missing:
             raise ValueError(f"task.{missing[0]}: task {self.name!r} needs it, a {needed[missing[0]]}")
@@ -60,14 +60,14 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class VisionSettings(ImageSettings):
-    """`[task]` of "vision": your own pictures, see `images.read_images`.
+    """`[task]` of "vision": your own images, see `images.read_images`.
 
     Attributes:
         image, label: columns of a table or published data set.
-        split, eval_split: of a published data set; without `eval_split`, pictures of `split` are held out.
-        eval_size: held-out pictures: a number from 1, or a share below 1; unused where the data has them apart.
-        train_size: train on so many pictures only; None for all.
-        split_seed: of the split into training and held-out pictures, the same for every run.
+        split, eval_split: of a published data set; without `eval_split`, images of `split` are held out.
+        eval_size: held-out images: a number from 1, or a share below 1; unused where the data has them apart.
+        train_size: train on so many images only; None for all.
+        split_seed: of the split into training and held-out images, the same for every run.
     """
 
     image: str = "image"
@@ -90,7 +90,7 @@ class VtabSettings(ImageSettings):
 
     Attributes:
         dataset: the task's folder, such as "caltech101".
-        part: "test" trains on 1,000 pictures and scores the official test pictures; "val" trains on 800 and scores the
+        part: "test" trains on 1,000 images and scores the official test images; "val" trains on 800 and scores the
             other 200, to choose a learning rate.
     """
 

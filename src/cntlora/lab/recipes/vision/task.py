@@ -1,4 +1,4 @@
-"""Image classification: a pretrained backbone with a new linear head, on your own pictures or on VTAB-1K."""
+"""Image classification: a pretrained backbone with a new linear head, on your own images or on VTAB-1K."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Sources = tuple[LabelledImages, LabelledImages]
 
 
 def read_vision(settings: VisionSettings) -> Sources:
-    """Training and held-out pictures of task "vision"."""
+    """Training and held-out images of task "vision"."""
     s = settings
     if s.data.startswith("sample:"):
         train, held_out = sample_images(s.data.removeprefix("sample:")), None
@@ -49,7 +49,7 @@ def read_vision(settings: VisionSettings) -> Sources:
 
 
 def sample_images(name: str) -> LabelledImages:
-    """Pictures that packages ship, made square with a white border; see `cntlora.lab.recipes.samples.pictures`.
+    """Images that packages ship, made square with a white border; see `cntlora.lab.recipes.samples.pictures`.
 
     Raises:
         ValueError: for an unknown name.
@@ -75,7 +75,7 @@ class VisionTask(Defaults):
 
     Attributes:
         settings: of "vision" or "vtab".
-        read: settings → training and held-out pictures.
+        read: settings → training and held-out images.
     """
 
     settings: Any
@@ -92,14 +92,14 @@ class VisionTask(Defaults):
 
     @cached_property
     def images(self) -> Sources:
-        """Training and held-out pictures, not opened yet."""
+        """Training and held-out images, not opened yet."""
         return self.read(self.settings)
 
     def check(self) -> None:
-        """Decode up to 2,000 of the training and of the held-out pictures each; any other when it is first used.
+        """Decode up to 2,000 of the training and of the held-out images each; any other when it is first used.
 
         Raises:
-            ValueError: for pictures, tables or a model that cannot be used; names the file or row.
+            ValueError: for images, tables or a model that cannot be used; names the file or row.
         """
         s = self.settings
         check_backbone(s.model, s.size, s.feature_layer)
@@ -108,10 +108,10 @@ class VisionTask(Defaults):
                 images.check()
 
     def describe(self) -> str:
-        """The index of each class with its training pictures."""
+        """The index of each class with its training images."""
         train, held_out = self.images
-        classes = describe_classes(train.names, train.labels, "pictures")
-        return f"classes: {classes}; {len(held_out)} pictures held out"
+        classes = describe_classes(train.names, train.labels, "images")
+        return f"classes: {classes}; {len(held_out)} images held out"
 
     def build_model(self, seed: int) -> nn.Module:
         """The pretrained model in float32 with a new head, drawn under `seed`."""
@@ -132,7 +132,7 @@ class VisionTask(Defaults):
         return Pixels(train, s.size, s.cache_mib), Pixels(held_out, s.size, s.cache_mib)
 
     def train_batches(self, seed: int) -> ImageBatches:
-        """All training pictures, in another order and augmented anew in every pass."""
+        """All training images, in another order and augmented anew in every pass."""
         s = self.settings
         return ImageBatches(self._pixels[0], s.batch_size, seed, s.augment, s.mean, s.std)
 
@@ -141,7 +141,7 @@ class VisionTask(Defaults):
         return self.train_batches(seed)
 
     def eval_batches(self) -> ImageBatches:
-        """The held-out pictures in their order."""
+        """The held-out images in their order."""
         return ImageBatches(self._pixels[1], self.settings.batch_size, mean=self.settings.mean, std=self.settings.std)
 
     def evaluate(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -163,12 +163,12 @@ class VisionTask(Defaults):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier of pictures.
+    """A trained classifier of images.
 
     Attributes:
         model: gives `logits` (b, classes) for `pixel_values`.
         names: of the classes.
-        size, mean, std: of the pictures that it was trained on.
+        size, mean, std: of the images that it was trained on.
     """
 
     model: nn.Module
@@ -178,10 +178,10 @@ class Classifier:
     std: tuple[float, ...]
 
     def probabilities(self, files: Sequence[str | Path]) -> Tensor:
-        """Probability of each class (len(files), classes) for picture files.
+        """Probability of each class (len(files), classes) for image files.
 
         Raises:
-            ValueError: for a file that is no picture.
+            ValueError: for a file that is no image.
         """
         images = LabelledImages(list(files), [0] * len(files), self.names, "files")
         batches = ImageBatches(Pixels(images, self.size), 16, mean=self.mean, std=self.std)
@@ -214,7 +214,7 @@ def load_classifier(folder: str | Path, model: str | Path | None = None) -> Clas
 
 
 def tiny_settings(settings: Settings, folder: Path) -> Settings:
-    """The same task on a random backbone of 3 layers and 16 pictures of noise in two classes, written in `folder`."""
+    """The same task on a random backbone of 3 layers and 16 images of noise in two classes, written in `folder`."""
     swiglu = "giant" in settings.model or "gated" in settings.model
     tiny_backbone(folder / "model", swiglu)
     layer = None if settings.feature_layer is None else 2
@@ -230,7 +230,7 @@ def tiny_settings(settings: Settings, folder: Path) -> Settings:
 
 
 def _tiny_vtab(root: Path) -> None:
-    """16 pictures in the layout of VTAB-1K."""
+    """16 images in the layout of VTAB-1K."""
     lines = [f"images/{row}.png {row % 2}" for row in range(16)]
     for row, line in enumerate(lines):
         _noise(root / line.split()[0], row)

@@ -1,4 +1,4 @@
-"""VTAB-1K: 1,000 training pictures a task, scored on the official test pictures (Zhai et al. 2019)."""
+"""VTAB-1K: 1,000 training images a task, scored on the official test images (Zhai et al. 2019)."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ TABLE_5 = {
 """The 14 columns of the paper's table 5 and their folders; NHAS, "SHVN" read backwards, can only be SVHN."""
 
 PARTS = {"test": ("train800val200.txt", "test.txt"), "val": ("train800.txt", "val200.txt")}
-"""The lists of training and of held-out pictures: "test" for results, "val" to choose a learning rate."""
+"""The lists of training and of held-out images: "test" for results, "val" to choose a learning rate."""
 
 
 def read_vtab(data: str, dataset: str, part: str = "test") -> tuple[LabelledImages, LabelledImages]:
-    """Training and held-out pictures of a task from the folder layout in which VTAB-1K is passed on.
+    """Training and held-out images of a task from the folder layout in which VTAB-1K is passed on.
 
-    `data/dataset/` holds the pictures and lists such as `train800val200.txt`, `train800.txt`, `val200.txt` and
-    `test.txt`, one picture a line: a file relative to `data/dataset/`, a blank, a class index.
+    `data/dataset/` holds the images and lists such as `train800val200.txt`, `train800.txt`, `val200.txt` and
+    `test.txt`, one image a line: a file relative to `data/dataset/`, a blank, a class index.
 
     Args:
         data: folder of all tasks.
@@ -63,7 +63,7 @@ def read_vtab(data: str, dataset: str, part: str = "test") -> tuple[LabelledImag
         part: a key of `PARTS`.
 
     Raises:
-        ValueError: if a folder, list or picture is missing or a line is not as expected; names file and line.
+        ValueError: if a folder, list or image is missing or a line is not as expected; names file and line.
     """
     root = Path(data).expanduser() / dataset
     if not root.is_dir():
@@ -73,7 +73,7 @@ def read_vtab(data: str, dataset: str, part: str = "test") -> tuple[LabelledImag
 
 
 def _listed(root: Path, name: str, classes: int) -> LabelledImages:
-    """The pictures of one list."""
+    """The images of one list."""
     path = root / name
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; expected lines such as 'images/train800/0001.jpg 12'")
