@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
-from cntlora.execution import distributed, site_plans
+from cntlora.execution import reduction, site_plans
 from cntlora.execution.distributed import choose_executor
 from cntlora.execution.executor import LocalExecutor
 from cntlora.execution.processes import gather, raise_together, world_size
@@ -259,11 +259,11 @@ def test_a_loader_that_is_not_sharded_is_noticed(results: Any) -> None:
 
 def test_the_same_batches_may_be_rounded_in_another_way() -> None:
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
-    one = [distributed._size(x.mT @ x)]
+    one = [reduction.size_of(x.mT @ x)]
     order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    assert distributed._equal_sizes(one, [distributed._size((x * (1 + 1e-7))[order].mT @ x[order])])
-    assert not distributed._equal_sizes(one, [distributed._size(x[1:].mT @ x[1:])])  # the control: a row less
-    assert not distributed._equal_sizes(one, [])
+    assert reduction.equal_sizes(one, [reduction.size_of((x * (1 + 1e-7))[order].mT @ x[order])])
+    assert not reduction.equal_sizes(one, [reduction.size_of(x[1:].mT @ x[1:])])  # the control: a row less
+    assert not reduction.equal_sizes(one, [])
 
 
 def test_parameters_that_ddp_holds_are_not_replaced(results: Any) -> None:

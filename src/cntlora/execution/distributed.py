@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import nn
 
-from ..messages import warn_caller
 from ..methods.facts import Facts
 from ..model.layouts import as_matrix
 from ..model.sharded import full, full_at, is_sharded, partitioned, shards
@@ -29,16 +27,15 @@ from .processes import (
     raise_together,
     rank,
     run_together,
-    sum_at,
     synchronised,
     world_size,
 )
+from .reduction import add_at_owner, common_sums, warn_of_equal_data
 from .sharded_inputs import absorb_with_weights
 
 if TYPE_CHECKING:
     from ..data.batches import Forward
     from ..data.collect import Groups
-    from ..linalg.sums import SharedSums
     from ..methods.estimator import Estimator
     from ..model.sites import Site
     from ..plan import InitPlan
@@ -86,11 +83,11 @@ class DistributedExecutor:
         self, estimator: Estimator, facts: Facts, sites: Sequence[Site], waiting: Callable[[str], bool]
     ) -> Facts:
         """Ranks may have read different numbers of batches, and a site may have seen no token on some of them."""
-        _warn_of_equal_data(estimator)
+        warn_of_equal_data(estimator)
         total = Facts()
         for part in gather(facts):
             total.merge(part)
-        groups = [_groups(sums) for sums in estimator.accumulated]
+        groups = [common_sums(sums) for sums in estimator.accumulated]
         names = [site.name for site in sites]
         costs = {site.name: 0.0 if waiting(site.name) else _cost(site) for site in sites}
         linked = linked_names(names, [group.names for of_one in groups for group in of_one])
@@ -98,7 +95,7 @@ class DistributedExecutor:
         devices = {site.name: site.device for site in sites}
         for sums, of_one in zip(estimator.accumulated, groups, strict=True):
             for group in of_one:
-                _send(sums, group, self._owners[group.names[0]], devices[group.names[0]])
+                add_at_owner(sums, group, self._owners[group.names[0]], devices[group.names[0]])
         return total
 
     def own(self, sites: Sequence[Site]) -> list[Site]:
@@ -199,68 +196,6 @@ def linked_names(names: Sequence[str], links: Iterable[Sequence[str]]) -> list[l
 def _cost(site: Site) -> float:
     """The cost of the factors, up to a constant."""
     return float(site.in_features * site.out_features * min(site.in_features, site.out_features))
-
-
-class _Group(NamedTuple):
-    """Names that share one sum on every rank, and what it is like."""
-
-    names: list[str]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    sharded: bool
-
-
-def _groups(sums: SharedSums) -> list[_Group]:
-    """The distinct sums of all ranks; names share one where they share one on every rank."""
-    parts = gather([(n, (tuple(total.shape), total.dtype, is_sharded(total))) for n, total in sums.groups()])
-    kinds = {name: kind for part in parts for names, kind in part for name in names}
-    places = [{name: i for i, (names, _) in enumerate(part) for name in names} for part in parts]
-    found: dict[tuple[int | None, ...], list[str]] = {}
-    for name in sorted(kinds):
-        found.setdefault(tuple(place.get(name) for place in places), []).append(name)
-    return [_Group(names, *kinds[names[0]]) for names in found.values()]
-
-
-def _send(sums: SharedSums, group: _Group, owner: int, device: torch.device) -> None:
-    """The sum over ranks takes the place of a sum at its owner; the others forget theirs."""
-    held = sums.get(group.names[0])
-    if group.sharded:
-        assert held is not None, "a sharded gradient is there on every rank or on none"
-        with lost_process_named():
-            whole = full_at(held, owner)
-        total = None if whole is None else whole * world_size()  # FSDP averages gradients over ranks
-    else:
-        new = torch.zeros(group.shape, dtype=group.dtype, device=device) if held is None else held.clone()
-        total = sum_at(new, owner)
-    if total is None:
-        sums.drop(group.names)
-    else:
-        sums.put(group.names, total)
-
-
-def _warn_of_equal_data(estimator: Estimator) -> None:
-    """Every process should read its own share of the data; a loader that is not sharded gives all of them the same."""
-    totals = [t for sums in estimator.accumulated for _, t in sums.groups() if not is_sharded(t)]
-    everyone = gather([_size(total) for total in totals])
-    if totals and len(everyone) > 1 and all(_equal_sizes(everyone[0], other) for other in everyone):
-        warn_caller(
-            "every process read the same batches, so that they count several times (eq. 18 depends on their number); "
-            "shard the data, for example with a DistributedSampler or accelerator.prepare(loader)"
-        )
-
-
-def _size(total: torch.Tensor) -> tuple[float, float]:
-    """Sum and norm of the entries."""
-    total = total.double()
-    return float(total.sum()), float(torch.linalg.vector_norm(total))
-
-
-def _equal_sizes(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> bool:
-    """Return whether sums are those of the same batches, which another process may round in another way."""
-    return len(one) == len(other) and all(
-        abs(sum_one - sum_other) <= 1e-5 * norm and abs(norm - norm_other) <= 1e-5 * norm
-        for (sum_one, norm), (sum_other, norm_other) in zip(one, other, strict=True)
-    )
 
 
 def choose_executor(model: nn.Module) -> Executor:
