@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from benchmarks.machine import gpu_held, gpu_peak, memory_mib, reset_peak, wait_for
-from benchmarks.rows import FLOOR, Bench, Job
+from benchmarks.rows import BACKWARD, FLOOR, Bench, Job
 from benchmarks.tables import number
 from benchmarks.workloads import WORKLOADS, forward_pass
 
@@ -81,24 +81,34 @@ def rounds(
 def summary(name: str, found: Sequence[dict[str, float]]) -> Record:
     """Median and range of a row's seconds, and of their ratio to the forward pass of the same round.
 
+    And to the forward and backward pass, where that was measured.
+
     The first round counts only where there is no other: a row beyond its budget is cold and says so.
     """
     kept = [r for r in found[1:] if name in r] or [r for r in found if name in r]
     seconds = sorted(r[name] for r in kept)
     ratios = sorted(r[name] / r[FLOOR] for r in kept)
+    with_backward = sorted(r[name] / r[BACKWARD] for r in kept if BACKWARD in r)
     cold = kept[0] is found[0] if kept else False
     return {
         "seconds": median(seconds),
         "seconds_range": [seconds[0], seconds[-1]],
         "ratio": median(ratios),
         "ratios": ratios,
+        **({"ratio_backward": median(with_backward), "ratios_backward": with_backward} if with_backward else {}),
         "runs": len(kept),
         "cold": cold,
     }
 
 
 def measure(
-    workload_name: str, rows: Sequence[str], repeats: int, budget: float, memory: bool, device: torch.device = CPU
+    workload_name: str,
+    rows: Sequence[str],
+    repeats: int,
+    budget: float,
+    memory: bool,
+    device: torch.device = CPU,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Record]:
     """Row → its figures, or "skipped" or "failed" with the reason."""
     workload = WORKLOADS[workload_name]
@@ -106,7 +116,8 @@ def measure(
     wanted = [name for name in dict.fromkeys([FLOOR, *rows]) if name not in workload.skip]
     forward_pass(bench.adapted, bench.batches[:1])
     peaks: dict[str, float] = {}
-    found, failed = rounds({name: bench.job(name) for name in wanted}, repeats, budget, device=device, peaks=peaks)
+    jobs = {name: bench.job(name) for name in wanted}
+    found, failed = rounds(jobs, repeats, budget, clock, device, peaks)
     table: dict[str, Record] = {}
     for name in dict.fromkeys([FLOOR, *rows]):
         if name in workload.skip:

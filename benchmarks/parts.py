@@ -29,8 +29,8 @@ from benchmarks.machine import wait_for
 from torch import Tensor
 
 from cntlora.linalg.factors import spectrum
+from cntlora.linalg.low_rank import symmetric_product
 from cntlora.linalg.parallel import full_precision
-from cntlora.linalg.pseudo_inverse import symmetric_product
 
 TRIPLET_PASSES = 20
 """Products with a thin block that finding leading triplets is counted as."""

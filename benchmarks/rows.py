@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from benchmarks.peers import PEERS, peer_model
-from benchmarks.workloads import Batch, Workload, forward_pass, with_lora
+from benchmarks.workloads import Batch, Workload, backward_pass, forward_pass, with_lora
 from torch import nn
 
 import cntlora
 from cntlora.methods.method import METHODS
 
 FLOOR = "forward pass"
+BACKWARD = "forward and backward pass"
 OURS: dict[str, dict[str, Any]] = {
     "cross": {"method": "cross", "rtol": 0.0},
     "self": {"method": "self"},
@@ -35,7 +36,7 @@ OURS: dict[str, dict[str, Any]] = {
     "pissa": {"method": "pissa"},
     "olora": {"method": "olora"},
 }
-ROWS: tuple[str, ...] = (FLOOR, *OURS, *(f"PEFT {name}" for name in PEERS))
+ROWS: tuple[str, ...] = (FLOOR, BACKWARD, *OURS, *(f"PEFT {name}" for name in PEERS))
 """In the order of the table. "PEFT …" is PEFT's own code, wrapping included; ours is `compute_plan`."""
 
 
@@ -81,6 +82,8 @@ class Bench:
         """
         if row == FLOOR:
             return Job(lambda: self.adapted, lambda model: forward_pass(model, self.batches))
+        if row == BACKWARD:
+            return Job(lambda: self.adapted, lambda model: backward_pass(self.workload, model, self.batches))
         if row in OURS:
             return Job(lambda: self.adapted, lambda model: self.plan(model, OURS[row]))
         name = dict(zip((f"PEFT {peer}" for peer in PEERS), PEERS, strict=True))[row]

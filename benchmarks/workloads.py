@@ -26,6 +26,8 @@ from benchmarks.shapes import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from cntlora.data.gradients import gradients_of
+
 Batch = dict[str, Tensor]
 
 
@@ -65,6 +67,16 @@ def forward_pass(model: nn.Module, batches: Iterable[Batch]) -> None:
     with torch.no_grad():
         for batch in batches:
             model(**batch)
+
+
+def backward_pass(workload: Workload, model: nn.Module, batches: Iterable[Batch]) -> None:
+    """What no method that reads gradients can avoid: every batch once there and back, to the weights of the sites."""
+    weights = [layer.base_layer.weight for layer in model.modules() if hasattr(layer, "base_layer")]
+    with gradients_of(weights, model):
+        for batch in batches:
+            workload.loss(model, batch).backward()
+            for weight in weights:
+                weight.grad = None
 
 
 def output_loss(model: nn.Module, batch: Batch) -> Tensor:

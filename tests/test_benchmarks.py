@@ -143,7 +143,9 @@ def test_the_command_writes_a_record_and_prints_it_again(tmp_path: Path, capsys:
     (tmp_path / "scaling.json").write_text("{}")  # another benchmark's
     init_cost.main(["--table", "--out", str(tmp_path)])
     assert capsys.readouterr().out.strip().endswith(printed)
-    with pytest.raises(SystemExit, match="'pisa' is not known; expected some of: forward pass, cross"):
+    with pytest.raises(
+        SystemExit, match="'pisa' is not known; expected some of: forward pass, forward and backward pass, cross"
+    ):
         init_cost.main(["--workloads", "tiny", "--rows", "pisa"])
     with pytest.raises(ValueError, match="found none"):
         init_cost.main(["--table", "--out", str(tmp_path / "none")])

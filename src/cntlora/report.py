@@ -139,7 +139,9 @@ def _memory_lines(memory: Mapping[str, int]) -> list[str]:
     elsewhere = [f"{memory[place] / 2**20:.0f} MiB on the {place}" for place in ("cpu", "disk") if memory[place]]
     if memory["passes"] > 1:
         elsewhere.insert(0, f"{memory['passes']} passes over the batches")
-    return [f"within max_memory: {', '.join(elsewhere)}"] if elsewhere else []
+    free = memory.get("free", 0)  # plans of version 0.2 have none
+    bound = f"the {free / 2**30:.3g} GiB that were free (max_memory sets another limit)" if free else "max_memory"
+    return [f"within {bound}: {', '.join(elsewhere)}"] if elsewhere else []
 
 
 def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -119,9 +119,15 @@ PLAIN = tuple(f.name for f in fields(SitePlan) if f.name not in TENSORS)
 
 def weight_sketch(W: Tensor) -> list[float]:
     """uᵀWv for four random pairs u, v: for another W they differ by about ‖W‖_F, for a rounded W by next to nothing."""
+    values: list[float] = sketch_of(W).tolist()
+    return values
+
+
+def sketch_of(W: Tensor) -> Tensor:
+    """`weight_sketch` (4,), in the precision of W."""
     generator = torch.Generator().manual_seed(W.shape[0] * 65_537 + W.shape[1])
     U, V = (torch.randn(4, n, generator=generator, dtype=torch.float64).to(W) for n in W.shape)
-    return ((U @ W) * V).sum(dim=1).tolist()
+    return ((U @ W) * V).sum(dim=1)
 
 
 def sketch_distance(one: Sequence[float], other: Sequence[float]) -> float:

@@ -76,6 +76,16 @@ def test_init_writes_a_folder_that_plain_peft_loads(model_folder: Path, data: Pa
     assert InitPlan.load(tmp_path / "plan.safetensors").config.fold_alpha
 
 
+def test_a_dry_run_foretells_and_writes_nothing(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    code, out, err = init(model_folder, data, tmp_path / "adapter", "--dry-run")
+    assert code == 0, err
+    assert out.startswith("self, 4 sites: about") and "in one pass over the batches" in out
+    assert not (tmp_path / "adapter").exists()
+    found = json.loads(init(model_folder, data, tmp_path / "adapter", "--dry-run", "--json")[1])
+    assert found["method"] == "self" and found["passes"] == 1 and found["seconds"] >= found["data_seconds"] > 0
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_without_a_method_it_is_descent_where_there_is_a_loss(model_folder: Path, data: Path, tmp_path: Path) -> None:
     fixed = ("--data", data, "--targets", "query,value", "--rank", 4, "--batch-size", 8, "--num-batches", 3, "--json")
     made = {}

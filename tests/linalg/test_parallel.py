@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cntlora
 from cntlora import InitConfig
+from cntlora.linalg.low_rank import symmetric_product
 from cntlora.linalg.parallel import SIDE_BY_SIDE, full_precision, once, side_by_side
-from cntlora.linalg.pseudo_inverse import symmetric_product
 from cntlora.methods.estimator import absorb_batch
 from cntlora.methods.method import METHODS
 

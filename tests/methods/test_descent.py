@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from cntlora import InitConfig, InitReport, compute_plan, initialize
 from cntlora.data.batches import scalar_loss
 from cntlora.execution.step_size import ENOUGH, LEAST, MOST, NEAR, TRIED, best_size, lowest_near
-from cntlora.methods.descent import ROW_NORM, descent_factors, descent_target, mean_square, whitening
+from cntlora.linalg.damping import whitening
+from cntlora.methods.descent import ROW_NORM, descent_factors, descent_target, mean_square
 
 DESCENT = InitConfig(method="descent")
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from cntlora import InitConfig, LoraDa, compute_plan
 from cntlora.data.gradients import weight_gradients
-from cntlora.linalg.pseudo_inverse import damped_inverse
+from cntlora.linalg.damping import damped_inverse
 from cntlora.methods.lora_da import GAMMA, lora_da_target
 from cntlora.model.sites import find_sites
 

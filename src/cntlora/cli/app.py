@@ -6,6 +6,7 @@ Heavy imports wait until a command needs them.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,6 +125,9 @@ def init(
     ] = True,
     plan: Annotated[Path | None, typer.Option(help="Also keep the plan, one safetensors file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Foretell seconds and memory from one batch; write nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Write an initialised adapter folder that plain PEFT loads on the untouched model."""
@@ -148,9 +152,11 @@ def init(
             dora,
         )
         report, table = _initialise(
-            model, (data, text, label), task, lora, options, (batch_size, max_length), (out, plan)
+            model, (data, text, label), task, lora, options, (batch_size, max_length), (out, plan), dry_run
         )
-        if as_json:
+        if dry_run:
+            typer.echo(json.dumps(asdict(report), indent=2) if as_json else str(report))
+        elif as_json:
             named = {"classes": dict(enumerate(table.names))} if table.names else {}
             typer.echo(json.dumps({**report.to_dict(), **named}, indent=2))
         else:
@@ -187,8 +193,9 @@ def _initialise(
     options: dict[str, Any],
     sizes: tuple[int, int],
     outputs: tuple[Path, Path | None],
+    dry_run: bool,
 ) -> tuple[Any, Any]:
-    """Model, data, plan, adapter folder; returns the report and all rows."""
+    """Model, data, plan, adapter folder; returns the report, or with `dry_run` the forecast, and all rows."""
     from ..api import apply_plan, compute_plan
     from ..config import InitConfig
     from ..files.saving import save_adapter
@@ -214,7 +221,12 @@ def _initialise(
         method = "self" if resolved == "encoder" else "descent"  # whose options they are
     config = InitConfig.from_dict({**options, "method": method})
     model = add_lora(base_model, resolved, lora, config.seed, new)
-    plan = compute_plan(model, batches_of(tokenizer, table, resolved, *sizes) if path else None, config)
+    batches = batches_of(tokenizer, table, resolved, *sizes) if path else None
+    if dry_run:
+        from ..execution.forecast import forecast
+
+        return forecast(model, batches, config), rows
+    plan = compute_plan(model, batches, config)
     report = apply_plan(model, plan)
     save_adapter(model, outputs[0], fold_alpha=config.fold_alpha, plan=plan)
     if outputs[1] is not None:

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 Stats = Moments | TokenCount
 Groups = list[tuple[tuple[str, ...], Any]]
 """The distinct inputs of one forward pass: names of the sites that saw it, its `Stats`."""
-Admits = Callable[["Site", bool], bool]
-"""Whether the statistics of a site are taken, told whether its input is one that is taken for another site anyway."""
+Admits = Callable[["Site", bool, int | None], bool]
+"""Whether the statistics of a site are taken, told whether its input is one that is taken for another site anyway, and
+how many tokens that has, where that is known."""
 OnBatch = Callable[[int, Groups], None]
 """Called after a forward pass with the index of the batch and its inputs."""
 
@@ -81,7 +82,8 @@ class _Watcher:
         stats = entry[1]  # by view, and whether it is read: a site that waits for another pass shares no moments
         if self.streams is not None and site.name in self.streams.masks.sites:
             view = (view, site.name)  # with a mask of its own
-        admitted = self.admits(site, (view, True) in stats)
+        tokens = None if is_convolution(site.base) else x.numel() // x.shape[-1]
+        admitted = self.admits(site, (view, True) in stats, tokens)
         if (view, admitted) not in stats:
             stats[view, admitted] = self._new_statistics(site, x, self.new(site) if admitted else TokenCount())
         taken, rows = stats[view, admitted]
@@ -171,7 +173,7 @@ def collect(
     step: Callable[[], None] = lambda: None,
     inputs: bool = True,
     totals: bool = False,
-    admits: Admits = lambda site, known: True,
+    admits: Admits = lambda site, known, tokens: True,
     by_loss: bool = False,
     facts: Facts | None = None,
 ) -> Facts:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..linalg.parallel import read_back
 from ..model.layouts import as_matrix
 from ..model.patches import is_convolution
-from ..model.sharded import full
+from ..model.sharded import full, is_sharded
 from .batches import scalar_loss
 
 if TYPE_CHECKING:
@@ -72,17 +72,29 @@ def weight_gradients(
 ) -> Iterator[Callable[[int, Any], None]]:
     """Context in which only the weights of the sites have gradients; the yielded function runs the backward pass.
 
-    It takes the index of the batch and what the model gave for it. It hands ∂L/∂W of every site to `sink`, and to
-    `output_sink` the sum (k,) over tokens of (∂ℓ/∂y)², ℓ being the loss of one sample. The gradients and the
-    `requires_grad` of all parameters are as before afterwards, also after an exception.
+    It takes the index of the batch and what the model gave for it. It hands ∂L/∂W of every site to `sink`, which may
+    keep it, and to `output_sink` the sum (k,) over tokens of (∂ℓ/∂y)², ℓ being the loss of one sample. The gradients
+    and the `requires_grad` of all parameters are as before afterwards, also after an exception.
+
+    A gradient is handed on when it is there, so that no two are held at a time; not those of float16, which may have to
+    be computed again, and of sharded weights, for which processes wait for each other.
     """
     weights = {site.name: site.stored for site in sites}
     squares = _OutputSquares()
+    early = not any(weight.dtype == torch.float16 or is_sharded(weight) for weight in weights.values())
+    taken = _Taken(sink)
 
     def backward(index: int, output: Any) -> None:
+        taken.index, taken.finite = index, {}
         scale = _backward(scalar_loss(output, index), list(weights.values()), squares.sums.clear)
+        if early:
+            _check_finite(taken.finite, index)
+            for name in taken.finite:
+                if output_sink is not None and name in squares.sums:  # not where the loss leaves a layer out
+                    output_sink(index, name, squares.sums[name])
+            return
         reached = [site for site in sites if weights[site.name].grad is not None]
-        _check_finite([site.name for site in reached], weights, index)
+        _check_finite({site.name: _finite(weights[site.name].grad) for site in reached}, index)
         for site in reached:
             gradient = weights[site.name].grad
             assert gradient is not None
@@ -95,15 +107,47 @@ def weight_gradients(
 
     with ExitStack() as stack:
         stack.enter_context(gradients_of(weights.values(), model))
+        for site in sites if early else ():
+            stack.callback(weights[site.name].register_post_accumulate_grad_hook(taken.hook(site)).remove)
         for site in sites if output_sink is not None else ():
             stack.callback(site.layer.register_forward_hook(squares.hook(site)).remove)
         yield backward
 
 
-def _check_finite(names: list[str], weights: Mapping[str, nn.Parameter], index: int) -> None:
-    """Raise ValueError for the first site whose gradient is not finite; read back from the device once."""
-    finite = read_back([full(weights[name].grad.isfinite().all())[None] for name in names])  # type: ignore[union-attr]
-    for name, fine in zip(names, finite, strict=True):
+class _Taken:
+    """Hand gradients on while the backward pass of one batch runs.
+
+    Attributes:
+        index: of the batch. finite: site name → whether its gradient is finite ().
+    """
+
+    def __init__(self, sink: OnGradient) -> None:
+        self.sink, self.index = sink, 0
+        self.finite: dict[str, Tensor] = {}
+
+    def hook(self, site: Site) -> Callable[[Tensor], None]:
+        def take(weight: Tensor) -> None:
+            gradient = weight.grad
+            assert gradient is not None
+            weight.grad = None
+            fine = _finite(gradient)
+            # several times a pass where a part of the model runs backward by itself (gradient checkpointing)
+            self.finite[site.name] = fine & self.finite[site.name] if site.name in self.finite else fine
+            self.sink(self.index, site.name, as_matrix(site.base, gradient))
+
+        return take
+
+
+def _finite(gradient: Tensor | None) -> Tensor:
+    """Return whether there is no NaN or Inf in a gradient, boolean ()."""
+    assert gradient is not None
+    return full(gradient.isfinite().all())
+
+
+def _check_finite(found: Mapping[str, Tensor], index: int) -> None:
+    """Raise ValueError for the first site whose gradient is not finite; reads back from the device once."""
+    finite = read_back([fine[None] for fine in found.values()])
+    for name, fine in zip(found, finite, strict=True):
         if not fine[0]:
             raise ValueError(f"site {name}, batch {index}: its gradient has NaN or Inf; check the batch and the dtype")
 

@@ -3,6 +3,8 @@
 The limit is for what the initialisation needs above the model and its forward pass: the sums over batches, the moments
 of one batch, and the room in which one matrix is factored. Sums go to the model's device while they fit, then to the
 CPU's memory, then into a file; sites whose inputs fit nowhere are read in another pass, layer by layer.
+
+Without a limit it is a share of what is free (`bound_by_free`), where that is not plainly enough.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +54,8 @@ def parse_limits(value: MaxMemory) -> dict[str, float]:
     return limits | {key: float(_size(key, size)) for key, size in given.items()}
 
 
+FREE_SHARE = {"cpu": 0.9, "cuda": 0.7}
+"""Share of the free memory that is the limit by default; the rest is for the forward and backward pass."""
 USABLE = 0.8
 """Share of the limit on the device that is planned for: allocators hold on to some of what has been given back."""
 
@@ -80,12 +84,17 @@ def readable(size: float) -> str:
 
 @dataclass
 class MemoryUse:
-    """Memory used: passes over the batches, and the most bytes of sums in each place."""
+    """How the room was used: passes over the batches, and the most bytes of sums in each place.
+
+    Attributes:
+        free: bytes that were free, where these and no `max_memory` set the limit; else 0.
+    """
 
     passes: int = 0
     device: int = 0
     cpu: int = 0
     disk: int = 0
+    free: int = 0
 
 
 @dataclass
@@ -94,8 +103,7 @@ class Budget:
 
     Attributes:
         limits: bytes by place, see `parse_limits`.
-        of_gradients: whether gradients (k, d) are summed; they come for all sites at once, so that there is one pass
-            only.
+        of_gradients: whether gradients (k, d) are summed.
         of_inputs: whether d×d statistics of the inputs are summed.
         own_sums: whether each site may need a sum (k, d) of its own besides (shift mode).
         use: how the room was used, for the report.
@@ -118,14 +126,28 @@ class Budget:
     @property
     def limited(self) -> bool:
         """Return whether there may be more than one pass."""
-        return self.limits["device"] < float("inf") and not self.of_gradients
+        return self.limits["device"] < float("inf")
+
+    def bound_by_free(self, sites: Sequence[Site], free: float) -> None:
+        """Set the limit on the device by what is free there, unless all that the sites may need is there at once.
+
+        Sums stay on the device, and the rest waits for further passes: these cost less than a sum that moves between
+        device and CPU with every batch. Only where a single site does not fit do sums move to the CPU.
+        """
+        device = sites[0].device.type if sites else "cpu"
+        limit = FREE_SHARE.get(device, FREE_SHARE["cpu"]) * free
+        most = sum(self._sums(s, False) + self._moments(s) for s in sites)
+        if most + self.working_room(sites) <= USABLE * limit:
+            return
+        self.limits = {"device": limit, "cpu": 0.0, "disk": 0.0}
+        self.use.free = int(free)
 
     def next_pass(self, sites: list[Site]) -> None:
         """Forget the sums of the last pass. If the statistics of `sites` might not all fit on the device, its room is
         for the moments, and sums go elsewhere first, where that is allowed: so there are fewest passes.
         """
         most = sum(self._sums(s, False) + self._moments(s) for s in sites)
-        self._elsewhere_first = most + max(map(self._working_room, sites), default=0) > self._limit("device")
+        self._elsewhere_first = most + self.working_room(sites) > self._limit("device")
         self.use.passes += 1
         self.admitted, self.waiting = set(), set()
         self._used, self._placed = dict.fromkeys(PLACES, 0), dict.fromkeys(PLACES, 0)
@@ -144,37 +166,66 @@ class Budget:
         for site in sites:
             self.admits(site, False)
 
-    def admits(self, site: Site, known: bool) -> bool:
+    def admits(self, site: Site, known: bool, tokens: int | None = None) -> bool:
         """Return whether a site is read in this pass; decided when its input is first seen.
 
         Args:
             known: whether its input is one that another site of this pass is read for anyway.
+            tokens: of that input, where that is known; used where the limit is not the caller's, since the next batch
+                may have more.
 
         Raises:
             ValueError: if the limit is too small for this site alone.
         """
         if site.name in self.admitted or site.name in self.waiting:
             return site.name in self.admitted
-        room = max(self._room, self._working_room(site))
-        sums, moments = self._sums(site, known), 0 if known else self._moments(site)
+        rows = tokens if self.use.free or not self.limited else None
+        room = max(self._room, self._working_room(site, rows))
+        sums, moments = self._sums(site, known), 0 if known else self._moments(site, rows)
         on_device = self._used["device"] + self._taken + moments + room
         place = self._place_for(sums, on_device, site)
-        if place is None and self.admitted and not self.of_gradients:
+        if place is None and not self.admitted and self.use.free:
+            self.limits = {**self.limits, "cpu": float("inf")}
+            place = self._place_for(sums, on_device, site)
+        if place is None and self.admitted:
             self.waiting.add(site.name)
             return False
         if place is None:
-            alone = "" if self.of_gradients else " alone"
-            need = sums + on_device if self.of_gradients else sums + moments + room
+            need = readable((sums + moments + room) / USABLE)
+            shape = f"({site.out_features}×{site.in_features})"
+            if self.use.free:
+                raise ValueError(
+                    f"site {site.name} {shape}: its statistics need {need} on {site.device}, of which "
+                    f"{readable(self.limits['device'])} may be taken ({readable(self.use.free)} are free); free some, "
+                    "or give max_memory={'device': …, 'cpu': …, 'disk': …}"
+                )
             raise ValueError(
-                f"max_memory: {readable(self.limits['device'])} is too little: site {site.name} "
-                f"({site.out_features}×{site.in_features}){alone} needs {readable(need / USABLE)}; give at least "
-                "that, or name cpu and disk: {'device': …, 'cpu': …, 'disk': …}"
+                f"max_memory: {readable(self.limits['device'])} is too little: site {site.name} {shape} alone needs "
+                f"{need}; give at least that, or name cpu and disk: {{'device': …, 'cpu': …, 'disk': …}}"
             )
         self.admitted.add(site.name)
         self._room = room
         self._taken += moments
         self._used[place] += sums
         return True
+
+    def foretold(self, sites: Sequence[Site], input_of: Callable[[Site], object], tokens: int | None = None) -> float:
+        """The most bytes that a pass will take above the model, of all passes, which are counted in `use`.
+
+        Args:
+            input_of: what tells the inputs of sites apart.
+            tokens: of a batch.
+        """
+        todo, most = list(sites), 0
+        while todo:
+            self.next_pass(todo)
+            seen: set[object] = set()
+            for site in todo:  # gradients are admitted in order, as if none shared its input
+                if self.admits(site, not self.of_gradients and input_of(site) in seen, tokens):
+                    seen.add(input_of(site))
+            most = max(most, self._used["device"] + self._taken + self._room)
+            todo = [site for site in todo if site.name in self.waiting]
+        return float(most)
 
     def _place_for(self, sums: int, on_device: int, site: Site) -> str | None:
         """The first place with room for the sums of a site, if the rest of what it needs fits on the device."""
@@ -193,19 +244,25 @@ class Budget:
         own += 4 * site.in_features * site.out_features if self.of_gradients else 0
         return own + (self._item(site) * site.in_features**2 if self.of_inputs and not known else 0)
 
-    def _moments(self, site: Site) -> int:
-        """Bytes of the moments of one batch: at most d rows are kept, and else d×d; of gradients, the gradient."""
-        gradient = site.stored.element_size() * site.in_features * site.out_features if self.of_gradients else 0
-        return gradient + (self._item(site) * site.in_features**2 if self.of_inputs else 0)
+    def _moments(self, site: Site, rows: int | None = None) -> int:
+        """Bytes of the inputs of one batch, at most d rows or else d×d, and of gradients that are held together."""
+        d, k = site.in_features, site.out_features
+        together = self.of_gradients and site.stored.dtype == torch.float16  # see `gradients.weight_gradients`
+        gradient = site.stored.element_size() * d * k if together else 0
+        return gradient + (self._item(site) * d * min(d, d if rows is None else rows) if self.of_inputs else 0)
 
-    def _working_room(self, site: Site) -> int:
+    def working_room(self, sites: Sequence[Site]) -> int:
+        """Bytes in which the largest of the sites is factored."""
+        return max(map(self._working_room, sites), default=0)
+
+    def _working_room(self, site: Site, rows: int | None = None) -> int:
         """Bytes in which one input is worked on (five d×d, the tokens in the dtype of accumulation among them) and one
-        site is factored (four k×d in float32, one in float64).
+        site is factored (four k×d in float32, one in float64); one gradient that is being added takes less.
         """
         d, k = site.in_features, site.out_features
         threads = torch.get_num_threads() if d <= SIDE_BY_SIDE else 1
         side_by_side = {"cpu": threads, "cuda": STREAMS}.get(site.device.type, 1)
-        digest = 5 * self._item(site) * d * d if self.of_inputs else 0
+        digest = 5 * self._item(site) * d * min(d, d if rows is None else rows) if self.of_inputs else 0
         return side_by_side * max(digest, 24 * d * k)
 
     def _item(self, site: Site) -> int:

@@ -48,7 +48,8 @@ class Options:
             the CPU's memory, then into a temporary file (only if "disk" is named); the rest waits for another pass over
             the same batches, which are kept for that. The plan is the same: every sum has the same terms in the same
             order (within rounding in layers of 1,024 features or more whose batches have few tokens: their sums are
-            formed under a bound alone). None for no bound.
+            formed under a bound alone). None for what is free: then
+            statistics that do not fit wait for another pass, and the report says so.
         weights: a safetensors file, or a folder of them, from which W is read, one layer at a time: those of the
             unquantised model if this one is quantised. None to use the model's own weights.
     """

@@ -51,9 +51,13 @@ def _without_gradient(sites: list[Site], statistics: Statistics) -> list[str]:
     estimator = statistics.estimator
     if not isinstance(estimator, GradientReader):
         return []
-    own = statistics.executor.own(sites)
-    has_gradient = statistics.merged({site.name: estimator.has_gradient(site.name) for site in own})
-    return [site.name for site in sites if not has_gradient[site.name]]
+    admitted = statistics.budget.admitted
+    own = [site.name for site in statistics.executor.own(sites) if site.name in admitted]
+    has_gradient = statistics.merged({name: estimator.has_gradient(name) for name in own})
+    for part in statistics.executor.gather({name: bool(has) for name, has in statistics.with_gradient.items()}):
+        for name, has in part.items():  # of those that wait for another pass, of which each process has seen its part
+            has_gradient[name] = has_gradient.get(name, False) or has
+    return [site.name for site in sites if not has_gradient.get(site.name, False)]
 
 
 def _plain_without_gradient(without: Sequence[str], others: int, batches: int, on_missing: str) -> dict[str, str]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from ..config import InitConfig
 from ..data.batches import REPEATABLE, KeptBatches, default_forward, scalar_loss, unwrapped
 from ..data.collect import collect
+from ..data.free_memory import free_bytes
 from ..data.gradients import weight_gradients
 from ..data.memory import Budget, parse_limits
 from ..data.reach import has_loss, is_watched, unreached
@@ -58,6 +58,7 @@ class Statistics:
         estimator: the sums over the batches of the last pass.
         facts: the rest that is known of each site.
         losses: of the batches, for a method whose size the loss finds.
+        with_gradient: of sites that waited for another pass, whether they had one other than zero in the first ().
         unreached: sites that the loss of the first row does not depend on; None until that was looked at.
         started, seconds: the clock at the start, and the seconds of the data passes.
     """
@@ -73,6 +74,7 @@ class Statistics:
     estimator: Estimator = field(init=False)
     facts: Facts = field(default_factory=Facts)
     losses: Losses = field(default_factory=Losses)
+    with_gradient: dict[str, Tensor] = field(default_factory=dict)
     unreached: list[str] | None = None
     seconds: float = 0.0
 
@@ -83,10 +85,10 @@ class Statistics:
     def _new_estimator(self) -> Estimator:
         named, executor = {site.name: site for site in self.sites}, self.executor  # not self: a cycle keeps the loader
         estimator = self.config.chosen.estimator(
-            lambda name: working_weight(executor.with_weight(named[name])), self.config
+            lambda name: executor.with_weight(named[name]).working_weight(), self.config
         )
         for sums in estimator.accumulated:
-            sums.place, sums.forms = self.budget.place, self.budget.limited
+            sums.place, sums.forms = self.budget.place, self.budget.limited and not self.budget.use.free
         return estimator
 
     # --- passes over the batches -----------------------------------------------------------------------------
@@ -129,7 +131,9 @@ class Statistics:
             backward = None
             if gradients:
                 outputs = self._add_output_gradient if isinstance(self.estimator, OutputGradientReader) else None
-                backward = stack.enter_context(weight_gradients(request.model, sites, self._add_gradient, outputs))
+                # those that wait for another pass are looked at once, for whether they have a gradient
+                read = [s for s in sites if self.budget.use.passes == 1 or s.name in self.budget.admitted]
+                backward = stack.enter_context(weight_gradients(request.model, read, self._add_gradient, outputs))
                 self.losses = Losses()
                 call = self.losses.recording(call) if method.has_step_size else call
             collect(
@@ -157,11 +161,15 @@ class Statistics:
 
     def _add_gradient(self, index: int, name: str, G: Tensor) -> None:
         assert isinstance(self.estimator, GradientReader)
-        self.estimator.add_gradient(name, G, self.weight(index))
+        if name in self.budget.admitted:
+            self.estimator.add_gradient(name, G, self.weight(index))
+        else:
+            self.with_gradient[name] = G.any() | self.with_gradient.get(name, False)
 
     def _add_output_gradient(self, index: int, name: str, squares: Tensor) -> None:
         assert isinstance(self.estimator, OutputGradientReader)
-        self.estimator.add_output_gradient(name, squares, self.weight(index))
+        if name in self.budget.admitted:
+            self.estimator.add_output_gradient(name, squares, self.weight(index))
 
     def _kept_batches(self) -> Iterable[Any]:
         """The batches; kept where they are needed again, since a loader that shuffles would give others then."""
@@ -227,6 +235,12 @@ class Statistics:
         """The matrix, or its spectrum, that the factors of a site are made from."""
         return self.estimator.target(site.name, self.facts[site.name].batches)
 
+    def has_gradient(self, name: str) -> bool:
+        """Return whether a gradient other than zero has come, where gradients are read."""
+        if not isinstance(self.estimator, GradientReader):
+            return True
+        return self.estimator.has_gradient(name) if name in self.budget.admitted else name in self.with_gradient
+
     def rtol(self, site: Site) -> float | None:
         """The largest tolerance of † at a site over the batches; None without †."""
         facts = self.facts[site.name]
@@ -234,8 +248,8 @@ class Statistics:
             return float(facts.rtol)
         return self.config.chosen.rtol_at(site.out_features, site.in_features, facts.largest_batch)
 
-    def slope(self, site: Site, B: Tensor, A: Tensor) -> float:
-        """⟨∂L/∂W, B·A⟩, L being the mean loss over the batches with their w_j."""
+    def slope(self, site: Site, B: Tensor, A: Tensor) -> Tensor:
+        """⟨∂L/∂W, B·A⟩ (), L being the mean loss over the batches with their w_j."""
         assert isinstance(self.estimator, GradientSums)
         weights = self.config.chosen.batch_weights  # each process has as many
         total = self.facts.batches * (1.0 if weights is None else sum(weights) / len(weights))
@@ -250,7 +264,8 @@ def read_statistics(request: Request, executor: Executor) -> Statistics:
     Raises:
         ValueError, TypeError: with the site or batch, what was expected, what came and what to change.
     """
-    statistics = executor.run(lambda: _prepared(request, executor), "the end of its data")
+    statistics = executor.run(lambda: prepared(request, executor), "the end of its data")
+    bound_by_free(statistics)
     try:
         statistics.read(statistics.sites, "the end of its data")
     except BaseException:
@@ -259,7 +274,20 @@ def read_statistics(request: Request, executor: Executor) -> Statistics:
     return statistics
 
 
-def _prepared(request: Request, executor: Executor) -> Statistics:
+def bound_by_free(statistics: Statistics) -> float:
+    """Set the limit of the statistics by what is free, where the caller has set none; returns that.
+
+    Where there are several processes, all have to call it: the least that one of them has counts for all.
+    """
+    devices = {site.device for site in statistics.sites}
+    free = min(statistics.executor.gather(min(map(free_bytes, devices), default=float("inf"))))
+    if statistics.request.max_memory is None and statistics.config.chosen.reads != "weights":
+        statistics.budget.bound_by_free(statistics.sites, free)
+    return free
+
+
+def prepared(request: Request, executor: Executor) -> Statistics:
+    """Check the arguments and the model; nothing is read yet."""
     started = time.perf_counter()
     config = request.config or InitConfig()
     if request.on_missing not in ON_MISSING:
@@ -278,11 +306,6 @@ def _prepared(request: Request, executor: Executor) -> Statistics:
     statistics = Statistics(request, config, executor, sites, skipped, tied, budget, started)
     budget.of_inputs = isinstance(statistics.estimator, InputReader)
     return statistics
-
-
-def working_weight(site: Site) -> Tensor:
-    """W (k, d) in its own dtype, float32 at least."""
-    return site.weight(torch.promote_types(site.dtype, torch.float32))
 
 
 def _check_request(request: Request, method: str, reads: str, reads_inputs: bool) -> None:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..linalg.factors import Spectrum, offset, paired, product_norm, spectrum
+from ..linalg.factors import Spectrum, norm_of, offset, paired, product_square, spectrum
+from ..linalg.parallel import read_back
 from ..methods.statistics import InputEstimator
 from ..methods.target import RankFacts, SiteTarget, Target
-from ..site_plan import SitePlan, weight_sketch
+from ..site_plan import SitePlan, sketch_of, weight_sketch
 
 if TYPE_CHECKING:
     from ..config import InitConfig
@@ -101,7 +102,7 @@ def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
         none = torch.zeros(0, dtype=DTYPE, device=site.adapter_device)
         return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
     try:
-        return spectrum(target.M, q, exact, product=target.is_delta)
+        return spectrum(target.M, q, exact, product=target.is_delta or target.is_product)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(
             f"site {site.name}: the estimate has no singular values: it is too large or not finite; raise rtol, or "
@@ -121,11 +122,14 @@ def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum 
     B, A = method.factors(SiteTarget(site.name, shape, target, known, r, scale), config)
     B, A = (M.to(device=site.adapter_device, dtype=site.A.dtype) for M in (B, A))
     base = config.effective_base
-    W = site.weight(DTYPE)
-    _check_fits(site, W, B, A, scaling, base)
-    start_norm = abs(scaling) * product_norm(B.double(), A.double())
+    W = site.working_weight()
     first = r // 2 if base == "paired" else r
-    slope = scaling * statistics.slope(site, B[:, :first], A[:first]) if method.has_step_size else None
+    slope = statistics.slope(site, B[:, :first], A[:first]) if method.has_step_size else None
+    fits = B.isfinite().all() & A.isfinite().all()
+    (fine,), (square,), (weight_norm,), sketch, along = read_back(
+        [fits, product_square(B.double(), A.double()), norm_of(W), sketch_of(W), slope]
+    )
+    _check_fits(site, W, B, A, scaling, base, bool(fine))
     B, A = _arranged(B, A, r, base)
     use_rslora = site.use_rslora and not config.fold_alpha
     return SitePlan(
@@ -140,10 +144,10 @@ def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum 
         singular_values=known.S.float(),
         factored_norm=known.frobenius if known.S.numel() else None,
         delta_norm=known.frobenius if target.is_delta else None,
-        weight_norm=float(torch.linalg.matrix_norm(W)),
-        start_norm=start_norm,
-        slope=slope,
-        sketch=weight_sketch(W),
+        weight_norm=weight_norm,
+        start_norm=abs(scaling) * max(square, 0.0) ** 0.5,  # rounding may go below zero
+        slope=scaling * along[0] if along else None,
+        sketch=sketch,
         tokens=facts.tokens,
         batches=facts.batches,
         masked=bool(facts.masks),
@@ -155,11 +159,15 @@ def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum 
     )
 
 
-def _check_fits(site: Site, W: Tensor, B: Tensor, A: Tensor, scaling: float, base: str) -> None:
-    """Raise ValueError where an estimate is too large for the dtype that it is written in, which gives Inf or NaN."""
-    fits, where = bool(B.isfinite().all() and A.isfinite().all()), f"an adapter of dtype {A.dtype}"
+def _check_fits(site: Site, W: Tensor, B: Tensor, A: Tensor, scaling: float, base: str, fits: bool) -> None:
+    """Raise ValueError where an estimate is too large for the dtype that it is written in, which gives Inf or NaN.
+
+    Args:
+        fits: whether the factors are finite.
+    """
+    where = f"an adapter of dtype {A.dtype}"
     if fits and base == "subtract":
-        rest = W - scaling * (B.to(DTYPE) @ A.to(DTYPE))
+        rest = W.to(DTYPE) - scaling * (B.to(DTYPE) @ A.to(DTYPE))
         fits, where = bool(rest.to(site.dtype).isfinite().all()), f"a base of dtype {site.dtype}"
     if not fits:
         raise ValueError(

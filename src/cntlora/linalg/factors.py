@@ -110,6 +110,17 @@ def input_spectrum(gram: Tensor, q: int, exact: bool = False) -> Spectrum:
     return Spectrum(gram.new_zeros(0, P.shape[1]), D.sqrt(), (P * fix_signs(P)).mT, norm)
 
 
+def rows_spectrum(Y: Tensor, q: int, exact: bool = False) -> Spectrum:
+    """The same by Y (n, d) with YᵀY = `gram`, where there are fewer tokens than features."""
+    norm = float(torch.linalg.matrix_norm(Y))
+    found = leading_triplets(Y, q, TOLERANCE[torch.float32]) if _pays(Y, q) and not exact else None
+    if found is None:
+        whole = _whole_spectrum(Y.double(), min(q, *Y.shape))
+        return Spectrum(whole.U[:0], whole.S, whole.Vh, norm)
+    _, S, Vh = found
+    return Spectrum(Y.new_zeros(0, len(Vh)), S, fix_signs(Vh.mT)[:, None] * Vh, norm)
+
+
 def svd_factors(s: Spectrum, r: int, p: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """B = U S^(1−p) and A = S^p Vᵀ of rank r, with S times `scale`, so that B·A = scale·[ΔW]_r.
 
@@ -155,14 +166,24 @@ def _pivoted_qr(M: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     return Q * signs, (scale * signs)[:, None] * R[:r]
 
 
+def norm_of(W: Tensor) -> Tensor:
+    """‖W‖_F () in float64, of the norms of rows: a sum over all entries in float32 would lose digits."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(W, dim=1).double())
+
+
 def product_inner(B: Tensor, A: Tensor, Y: Tensor, X: Tensor) -> float:
     """⟨B·A, Y·X⟩_F without the products: the sum over BᵀY ∘ AXᵀ."""
     return float(((B.mT @ Y) * (A @ X.mT)).sum())
 
 
+def product_square(B: Tensor, A: Tensor) -> Tensor:
+    """‖B·A‖_F² () without the product."""
+    return ((B.mT @ B) * (A @ A.mT)).sum()
+
+
 def product_norm(B: Tensor, A: Tensor) -> float:
     """‖B·A‖_F without the product."""
-    return max(product_inner(B, A, B, A), 0.0) ** 0.5  # rounding may go below zero
+    return max(float(product_square(B, A)), 0.0) ** 0.5  # rounding may go below zero
 
 
 def product_spectrum(B: Tensor, A: Tensor) -> Tensor:

@@ -16,6 +16,20 @@ LARGE = 1024
 """Features of an input at which products with a (d, d) matrix begin to cost more than those with its rows."""
 
 
+def symmetric_product(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """rowsᵀ·diag(weights)·rows (d, d) of (n, d) rows; if d is large by the blocks on and above the diagonal, which are
+    two thirds of the work."""
+    d = rows.shape[1]
+    left = rows if weights is None else rows * weights[:, None]
+    if d < 256 or rows.device.type != "cpu":
+        return left.mT @ rows
+    product, step = rows.new_empty(d, d), max(128, -(-d // 8))
+    for i in range(0, d, step):
+        product[i : i + step, i:] = left[:, i : i + step].mT @ rows[:, i:]
+        product[i + step :, i : i + step] = product[i : i + step, i + step :].mT
+    return product
+
+
 class Term(NamedTuple):
     """A (d, d) matrix of rank n: rowsᵀ·diag(weights)·rows, or `rows` with zeros below where `weights` is None.
 
@@ -74,7 +88,7 @@ class LowRank:
         for rows, weights in self.terms:
             n, d = rows.shape
             padded = torch.cat([rows, rows.new_zeros(d - n, d)]) if weights is None and n < d else rows
-            made.append(padded if weights is None else (rows.mT * weights) @ rows)
+            made.append(padded if weights is None else symmetric_product(rows, weights))
         return sum(made[1:], start=made[0])
 
 
@@ -136,6 +150,34 @@ def updated(a: float, W: Tensor, T: LowRank, share: float) -> Updated:
         left.append(share * (W[:, : len(rows)] if weights is None else product * weights))
         inner += float((product * left[-1]).sum(dtype=torch.float64))
     return Updated(a, W, torch.cat(left, dim=1), torch.cat([term.rows for term in T.terms]), inner)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """a·I + T (d, d) with T of low rank, which is multiplied with and never formed."""
+
+    a: float
+    T: LowRank
+
+    def after(self, M: Tensor, scale: float = 1.0) -> Updated:
+        """scale·M·(a·I + T) of M (k, d)."""
+        return updated(scale * self.a, M, self.T.to(M.dtype, M.device), scale)
+
+
+def times(M: Tensor, right: Tensor | Shifted) -> Tensor:
+    """M·right (k, d) of a thin M, in the precision of `right` where that is formed."""
+    return right.after(M).dense() if isinstance(right, Shifted) else M.to(right) @ right
+
+
+def root_rows(T: LowRank, shift: Tensor | float = 0.0) -> Tensor:
+    """Y (n, d) with Yᵀ·Y = T, where all terms have weights, none of them below zero; `shift` (d,) is taken off the rows
+    before they are weighted."""
+    return torch.cat([(rows - shift) * weights.sqrt()[:, None] for rows, weights in T.terms if weights is not None])
+
+
+def has_root(T: LowRank) -> bool:
+    """Return whether no weight is below zero."""
+    return not bool(torch.cat([weights < 0 for _, weights in T.terms if weights is not None]).any())
 
 
 Matrix = Tensor | Updated

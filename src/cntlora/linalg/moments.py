@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .low_rank import LowRank, low_rank, symmetric_product
 from .pseudo_inverse import (
     coarser,
     default_rtol,
@@ -19,7 +20,6 @@ from .pseudo_inverse import (
     kept,
     numerical_rank,
     rounding_noise,
-    symmetric_product,
 )
 
 
@@ -159,6 +159,13 @@ class Moments:
         if self._gram is not None or not self._rows:
             return self._gram
         return symmetric_product(self._kept())
+
+    def second_moment(self) -> Tensor | LowRank:
+        """X Xᵀ (d, d), whatever `gram` is, by the tokens themselves where that pays; after the first token."""
+        if self._gram is not None:
+            return self._gram
+        rows = self._kept()
+        return low_rank(rows, rows.new_ones(len(rows)))
 
     def gram(self) -> Tensor:
         """G (d, d) = X Xᵀ, times 1/b if `gram="mean"`. Not to be edited."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any, TypeVar
@@ -181,14 +182,16 @@ def _ieee_products() -> Iterator[None]:
 
 
 def read_back(numbers: Sequence[Tensor | None]) -> list[list[float]]:
-    """The values of all tensors, by one transfer from each device."""
+    """The values of all tensors, flat, by one transfer from each device."""
     found: list[list[float]] = [[] for _ in numbers]
     places: dict[Any, list[int]] = {}
     for i, tensor in enumerate(numbers):
         if tensor is not None:
             places.setdefault(tensor.device, []).append(i)
     for indices in places.values():
-        stacked = torch.stack([tensor for i in indices if (tensor := numbers[i]) is not None])
-        for i, values in zip(indices, stacked.tolist(), strict=True):
-            found[i] = values
+        flat = [tensor.reshape(-1) for i in indices if (tensor := numbers[i]) is not None]
+        wide = torch.float32 if flat[0].device.type == "mps" else torch.float64
+        values = iter(torch.cat([tensor.to(wide) for tensor in flat]).tolist())
+        for i, tensor in zip(indices, flat, strict=True):
+            found[i] = list(islice(values, tensor.numel()))
     return found

@@ -18,27 +18,6 @@ def coarser(one: torch.dtype | None, other: torch.dtype) -> torch.dtype:
     return one if one is not None and torch.finfo(one).eps > torch.finfo(other).eps else other
 
 
-def damped(C: Tensor, damping: float) -> Tensor:
-    """C̃ = C + damping·mean(diag C)·I."""
-    return C + damping * C.diagonal().mean() * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
-
-
-def damped_inverse(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """C̃ = C + damping·mean(diag C)·I and its inverse.
-
-    Raises:
-        ValueError: if C̃ is singular.
-    """
-    regular = damped(C, damping)
-    L, info = torch.linalg.cholesky_ex(regular)
-    if int(info) != 0:
-        raise ValueError(
-            f"damping: C + {damping:g}·mean(diag C)·I is singular, so that it has no inverse; raise damping, or read "
-            "more tokens"
-        )
-    return regular, torch.cholesky_inverse(L)
-
-
 ENTRIES, SUMS = 8.0, 32.0
 """Rounding of activations, in unit roundoffs: of the entries by themselves, and of the sums that they come from.
 
@@ -90,18 +69,6 @@ def eigh_descending(S: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,), descending and not below zero, and eigenvectors (n, n) of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(S)
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
-
-
-def symmetric_product(rows: Tensor) -> Tensor:
-    """rowsᵀ·rows (d, d) of (n, d) rows; if d is large by the blocks on and above the diagonal, two thirds the work."""
-    d = rows.shape[1]
-    if d < 256 or rows.device.type != "cpu":
-        return rows.mT @ rows
-    product, step = rows.new_empty(d, d), max(128, -(-d // 8))
-    for i in range(0, d, step):
-        product[i : i + step, i:] = rows[:, i : i + step].mT @ rows[:, i:]
-        product[i + step :, i : i + step] = product[i : i + step, i + step :].mT
-    return product
 
 
 def frobenius_condition(M: Tensor, inverse: Tensor) -> Tensor:

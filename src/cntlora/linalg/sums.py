@@ -64,6 +64,9 @@ class SharedSums:
                 formed = term.dense() if formed is None else formed
                 self.add(sharing, formed.clone() if len(groups) > 1 else formed)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._sums
+
     def held(self, name: str) -> Tensor | LowRank | None:
         """The sum of `name` as it is held, where its terms came from, or None before the first term."""
         total = self._sums.get(name)
@@ -73,6 +76,10 @@ class SharedSums:
         """The sum of `name` where its terms came from, or None before the first term. Not to be edited."""
         total = self.held(name)
         return total.dense() if isinstance(total, LowRank) else total
+
+    def key(self, name: str) -> int:
+        """The same for names that hold the same sum, as long as nothing is added."""
+        return id(self._sums.get(name))
 
     def same(self, one: str, other: str) -> bool:
         """Return whether two names hold the same sum."""

@@ -10,7 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..linalg.pseudo_inverse import damped_inverse
+from ..linalg.damping import damped_inverse, damped_rows
+from ..linalg.low_rank import LowRank, Shifted, root_rows
 from .estimator import Estimator
 from .factors import product_factors
 from .method import Method, Settings, WeightOf
@@ -44,18 +45,27 @@ class Corda(Method):
 
     def estimator(self, weight_of: WeightOf, settings: Settings) -> Estimator:
         return InputEstimator(
-            lambda gram, total, tokens: damped_inverse(gram / tokens, self.damping),
-            lambda name, batches, C: corda_target(weight_of(name).to(C[0]), *C),
+            lambda gram, total, tokens: _of_input(gram, tokens, self.damping),
+            lambda name, batches, C: corda_target(weight_of(name).double(), *C),
+            by_rows=True,
         )
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
         return product_factors(site, self.decomposition, self.p)
 
 
-def corda_target(W: Tensor, C: Tensor, inverse: Tensor) -> Target:
+def _of_input(gram: Tensor | LowRank, tokens: float, damping: float) -> tuple[Tensor | Shifted, Tensor | Shifted]:
+    """C̃ and its inverse, which all sites share that see an input."""
+    if isinstance(gram, Tensor):
+        return damped_inverse(gram / tokens, damping)
+    rows = damped_rows(root_rows(gram) / tokens**0.5, damping)
+    return rows.power(1.0), rows.power(-1.0)
+
+
+def corda_target(W: Tensor, C: Tensor | Shifted, inverse: Tensor | Shifted) -> Target:
     """ΔW C = SVD(W C) (CorDA, Yang et al. 2024, instruction-previewed; eq. 33–36): B·A = [W C̃]_r C̃⁻¹.
 
     Args:
-        C, inverse: C̃ and C̃⁻¹ of `damped_inverse`.
+        C, inverse: C̃ and C̃⁻¹, of `damped_inverse` or `damped_rows`.
     """
-    return Target(M=W @ C, right=inverse)
+    return Target(M=C.after(W) if isinstance(C, Shifted) else W @ C, right=inverse)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.pseudo_inverse import damped
+from ..linalg.damping import damped_rows, whitening
+from ..linalg.low_rank import LowRank, Shifted, root_rows
 from .estimator import Estimator
 from .factors import product_factors
 from .method import Method, Settings, WeightOf
@@ -62,36 +63,22 @@ class Descent(Method):
         return 1.0  # the size is found when the factors are there
 
 
-def whitening(C: Tensor, damping: float) -> Tensor:
-    """L⁻¹ (d, d) of C + damping·mean(diag C)·I = L Lᵀ: L⁻¹ X / √n has orthonormal rows, up to the damping.
-
-    Raises:
-        ValueError: if that matrix is singular.
-    """
-    L, info = torch.linalg.cholesky_ex(damped(C, damping))
-    if int(info) != 0:
-        raise ValueError(
-            f"damping: C + {damping:g}·mean(diag C)·I is singular, so that the constraint has no solution; raise "
-            "damping, or read more tokens"
-        )
-    return torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
-
-
 def mean_square(W: Tensor, C: Tensor) -> Tensor:
     """The mean square of the outputs W x: tr(W C Wᵀ)/k (), over tokens and output features."""
     return ((W @ C) * W).sum() / W.shape[0]
 
 
-def descent_target(G: Tensor, inverse: Tensor, eta: Tensor | float = 1.0) -> Target:
+def descent_target(G: Tensor, inverse: Tensor | Shifted, eta: Tensor | float = 1.0) -> Target:
     """M = −η G L⁻ᵀ: B·A = [M]_r L⁻¹ is, of rank r, the nearest to ΔW = −η G C⁻¹ in ‖(ΔW − B·A) X‖_F.
 
     ‖D X‖_F² / n = ‖D L‖_F² for C = L Lᵀ, and ΔW L = −η G L⁻ᵀ: its truncated SVD times L⁻¹ is the best of that rank.
 
     Args:
-        inverse: L⁻¹ of `whitening`.
+        inverse: L⁻¹ of `whitening`, or C̃^(−½) of `damped_rows`.
         eta: of this site, up to a factor that is common to all.
     """
-    return Target(M=-eta * (G.to(inverse) @ inverse.mT), right=inverse)
+    M = inverse.after(G, -float(eta)) if isinstance(inverse, Shifted) else -eta * (G @ inverse.to(G).mT)
+    return Target(M=M, right=inverse, is_product=True)
 
 
 def descent_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,12 +87,16 @@ def descent_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return (B @ U) * (S / ROW_NORM), ROW_NORM * Vh
 
 
-def _of_input(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return what all sites that see an input share: C and L⁻¹."""
-    return C, whitening(C, damping)
+def _of_input(gram: Tensor | LowRank, tokens: float, damping: float) -> tuple[Tensor, Tensor | Shifted]:
+    """Return what all sites that see an input share: C and L⁻¹; or Y (n, d) with C = YᵀY, and C̃^(−½)."""
+    if isinstance(gram, Tensor):
+        C = gram / tokens
+        return C, whitening(C, damping)
+    Y = root_rows(gram) / tokens**0.5
+    return Y, damped_rows(Y, damping).power(-0.5)
 
 
-class DescentEstimator(InputEstimator[tuple[Tensor, Tensor]], GradientSums):
+class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | Shifted]], GradientSums):
     """X Xᵀ and n of all inputs together, and ∂L/∂W, its mean over batches.
 
     Args:
@@ -114,11 +105,16 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor]], GradientSums):
 
     def __init__(self, weight_of: WeightOf, damping: float) -> None:
         GradientSums.__init__(self)
-        InputEstimator.__init__(self, lambda gram, total, n: _of_input(gram / n, damping), self._made)
+        InputEstimator.__init__(self, lambda gram, total, n: _of_input(gram, n, damping), self._made, by_rows=True)
         self.weight_of = weight_of
-        self.accumulated = (self.sums, self.gradients)
+        self.accumulated = (self.sums, self.counts, self.gradients)
 
-    def _made(self, name: str, batches: int, shared: tuple[Tensor, Tensor]) -> Target:
-        C, inverse = shared
-        eta = mean_square(self.weight_of(name).to(C), C)
-        return descent_target(self.mean_gradient(name, batches), inverse, eta)
+    def _made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | Shifted]) -> Target:
+        moment, inverse = shared
+        G = self.mean_gradient(name, batches)
+        W = self.weight_of(name).to(G)
+        if isinstance(inverse, Shifted):
+            eta = (W @ moment.to(G).mT).square().sum() / W.shape[0]
+        else:
+            eta = mean_square(W, moment.to(G))
+        return descent_target(G, inverse, eta)

@@ -30,6 +30,7 @@ class Contribution:
 
     Attributes:
         shared: to those of all sites, or of those in `sharing` where that is not None.
+        counts: to what is counted besides, (2, d): Σ x, and n first in the second row.
         own: to those of single sites.
         rank: numerical rank of G of the batch, where it is known.
         rtol: the tolerance of † () there, where it follows from the inputs.
@@ -38,6 +39,7 @@ class Contribution:
 
     shared: Tensor | LowRank | None = None
     sharing: tuple[str, ...] | None = None
+    counts: Tensor | None = None
     own: Mapping[str, Tensor] = field(default_factory=dict)
     rank: int | None = None
     rtol: Tensor | None = None

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..linalg.factors import input_spectrum
+from ..linalg.factors import input_spectrum, rows_spectrum
+from ..linalg.low_rank import LowRank, root_rows
 from ..linalg.parallel import once
 from .estimator import Estimator
 from .factors import zero_up
@@ -43,20 +44,24 @@ class Eva(Method):
             lambda gram, total, tokens: eva_target(gram, total, tokens, self.center, settings.exact_svd),
             lambda name, batches, target: target,
             self.center,
+            by_rows=True,
         )
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
         return zero_up(site.spectrum.Vh[: site.r], site.shape[0])
 
 
-def eva_target(gram: Tensor, total: Tensor, tokens: float, center: bool, exact: bool = False) -> Target:
+def eva_target(gram: Tensor | LowRank, total: Tensor, tokens: float, center: bool, exact: bool = False) -> Target:
     """Right singular vectors of X (EVA, Paischer et al. 2024; eq. 39), by the eigenvectors of X Xᵀ.
 
     Args:
-        gram: X Xᵀ (d, d) over all tokens. total: Σ x (d,). tokens: their number n.
+        gram: X Xᵀ (d, d) over all tokens, or by these. total: Σ x (d,). tokens: their number n.
         center: subtract the mean token, as EVA's own code does (an incremental PCA); False is eq. 39 as printed.
         exact: all eigenvectors, also where the leading ones would do.
     """
+    if isinstance(gram, LowRank):
+        rows = root_rows(gram, total / tokens if center else 0.0)
+        return Target(known=once(partial(rows_spectrum, rows, exact=exact)))
     if center:
         gram = gram - torch.outer(total, total) / tokens
     return Target(known=once(partial(input_spectrum, gram, exact=exact)))  # once for all sites that share the input

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.factors import qr_factors, svd_factors
-from ..linalg.low_rank import formed
+from ..linalg.low_rank import formed, times
 
 if TYPE_CHECKING:
     from .target import SiteTarget
@@ -24,7 +24,10 @@ def product_factors(site: SiteTarget, decomposition: str = "svd", p: float = 0.5
     else:
         assert M is not None
         B, A = qr_factors(formed(M), site.r, decomposition == "qr_pivoted", site.scale)
-    return B, A if right is None else A @ right
+    if right is None:
+        return B, A
+    A = times(A, right)
+    return B.to(A), A
 
 
 def zero_up(A: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..linalg.damping import damped_inverse
 from ..linalg.factors import Spectrum
 from ..linalg.parallel import once
-from ..linalg.pseudo_inverse import damped_inverse, fix_signs
+from ..linalg.pseudo_inverse import fix_signs
 from .estimator import Estimator
 from .method import Method, Range, Settings, WeightOf
 from .statistics import GradientSums, InputEstimator, OutputGradientSums
@@ -82,7 +83,7 @@ class LoraDaEstimator(InputEstimator[tuple[Tensor, Tensor, float]], GradientSums
         OutputGradientSums.__init__(self)
         InputEstimator.__init__(self, lambda gram, total, n: (*damped_inverse(gram / n, damping), n), self._made)
         self.damping, self.variance = damping, variance
-        self.accumulated = (self.sums, self.gradients, self.squares)
+        self.accumulated = (self.sums, self.counts, self.gradients, self.squares)
 
     def _made(self, name: str, batches: int, shared: tuple[Tensor, Tensor, float]) -> Target:
         _, inverse, tokens = shared

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..linalg.low_rank import LowRank, Updated, updated
+from ..linalg.low_rank import LowRank, Updated, has_root, root_rows, symmetric_product, updated
 from ..linalg.moments import Moments
 from ..linalg.pseudo_inverse import default_rtol, full_rank, numerical_rank, rounding_noise
 from ..linalg.sums import SharedSums
@@ -126,68 +126,69 @@ than all else that EVA and CorDA do."""
 class InputEstimator(Generic[Shared]):
     """Methods of the second moment of all inputs together (CorDA, EVA).
 
-    Per input one tensor (d + 2, d) is summed, each batch times its w_j: X Xᵀ, Σ x, and a row that starts with n.
+    Per input X Xᵀ is summed, and a tensor (2, d) of Σ x and a row that starts with n, each batch times its w_j. Where a
+    large layer sees few tokens, X Xᵀ is held by these.
 
     Args:
         share: X Xᵀ (d, d), Σ x (d,), n → what does not depend on W, once for neighbours that share their input.
         make: site name, batches in which it saw a token, and that → its target.
         totals: whether Σ x is wanted; else it is zero.
+        by_rows: whether `share` takes X Xᵀ as a `LowRank` too, all weights of which are above zero.
     """
 
     def __init__(
         self,
-        share: Callable[[Tensor, Tensor, float], Shared],
+        share: Callable[[Any, Tensor, float], Shared],
         make: Callable[[str, int, Shared], Target],
         totals: bool = False,
+        by_rows: bool = False,
     ) -> None:
-        self.share, self.make, self.totals = share, make, totals
-        self.sums = SharedSums()
-        self.accumulated: tuple[SharedSums, ...] = (self.sums,)
+        self.share, self.make, self.totals, self.by_rows = share, make, totals, by_rows
+        self.sums, self.counts = SharedSums(), SharedSums()
+        self.accumulated: tuple[SharedSums, ...] = (self.sums, self.counts)
         self.facts = Facts()
         self._last: tuple[str, Shared, int | None] | None = None  # one only: sites with the same input are neighbours
         self._lock = Lock()
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
-        gram = X.gram_sum()
-        assert gram is not None, "a batch without tokens is not absorbed"
-        count = gram.new_zeros(X.dim)
+        total = X.total() if self.totals else torch.zeros(X.dim, dtype=X.dtype, device=X.device)
+        count = torch.zeros_like(total)
         count[:1].fill_(X.tokens)  # and not count[0] = …, for which a GPU waits
-        total = X.total() if self.totals else gram.new_zeros(X.dim)
-        return torch.cat([gram, total[None], count[None]]), None
+        return (X.second_moment(), torch.stack([total, count])), None
 
     def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Contribution:
-        return Contribution(shared=prepared, precision=X.precision)
+        return Contribution(shared=prepared[0], counts=prepared[1], precision=X.precision)
 
     def add(self, names: Sequence[str], contribution: Contribution, weight: float) -> None:
-        assert contribution.shared is not None
+        assert contribution.shared is not None and contribution.counts is not None
         self.sums.add(names, contribution.shared, weight)
+        self.counts.add(names, contribution.counts, weight)
         self.facts.add(names, contribution)
 
     def target(self, name: str, batches: int) -> Target:
-        packed = self.sums.get(name)
-        assert packed is not None, f"{name} saw no batch"
         with self._lock:  # neighbours may be made side by side
             if self._last is None or not self.sums.same(self._last[0], name):
-                self._last = name, *self._shared(packed, self._precision(name))
+                self._last = name, *self._shared(name)
             _, shared, rank = self._last
             if rank is not None:
                 self.facts[name].effective_rank = rank
         return self.make(name, batches, shared)
 
-    def _precision(self, name: str) -> torch.dtype:
-        found = self.facts[name].precision
-        assert found is not None, f"{name} saw no batch"
-        return found
-
-    def _shared(self, packed: Tensor, precision: torch.dtype) -> tuple[Shared, int | None]:
-        gram, total, tokens = packed[:-2], packed[-2], float(packed[-1, 0])
+    def _shared(self, name: str) -> tuple[Shared, int | None]:
+        gram, counts, precision = self.sums.held(name), self.counts.get(name), self.facts[name].precision
+        assert gram is not None and counts is not None and precision is not None, f"{name} saw no batch"
+        total, tokens = counts.double()[0], float(counts[1, 0])
         if tokens <= 0:
             raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
-        rtol = default_rtol(gram.shape[0], int(tokens), gram.dtype)
-        noise = rounding_noise(precision, gram.shape[0], int(tokens))
-        counted = gram.shape[0] <= COUNTED or bool(full_rank(gram, max(rtol, noise**2)))
-        rank = numerical_rank(gram, rtol, noise) if counted else None
-        return self.share(gram.double(), total.double(), tokens), rank
+        if isinstance(gram, LowRank) and not (self.by_rows and has_root(gram)):
+            gram = gram.dense()
+        smaller = gram if isinstance(gram, Tensor) else symmetric_product(root_rows(gram).mT)  # of the same rank
+        rtol = default_rtol(total.numel(), int(tokens), smaller.dtype)
+        noise = rounding_noise(precision, total.numel(), int(tokens))
+        counted = len(smaller) <= COUNTED or bool(full_rank(smaller, max(rtol, noise**2)))
+        rank = numerical_rank(smaller, rtol, noise) if counted else None
+        wide = gram.double() if isinstance(gram, Tensor) else gram.to(torch.float64)
+        return self.share(wide, total, tokens), rank
 
 
 class GradientSums:
@@ -197,19 +198,20 @@ class GradientSums:
         self.gradients = SharedSums()
 
     def add_gradient(self, name: str, G: Tensor, weight: float) -> None:
-        """Add ∂L/∂W (k, d) of one batch, times w_j."""
-        self.gradients.add([name], G.to(torch.promote_types(G.dtype, torch.float32), copy=True), weight)
+        """Add ∂L/∂W (k, d) of one batch, times w_j; it may become the sum, and is not to be used afterwards."""
+        first = name not in self.gradients  # which others, of half precision, are added to as they are
+        self.gradients.add([name], G.to(torch.promote_types(G.dtype, torch.float32)) if first else G, weight)
 
     def has_gradient(self, name: str) -> bool:
         """Return whether a gradient other than zero has come."""
         total = self.gradients.get(name)
         return total is not None and bool(total.any())
 
-    def slope(self, name: str, B: Tensor, A: Tensor) -> float:
-        """Σ_j w_j ⟨∂L_j/∂W, B·A⟩ without the product: how the losses change along B (k, r) A (r, d), to first order."""
+    def slope(self, name: str, B: Tensor, A: Tensor) -> Tensor:
+        """Σ_j w_j ⟨∂L_j/∂W, B·A⟩ () without the product: the slope of the losses along B (k, r) A (r, d)."""
         total = self.gradients.get(name)
         assert total is not None, f"{name} has no gradient"
-        return float((B.to(total) * (total @ A.to(total).mT)).sum(dtype=torch.float64))
+        return (B.to(total) * (total @ A.to(total).mT)).sum(dtype=torch.float64)
 
     def mean_gradient(self, name: str, batches: int) -> Tensor:
         """The mean of ∂L/∂W (k, d) over so many batches."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..linalg.factors import Spectrum
-    from ..linalg.low_rank import Matrix
+    from ..linalg.low_rank import Matrix, Shifted
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,15 @@ class Target:
         right: (d, d) that A is multiplied with after the factorisation of M; None for the identity.
         known: the first q singular triplets, where the method has its own way to them.
         is_delta: whether M is ΔW itself, so that its norm may be compared with that of W.
+        is_product: whether [M]_r is what counts, and not each of its directions.
         importance: of the site, for a method that shares ranks out by it.
     """
 
     M: Matrix | None = None
-    right: Tensor | None = None
+    right: Tensor | Shifted | None = None
     known: Callable[[int], Spectrum] | None = None
     is_delta: bool = False
+    is_product: bool = False
     importance: float | None = None
 
 

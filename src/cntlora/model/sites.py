@@ -115,15 +115,19 @@ class Site:
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    def weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """W (k, d), a copy in `dtype`; a collective where it is sharded and not `gathered`."""
+    def weight(self, dtype: torch.dtype = torch.float64, copy: bool = True) -> Tensor:
+        """W (k, d) in `dtype`, a copy unless `copy` is off; a collective where it is sharded and not `gathered`."""
         if self.gathered is not None:
             W = self.gathered
         elif self.source is not None:
             W = as_matrix(self.base, self.source()).to(self.device)
         else:
             W = weight_matrix(self.base)
-        return W.to(dtype, copy=True)
+        return W.to(dtype, copy=copy)
+
+    def working_weight(self) -> Tensor:
+        """W (k, d) in its own dtype, float32 at least; not to be edited, since it may be the model's own."""
+        return self.weight(torch.promote_types(self.dtype, torch.float32), copy=False)
 
 
 def find_sites(model: nn.Module, adapter: str = "default") -> tuple[list[Site], dict[str, str]]:
