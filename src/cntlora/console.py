@@ -29,4 +29,5 @@ def one_line_errors(purpose: str = "", extra: str | None = None) -> Iterator[Non
         raise SystemExit(130) from None
     except (ImportError, ValueError, TypeError, OSError, RuntimeError) as error:
         sys.stderr.write(f"cntlora: {' '.join(str(error).split())}\n")
+        sys.stderr.flush()  # it may be a stand-in that nobody flushes at the end
         raise SystemExit(1) from None

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tests.bounds import truncation
 from tests.cases import relative_error
 from tests.tiny import adapted, base_model, causal_batches, changed, logits, lora_config, state, text_batches, train
+from tests.versions import before
 from torch import Tensor, nn
 
 import cntlora.model.layouts
@@ -235,6 +236,9 @@ def in_float8(folder: Path) -> Any:
 
 
 def test_a_base_in_8_bit_floats_lives_through_training_and_reloading(folder: Path, tmp_path: Path) -> None:
+    if before("peft", "0.18"):
+        pytest.skip("PEFT 0.17 leaves the adapter of such a base in 8-bit floats, which CPUs cannot multiply")
+
     def make() -> Any:
         model = in_float8(folder)
         assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.float8_e4m3fn

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.tiny import causal_batches, changed, denoise, logits, state, text_batches, train, unet, unet_batches
+from tests.versions import before
 from torch import Tensor, nn
 
 from cntlora import InitConfig, apply_plan, compare_adapters, compute_plan, initialize, save_adapter, snapshot
@@ -460,6 +461,8 @@ def mixtral() -> Any:
 
 def test_fused_experts_are_refused_by_name_and_the_rest_of_the_model_goes_on(tmp_path: Path) -> None:
     """Also where some experts see no token."""
+    if before("transformers", "5"):
+        pytest.skip("Mixtral in transformers 4 has its experts as layers, not as fused parameters")
     lora: dict[str, Any] = {
         "target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.gate_up_proj"], "lora_dropout": 0.0,
     }  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tests.tiny import KINDS, adapted, base_model, denoise, lora_config, unet, unet_batches
+from tests.versions import before
 from torch import Tensor, nn
 
 from cntlora import InitConfig, initialize, save_adapter
@@ -162,6 +163,8 @@ def mixture() -> nn.Module:
 @pytest.mark.parametrize("saver", ["save_pretrained", "folded", "plain alpha"])
 def test_layers_inside_other_adapted_layers(saver: str, use_rslora: bool, tmp_path: Path) -> None:
     """PEFT nests them (`experts.base_layer.base_layer.linear`): names stay the base model's, and reloading works."""
+    if before("peft", "0.18"):
+        pytest.skip("PEFT 0.17 warns of every module whose parameters it adapts, and here a warning is an error")
     config = LoraConfig(
         r=2,
         lora_alpha=6,
