@@ -304,7 +304,7 @@ def proposed(results: Path = RUNS, record: Path = PROPOSED) -> str:
 
 
 def proposed_in_short(results: Path = RUNS, record: Path = PROPOSED) -> str:
-    """How near the proposals come, on the tasks that the rule was fitted on and on those that took no part."""
+    """Return how near the proposals come, on the tasks that the rule was fitted on and on those that took no part."""
     known, rows = proposals(results, record), []
     for label, chosen in (("fitted on", FITTED), ("took no part", DECIDED)):
         own = [p for p in known if p.task in chosen]

@@ -70,7 +70,7 @@ def forward_pass(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 def backward_pass(workload: Workload, model: nn.Module, batches: Iterable[Batch]) -> None:
-    """What no method that reads gradients can avoid: every batch once there and back, to the weights of the sites."""
+    """Run every batch there and back to the weights of the sites, which no method of gradients can avoid."""
     weights = [layer.base_layer.weight for layer in model.modules() if hasattr(layer, "base_layer")]
     with gradients_of(weights, model):
         for batch in batches:

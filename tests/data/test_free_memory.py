@@ -1,4 +1,4 @@
-"""Without `max_memory` the limit is what is free: further passes, or the CPU, rather than an error of the allocator."""
+"""Limits without `max_memory`: what is free; further passes or the CPU rather than an error of the allocator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def equal(one: InitPlan, two: InitPlan) -> bool:
-    """Whether two plans write the same bits."""
+    """Return whether two plans write the same bits."""
     return list(one.sites) == list(two.sites) and all(
         torch.equal(site.A, two.sites[name].A) and torch.equal(site.B, two.sites[name].B)
         for name, site in one.sites.items()

@@ -79,7 +79,7 @@ METHODS = {
 
 
 def target_of(method: str, dtype: torch.dtype, weights: tuple[float, ...] = (1.0, 0.5)) -> Target:
-    """Of one site that saw two batches of nine tokens."""
+    """Return the target of one site that saw two batches of nine tokens."""
 
     class Settings:
         exact_svd, seed = False, 0

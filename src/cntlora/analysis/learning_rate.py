@@ -111,7 +111,7 @@ def _relative(after: Tensor, before: Tensor) -> float:
 def _outputs(
     model: nn.Module, sites: list[Site], call: Callable[[nn.Module, Any], Any], batch: Any
 ) -> dict[str, Tensor]:
-    """What the adapted layers give for a batch, at most ENTRIES entries of each, evenly spaced."""
+    """Return what the adapted layers give for a batch, at most ENTRIES entries of each, evenly spaced."""
     found: dict[str, Tensor] = {}
 
     def see(name: str) -> Callable[..., None]:
@@ -130,7 +130,7 @@ def _outputs(
 
 @contextmanager
 def _moved(parameters: list[nn.Parameter], direction: list[Tensor | None], amount: float) -> Iterator[None]:
-    """Inside, the parameters are moved along a direction; afterwards they have the very values of before."""
+    """Context in which the parameters are moved along a direction; afterwards they have their old values."""
     kept = [p.detach().clone() for p in parameters]
     try:
         with torch.no_grad():

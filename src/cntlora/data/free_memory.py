@@ -1,4 +1,4 @@
-"""How much memory is free: on a GPU what its driver and torch's allocator have, else what this process may still take.
+"""Free memory: on a GPU what its driver and torch's allocator have, else what this process may still take.
 
 A process in a container may take less than the machine has; Linux says how much in its control groups.
 """
@@ -28,7 +28,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _free_of_machine() -> float:
-    """What the system can give without swapping: /proc/meminfo of Linux, psutil elsewhere where it is installed."""
+    """Read what the system gives without swapping: /proc/meminfo of Linux, psutil elsewhere where it is installed."""
     try:
         lines = (ROOT / "proc/meminfo").read_text().splitlines()
     except OSError:
@@ -41,7 +41,7 @@ def _free_of_machine() -> float:
 
 
 def _free_of_group(folder: str, limit: str, used: str, files: str) -> float:
-    """What the control group of this process leaves; infinite without one, or without a limit ("max")."""
+    """Return what the control group of this process leaves; infinite without one, or without a limit ("max")."""
     try:
         most = float((ROOT / folder / limit).read_text())
         statistics = dict(line.split() for line in (ROOT / folder / "memory.stat").read_text().splitlines())

@@ -84,7 +84,7 @@ def readable(size: float) -> str:
 
 @dataclass
 class MemoryUse:
-    """How the room was used: passes over the batches, and the most bytes of sums in each place.
+    """Memory used: passes over the batches, and the most bytes of sums in each place.
 
     Attributes:
         free: bytes that were free, where these and no `max_memory` set the limit; else 0.

@@ -1,4 +1,4 @@
-"""What an initialisation will take, foretold from one batch and from one layer of each shape; nothing is written."""
+"""Forecast of what an initialisation takes, from one batch and from one layer of each shape; nothing is written."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _shape(site: Site) -> tuple[int, int]:
 
 
 def _passes(statistics: Statistics) -> tuple[int, float]:
-    """How many passes over the batches there will be, and the most bytes that one takes."""
+    """Count the passes over the batches that there will be, and the most bytes that one takes."""
     if statistics.config.chosen.reads == "weights":
         return 1, float(statistics.budget.working_room(statistics.sites))
     estimator, budget = statistics.estimator, statistics.budget
