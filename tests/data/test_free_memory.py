@@ -182,6 +182,28 @@ def test_no_two_gradients_are_held_at_a_time() -> None:
     assert held[seen:] == [len(sites)] * len(sites)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gradient_that_is_not_finite_is_named(dtype: torch.dtype) -> None:
+    class Steep(nn.Module):
+        def __init__(self, power: float) -> None:
+            super().__init__()
+            self.layer, self.power = nn.Linear(4, 4), power
+
+        def forward(self, x: Any) -> Any:
+            return (0 * self.layer(x)).float().pow(self.power).sum()  # the root of zero has no slope
+
+    def read(power: float) -> list[str]:
+        model = get_peft_model(Steep(power), LoraConfig(r=2, target_modules=["layer"])).to(dtype)  # type: ignore[arg-type]
+        names: list[str] = []
+        with weight_gradients(model, find_sites(model)[0], lambda index, name, G: names.append(name)) as backward:
+            backward(3, model(torch.ones(2, 4, dtype=dtype)))
+        return names
+
+    with pytest.raises(ValueError, match="site layer, batch 3: its gradient has NaN or Inf"):
+        read(0.5)
+    assert read(2.0) == ["layer"]  # control
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
     class Twice(nn.Module):
