@@ -7,7 +7,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 TESTS := -n auto --dist loadfile
 KERNELS =
 
-.PHONY: setup demo test test-all test-kernels test-peft test-oldest test-dist dist lint bench results docs clean
+.PHONY: setup demo test test-all test-kernels test-peft test-comparison test-oldest test-dist dist lint bench results docs clean
 setup: $(STAMP)  ## make .venv and install the project with everything the tests need
 
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +36,10 @@ test-peft: setup  ## PEFT's own tests on adapters that we initialised: make test
 	@test -n "$(PEFT)" || { echo "usage: make test-peft PEFT=/path/to/a/checkout/of/PEFT [OPTIONS='--every 20']"; exit 2; }
 	$(INSTALL) '.[dev,peft-tests]'
 	$(BIN)/python -W ignore benchmarks/peft_suite $(PEFT) $(OPTIONS)
+
+test-comparison: setup  ## PEFT's method comparison with our start as a row, a smoke run: make test-comparison PEFT=../peft
+	@test -n "$(PEFT)" || { echo "usage: make test-comparison PEFT=/path/to/a/checkout/of/PEFT"; exit 2; }
+	$(BIN)/python -W ignore -m tests.integrations.method_comparison $(PEFT)
 
 LIBRARY := $(addprefix tests/,linalg methods data model execution files analysis cli test_config.py test_plan.py test_hygiene.py test_errors.py)
 OLDEST := build/oldest

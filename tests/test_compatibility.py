@@ -13,7 +13,7 @@ import pytest
 def test_the_tests_that_the_docs_name_exist() -> None:
     root = Path(__file__).parents[1]
     missing, named = [], 0
-    for page in ("compatibility.md", "reliability.md", "guides/trainers.md"):
+    for page in ("compatibility.md", "reliability.md", "guides/trainers.md", "guides/other_trainers.md"):
         for file, function in re.findall(
             r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", (root / "docs" / page).read_text()
         ):
