@@ -8,8 +8,9 @@ A template asks a question, answers it, and says which numbers show it:
 
 is a table of these methods, each at its best learning rate. `STUDY: ` before the methods takes another study than the
 one that the template is named after, `| at 0.003` behind the columns takes that learning rate, `| by loss` chooses the
-best learning rate by a held-out metric. Columns are those of `COLUMNS` and every held-out metric. `<!-- rates NAME -->`
-is a table of `benchmarks.rates`, over all studies.
+best learning rate by a held-out metric. Columns are those of `COLUMNS` and every held-out metric;
+`loss@100` is that after 100 steps, of the first seed. `<!-- rates NAME -->` is a table of `benchmarks.rates`, over all
+studies.
 """
 
 from __future__ import annotations
@@ -119,7 +120,16 @@ def _group(study: Study, method: str, rate: float | None) -> Group:
 
 
 def _metric(study: Study, name: str) -> tuple[str, str | None, str, Value]:
+    metric, _, step = name.partition("@")
+    if step:
+        return f"step {step}", study.metrics[metric], "", lambda group, _: _after(group, metric, int(step))
     return HEADS.get(name) or metric_name(name), study.metrics[name], "", lambda group, _: group.final(name)
+
+
+def _after(group: Group, metric: str, step: int) -> Estimate:
+    """A held-out metric after a number of steps, of the first seed."""
+    first = (run for run in group.finished if run["seed"] == 0)
+    return Estimate.of(e[metric] for run in first for e in run["evaluations"] if e["step"] == step)
 
 
 def _sources(used: dict[str, Study]) -> str:
