@@ -106,7 +106,7 @@ def test_what_is_deferred_comes_at_the_end() -> None:
 
 
 def test_a_command_says_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("cntlora.lab.recipes.loading.load_model", stop)
+    monkeypatch.setattr("cntlora.lab.recipes.loading.load_tokenizer", stop)
     result = CliRunner().invoke(app, ["init", "any", "--out", str(tmp_path / "a"), "--method", "lora"])
     assert result.exit_code == 130 and result.stderr.splitlines() == ["cntlora: stopped; nothing was half-written"]
     assert not (tmp_path / "a").exists()

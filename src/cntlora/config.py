@@ -12,6 +12,7 @@ from .methods.method import (
     METHODS,
     Method,
     all_options,
+    at_earlier_default,
     find,
     from_flat,
     option_names,
@@ -178,7 +179,13 @@ class InitConfig:
 
 
 def _method_of(method: object, options: Mapping[str, Any]) -> Method | None:
-    """The method with options beside it: flat keys. Options without a method are those of self, as in version 0.1."""
+    """The method with options beside it: flat keys.
+
+    Options without a method are those of self, as in version 0.1, or of descent where self has one of them not.
+
+    Raises:
+        ValueError: for options without a method that neither has; names the methods that have them.
+    """
     for name in options:
         if name not in all_options():
             known = (*(field.name for field in fields(InitConfig)), *all_options())
@@ -190,7 +197,20 @@ def _method_of(method: object, options: Mapping[str, Any]) -> Method | None:
         return from_flat(type(given), {**asdict(given), **options}) if options else given
     if method is None and all(value is None for value in options.values()):
         return None
-    return from_flat(find("self" if method is None else method), options)
+    return from_flat(_method_with(options) if method is None else find(method), options)
+
+
+def _method_with(options: Mapping[str, Any]) -> type[Method]:
+    """The method that options without one are of."""
+    given = [name for name, value in options.items() if not at_earlier_default(name, value)]
+    for name in ("self", "descent"):
+        if set(given) <= set(option_names(METHODS[name])):
+            return METHODS[name]
+    having = [name for name, cls in METHODS.items() if set(given) <= set(option_names(cls))]
+    if having:
+        METHODS[having[0]](**{name: options[name] for name in given})  # a wrong value is named first
+    cure = f"name one that has it, method={having[0]!r}" if having else "no method has all of them"
+    raise ValueError(f"{', '.join(given)}: an option of a method, and no method is named; {cure}")
 
 
 def _written(config: InitConfig) -> str:

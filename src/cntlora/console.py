@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .extras import require
 from .interrupts import tell_stopped
@@ -20,6 +21,8 @@ def one_line_errors(purpose: str = "", extra: str | None = None) -> Iterator[Non
         extra: the extra of the package that it needs, checked before anything is imported; None for none.
     """
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, which a user of the command cannot mend
+    shown = warnings.showwarning
+    warnings.showwarning = _plain_warning
     try:
         if extra is not None:
             require(extra, purpose)
@@ -31,3 +34,17 @@ def one_line_errors(purpose: str = "", extra: str | None = None) -> Iterator[Non
         sys.stderr.write(f"cntlora: {' '.join(str(error).split())}\n")
         sys.stderr.flush()  # it may be a stand-in that nobody flushes at the end
         raise SystemExit(1) from None
+    finally:
+        warnings.showwarning = shown
+
+
+def _plain_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning as one line: the place in the sources, that of this command, says nothing to its user."""
+    sys.stderr.write(f"cntlora: warning: {' '.join(str(message).split())}\n")

@@ -191,12 +191,19 @@ def test_init_refuses_a_single_class_and_a_file_for_a_folder(model_folder: Path,
     assert code == 1 and f"--out {one} is a file; expected a folder" in err and one.read_text().startswith("text")
 
 
-def test_inspect_points_at_export_for_a_file_of_diffusers(tmp_path: Path) -> None:
+def test_inspect_reads_a_file_of_diffusers(tmp_path: Path) -> None:
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    save_file({"unet.mid_block.x.lora_A.weight": torch.ones(2, 4)}, file)
+    key = "unet.mid_block.x.lora.{}.weight"
+    save_file({key.format("down"): torch.ones(2, 4), key.format("up"): 3 * torch.ones(5, 2)}, file)
     for path in (tmp_path, file):
-        code, _, err = cntlora("inspect", path)
-        assert code == 1 and "a file of diffusers has no adapter_config.json" in err and "`cntlora export`" in err
+        code, out, err = cntlora("inspect", path, "--json")
+        assert code == 0, err
+        (site,) = json.loads(out)["sites"]
+        assert site["name"] == "unet.mid_block.x" and (site["rank"], site["alpha"], site["scaling"]) == (2, 2.0, 1.0)
+        assert site["norm"] == pytest.approx(6 * 20**0.5)  # B·A is 5 × 4 of 6
+    save_file({key.format("down"): torch.ones(2, 4)}, file)
+    code, _, err = cntlora("inspect", file)
+    assert code == 1 and "site unet.mid_block.x has {'A': (2, 4)}; expected A (rank, …) and B (…, rank)" in err
 
 
 def test_the_package_runs_as_a_module() -> None:

@@ -204,3 +204,32 @@ def test_the_configuration_of_a_run_is_all_that_matters_to_it() -> None:
 
 def test_file_names() -> None:
     assert Run(Experiment(), "peft:eva+dora", 1e-3, 2).name == "peft-eva+dora-lr0.001-seed2"
+
+
+FILE = "[train]\nsteps = 40\nwarmup = 30\neval_at = [10, 20, 40]\nsample_at = [40]"
+
+
+def test_a_shorter_training_fits_what_the_file_says_of_it(tmp_path: Path) -> None:
+    path = written(tmp_path, FILE)
+    with pytest.warns(UserWarning) as told:
+        train = load_experiment(path, ["train.steps=20"]).train
+    assert (train.steps, train.eval_at, train.sample_at, train.warmup) == (20, (10, 20), (), 2)
+    said = " ".join(str(warning.message) for warning in told)
+    assert "train.eval_at=[10, 20, 40] became [10, 20] with train.steps=20" in said and "train.warmup=30" in said
+    train = load_experiment(path, ["train.steps=80"]).train  # the control: nothing to change, nothing said
+    assert (train.eval_at, train.warmup) == ((10, 20, 40), 30)
+    with pytest.warns(UserWarning, match="warmup=10 became 0"):  # the default's, which no file has to name
+        assert load_experiment(written(tmp_path, "title = 'x'"), ["train.steps=5"]).train.warmup == 0
+
+
+def test_what_is_put_over_a_file_is_checked_and_not_fitted(tmp_path: Path) -> None:
+    path = written(tmp_path, FILE)
+    for change in ("train.eval_at=[30]", "train.warmup=30"):
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"train\.steps=20, got"):
+            load_experiment(path, ["train.steps=20", change])
+
+
+def test_epochs_for_steps_leave_no_moment_in_the_other_unit(tmp_path: Path) -> None:
+    path = written(tmp_path, FILE.replace("warmup = 30", "warmup = 5"))
+    with pytest.warns(UserWarning, match=r"eval_at=\[10, 20, 40\] became \[\]"):
+        assert load_experiment(path, ["train.epochs=50"]).train.eval_at == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +108,45 @@ def test_long_rows_are_cut_behind_and_padding_is_not_learned(tmp_path: Path, mod
     assert bool((batch["labels"][padding] == IGNORED).all())
     (first, second) = (list(task.train_batches(seed)) for seed in (0, 0))
     assert torch.equal(first[0]["input_ids"], second[0]["input_ids"])
+
+
+@pytest.mark.parametrize("how", ["texts", "messages"])
+def test_a_file_for_trl_is_learned_as_one_of_ours(tmp_path: Path, tokenizer: Any, how: str) -> None:
+    """Prompt and completion, as texts or as messages, are what prompt and response, or one chat, are."""
+    if how == "texts":
+        theirs, ours = {"prompt": "good? ", "completion": "bad"}, {"prompt": "good? ", "response": "bad"}
+    else:
+        theirs, ours = {"prompt": CHAT[:1], "completion": CHAT[1:2]}, {"messages": CHAT[:2]}
+    expected = learned(written(tmp_path, [ours], "ours.jsonl"), tokenizer)
+    assert learned(written(tmp_path, [theirs], "theirs.jsonl"), tokenizer) == expected
+    assert learned(written(tmp_path, json.dumps([theirs]), "theirs.json"), tokenizer) == expected
+    other = {**ours, next(iter(ours)): "a day? "} if how == "texts" else {"messages": [*CHAT[2:4]]}  # the control
+    assert learned(written(tmp_path, [other], "other.jsonl"), tokenizer) != expected
+    with pytest.raises(ValueError, match="row 1: expected prompt and response as two texts or as two lists"):
+        learned(written(tmp_path, [{"prompt": CHAT[:1], "completion": "bad"}]), tokenizer)
+
+
+def test_a_folder_of_datasets_is_read_by_its_own_loader(tmp_path: Path, tokenizer: Any) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": "good? ", "completion": "bad"}, {"prompt": "a ", "completion": "day"}]
+    expected = learned(written(tmp_path, rows), tokenizer)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    written(tmp_path / "files", rows, "train.jsonl")
+    for folder in ("saved", "files"):
+        assert learned(str(tmp_path / folder), tokenizer) == expected
+    assert learned(f"{tmp_path / 'files'}#train[:1]", tokenizer) == expected[:1]
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        learned(f"{tmp_path / 'files'}#validation", tokenizer)
+
+
+def test_a_warning_says_how_much_is_cut_off(tmp_path: Path, tokenizer: Any) -> None:
+    path = written(tmp_path, [{"prompt": "a ", "response": "good " * n} for n in (1, 60)])
+    with pytest.warns(UserWarning, match=r"1 of 2 rows are longer than task\.max_length=9, and \d\d% of all tokens"):
+        learned(path, tokenizer, max_length=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learned(path, tokenizer, max_length=200)
 
 
 # --- the task -----------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def few(experiment: Experiment) -> list[str]:
     names = experiment.sweep.methods
     ours = [name for name in names if name.partition("+")[0] in ("cross", "self", "shift")]
     others = [name for name in names if name not in ours]
-    return [*ours[:1], *others[:1], *others[-1:]][: 3 if len(others) > 1 else 2]
+    return list(dict.fromkeys([*ours[:1], *others[:1], *others[-1:]]))[: 3 if len(others) > 1 else 2]
 
 
 # files of one task differ in their data, models and numbers, which a tiny run does not use

@@ -341,3 +341,24 @@ def test_lora_meets_q_k_v_and_the_attention_output_only() -> None:
     names = [name for name, _ in adapted.named_modules() if name.endswith(".lora_A")]
     assert len(names) == 4 * 6
     assert all(".attention." in name for name in names)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_may_have_semicolons_or_tabs(tmp_path: Path, separator: str) -> None:
+    """As spreadsheets write it where the comma is the decimal point; a comma inside a text is none then."""
+    path = written(tmp_path, "t.csv", f'text{separator}y\n"a, b; c"{separator}1\nd{separator}2\n')
+    table = read_table(path, label="y")
+    assert table.texts == ["a, b; c", "d"] and table.names == ["1", "2"]
+
+
+def test_a_book_in_one_line_and_other_encodings_are_named_with_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"its 30,000 characters are one line.*fold -s -w 2000 t\.txt > lines\.txt"):
+        read_table(written(tmp_path, "t.txt", "word " * 6000 + "\n"))
+    assert len(read_table(written(tmp_path, "t.txt", "word " * 6000 + "\nmore\n"))) == 2  # the control
+    for content, says in (
+        ("text\ncaf\xe9\n".encode("latin-1"), "byte 8 is 0xe9"),
+        ("text\na\n".encode("utf-16"), "UTF-16"),
+    ):
+        with pytest.raises(ValueError, match=says) as error:
+            read_table(written(tmp_path, "t.csv", content))
+        assert "iconv -f " in str(error.value) and " > utf8.csv" in str(error.value)

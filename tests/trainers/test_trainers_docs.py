@@ -108,6 +108,8 @@ def assert_exported(folder: Path) -> None:
     assert len(saved) > 10 and any(
         not torch.equal(p, pristine.get(n.replace(".base_layer", ""), p)) for n, p in saved.items()
     )
+    looked_at = CliRunner().invoke(app, ["inspect", str(folder / "out")])
+    assert looked_at.exit_code == 0 and f"· {len(saved)} sites · " in looked_at.stdout, looked_at.stderr
     for format in ("kohya", "diffusers"):
         file = folder / f"{format}.safetensors"
         result = CliRunner().invoke(app, ["export", str(folder / "out"), "--format", format, "--out", str(file)])

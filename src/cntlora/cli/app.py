@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..console import one_line_errors
 from ..interrupts import ended_within
 from ..messages import quiet_libraries
-from ..methods.method import METHODS
 from . import experiments as cli_experiments
 from . import export as cli_export
+from .arguments import check_at_least, check_file, check_folder, method_names
 
 app = typer.Typer(
     help="Start a LoRA from the pretrained weights and a few batches of your data, without training.",
@@ -50,13 +50,19 @@ def init(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the pretrained model.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter; made if missing.")],
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Your fine-tuning texts: .csv, .tsv, .jsonl, .parquet or .txt (one a line). Not for pissa, olora and "
-            "lora, which read the weights alone."
+            help="Your fine-tuning data: a .csv, .tsv, .jsonl, .json, .parquet or .txt file (a text a line), or "
+            "owner/name[:configuration][#split] of the hub, with a column of texts, prompts and responses, or chats. "
+            "Not for pissa, olora and lora, which read the weights alone."
         ),
     ] = None,
     text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    prompt: Annotated[str, typer.Option(help="Column of the prompts, beside responses that are learned.")] = "prompt",
+    response: Annotated[
+        str | None, typer.Option(help="Column of the responses.  [default: response, or completion]")
+    ] = None,
+    messages: Annotated[str, typer.Option(help="Column of the chats.")] = "messages",
     label: Annotated[
         str | None, typer.Option(help="Column of the classes, for classification, or of the numbers, for regression.")
     ] = None,
@@ -65,7 +71,9 @@ def init(
     ] = "auto",
     method: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(METHODS)}.  [default: descent, or self where there is no loss or no gradient]"),
+        typer.Option(
+            help=f"{', '.join(method_names())}.  [default: descent, or self where there is no loss or no gradient]"
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -112,6 +120,13 @@ def init(
         float | None,
         typer.Option(help="corda, descent, lora_da: relative damping of the input covariance.  [default: 0.01]"),
     ] = None,
+    variance: Annotated[
+        float | None, typer.Option(help="lora_da: weight of the variance of the gradients.  [default: 0.03]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="lora_da: rows of the training data.  [default: 100000]")] = None,
+    batch_weights: Annotated[
+        str | None, typer.Option(help="Comma-separated, one weight for each batch that is read.  [default: 1 each]")
+    ] = None,
     initial_weight: Annotated[
         str | None,
         typer.Option(help="Start of the average over batches: pretrained or zero.  [default: pretrained]"),
@@ -133,36 +148,37 @@ def init(
     """Write an initialised adapter folder that plain PEFT loads on the untouched model."""
     options = {key: value for key, value in locals().items() if key in _CONFIG_OPTIONS}
     with one_line_errors("cntlora init", "text"):
-        from ..lab.recipes.loading import LoraOptions
-        from ..lab.recipes.text.tables import label_line
-
-        options["shift_constant"] = _number_or_name(shift_constant)
-
+        check_folder("--out", out, overwrite=overwrite)
+        if plan is not None:
+            check_file("--plan", plan)
+        check_at_least(rank=(rank, 1), alpha=(alpha, 0), num_batches=(num_batches, 1), batch_size=(batch_size, 1))
+        check_at_least(max_length=(max_length, 1), seed=(seed, 0), min_rank=(min_rank, 0), rank_budget=(rank_budget, 1))
         if base == "subtract":
             raise ValueError("--base subtract changes the base model, which a file cannot do; use offset, or Python")
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file; expected a folder for the adapter")
-        if out.exists() and any(out.iterdir()) and not overwrite:
-            raise ValueError(f"--out {out} is not empty; choose another folder, or replace it with --overwrite")
-        lora = LoraOptions(
-            rank,
-            alpha,
-            None if targets is None else tuple(t.strip() for t in targets.split(",") if t.strip()),
-            rslora,
-            dora,
-        )
-        report, table = _initialise(
-            model, (data, text, label), task, lora, options, (batch_size, max_length), (out, plan), dry_run
+        options["shift_constant"] = _number_or_name(shift_constant)
+        options["batch_weights"] = _numbers(batch_weights)
+
+        from ..lab.recipes.initialising import LoraOptions, Source, initialise
+
+        named = None if targets is None else tuple(t.strip() for t in targets.split(",") if t.strip())
+        report, told = initialise(
+            model,
+            Source(data, text, label, prompt, response, messages, batch_size, max_length),
+            task,
+            LoraOptions(rank, alpha, named, rslora, dora),
+            options,
+            (out, plan),
+            dry_run,
         )
         if dry_run:
             typer.echo(json.dumps(asdict(report), indent=2) if as_json else str(report))
         elif as_json:
-            named = {"classes": dict(enumerate(table.names))} if table.names else {}
-            typer.echo(json.dumps({**report.to_dict(), **named}, indent=2))
+            classes = {"classes": dict(enumerate(told.names))} if told.names else {}
+            typer.echo(json.dumps({**report.to_dict(), **classes}, indent=2))
         else:
             typer.echo(str(report))
-            if label is not None:
-                typer.echo(f"\n{label_line(table)}")
+            if told.line:
+                typer.echo(f"\n{told.line}")
             typer.echo(f"\nadapter written to {out}")
             if report.config.effective_base == "offset":
                 typer.echo("to train it: PeftModel.from_pretrained(model, folder, is_trainable=True), then")
@@ -171,7 +187,8 @@ def init(
 
 _CONFIG_OPTIONS = (
     "method", "base", "decomposition", "p", "strength", "adaptive_ranks", "rank_budget", "min_rank", "max_rank", "gram",
-    "root", "rtol", "shift_constant", "center", "damping", "initial_weight", "num_batches", "seed", "fold_alpha",
+    "root", "rtol", "shift_constant", "center", "damping", "variance", "samples", "batch_weights", "initial_weight",
+    "num_batches", "seed", "fold_alpha",
 )  # fmt: skip
 
 
@@ -185,77 +202,31 @@ def _number_or_name(value: str | None) -> float | str | None:
         return value
 
 
-def _initialise(
-    name: str,
-    source: tuple[Path | None, str, str | None],
-    task: str,
-    lora: Any,
-    options: dict[str, Any],
-    sizes: tuple[int, int],
-    outputs: tuple[Path, Path | None],
-    dry_run: bool,
-) -> tuple[Any, Any]:
-    """Model, data, plan, adapter folder; returns the report, or with `dry_run` the forecast, and all rows."""
-    from ..api import apply_plan, compute_plan
-    from ..config import InitConfig
-    from ..files.saving import save_adapter
-    from ..lab.recipes.loading import add_lora, batches_of, load_model
-    from ..lab.recipes.text.tables import Table, shuffled
-    from ..methods.method import all_options, find
-
-    method = options["method"]
-    if method is not None:
-        InitConfig.from_dict(options)  # before the model is loaded, wrong options are found
-    path, text, label = source
-    if path is None and method is None:
-        raise ValueError("--data: the method is chosen by your texts, so it needs them; or name one that reads none")
-    if path is None and find(method).reads != "weights":
-        raise ValueError(f"--data: method {method} reads {find(method).reads}, so it needs your texts")
-    rows = table = Table([], [], [])
-    if path is not None:
-        rows = _texts(path, text, label, regression=task == "regression")
-        table = shuffled(rows, options["seed"])
-        table = table.take(range(min(len(table), options["num_batches"] * sizes[0])))
-    base_model, tokenizer, resolved, new = load_model(name, task, table, options["seed"])
-    if method is None and any(options.get(name) is not None for name in all_options()):
-        method = "self" if resolved == "encoder" else "descent"  # whose options they are
-    config = InitConfig.from_dict({**options, "method": method})
-    model = add_lora(base_model, resolved, lora, config.seed, new)
-    batches = batches_of(tokenizer, table, resolved, *sizes) if path else None
-    if dry_run:
-        from ..execution.forecast import forecast
-
-        return forecast(model, batches, config), rows
-    plan = compute_plan(model, batches, config)
-    report = apply_plan(model, plan)
-    save_adapter(model, outputs[0], fold_alpha=config.fold_alpha, plan=plan)
-    if outputs[1] is not None:
-        plan.save(outputs[1])
-    return report, rows
-
-
-def _texts(path: Path, text: str, label: str | None, *, regression: bool) -> Any:
-    """The rows of a file; of at least two classes or numbers where there are any."""
-    from ..lab.recipes.text.tables import one_class_only, read_table
-
-    table = read_table(path, text=text, label=label, regression=regression, instead="--task regression")
-    for kind, found in (("class", table.names), ("number", sorted(set(table.values)))):
-        if len(found) == 1:
-            raise ValueError(one_class_only(path, label, kind, found[0]))
-    return table
+def _numbers(text: str | None) -> list[float] | None:
+    """Numbers with commas between."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--batch-weights: expected numbers with commas between, such as 1,0.5, got {text!r}"
+        ) from None
 
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder, as PEFT or `cntlora init` writes it.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="Adapter folder of PEFT, `cntlora init` or diffusers, or a file of diffusers.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show ranks, scalings and sizes of an adapter, site by site."""
     with one_line_errors("cntlora inspect"):
         from ..files.class_names import read_names
+        from ..files.export_parts import inspect_parts, is_pipeline_file
         from ..files.inspection import inspect_adapter
 
-        sites, names = inspect_adapter(adapter), read_names(adapter)
+        own = is_pipeline_file(adapter)
+        sites, names = (inspect_parts(adapter), []) if own else (inspect_adapter(adapter), read_names(adapter))
         if as_json:
             named = {"classes": dict(enumerate(names))} if names else {}
             typer.echo(json.dumps({"sites": [site.to_dict() for site in sites], **named}, indent=2))

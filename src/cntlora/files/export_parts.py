@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..messages import unknown_name
 from .adapter_folder import CONFIG, DIFFUSERS_FILE, PREFIX, WEIGHTS
-from .inspection import by_pattern, read_folder
+from .inspection import AdapterSite, SavedFactors, by_pattern, measured, read_folder
 from .spellings import kohya_site, split_key
 
 DIFFUSERS_HEAD = "lora_adapter_metadata"
@@ -97,6 +97,27 @@ def read_parts(source: Path, component: str | None = None) -> Parts:
             f"such as {next(iter(parts[component]))}; was another --component meant?"
         )
     return parts
+
+
+def inspect_parts(source: Path) -> list[AdapterSite]:
+    """Return the sites of a file of diffusers or kohya, or of a folder with one, named by part; B holds their scaling.
+
+    Raises:
+        ValueError: as `read_parts`.
+    """
+    parts = read_parts(source)
+    sites = [(f"{part}.{name}", site) for part, of_part in parts.items() for name, site in of_part.items()]
+    return [
+        measured(SavedFactors(name, s.A.double().flatten(1), s.B.double().flatten(1), float(s.rank), 1.0))
+        for name, s in sites
+    ]
+
+
+def is_pipeline_file(source: Path) -> bool:
+    """Return whether a path is a file, or a folder with that of diffusers, and no adapter of PEFT."""
+    if (source / CONFIG).is_file():
+        return False
+    return source.suffix == ".safetensors" or (source / DIFFUSERS_FILE).is_file()
 
 
 def _read_file(file: Path, component: str | None) -> Parts:

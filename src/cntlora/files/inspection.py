@@ -71,7 +71,7 @@ def read_adapter(path: str | os.PathLike[str]) -> list[SavedFactors]:
 
 def inspect_adapter(path: str | os.PathLike[str]) -> list[AdapterSite]:
     """Ranks, scalings and sizes of a LoRA folder, site by site; errors are those of `read_adapter`."""
-    return [_measured(site) for site in read_adapter(path)]
+    return [measured(site) for site in read_adapter(path)]
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -122,7 +122,8 @@ def _site(name: str, state: Mapping[str, Tensor], key: str, config: Mapping[str,
     return SavedFactors(name, A, B, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _measured(site: SavedFactors) -> AdapterSite:
+def measured(site: SavedFactors) -> AdapterSite:
+    """Measure a site."""
     S = site.scaling * product_spectrum(site.B, site.A)
     rank, cancels = site.A.shape[0], halves_cancel(site.B, site.A)
     norm, top = (0.0, 0.0) if cancels and rank % 2 == 0 else (float(S.norm()), float(S.max()))

@@ -1,7 +1,11 @@
 """The methods, one file each: options, what is read of the data, the equation, and how the factors are made.
 
-A method is one row here: its import, and its class in `__all__`, in the order of tables.
+A method is one row here: its import, and its class in `__all__`, in the order of tables. The package is called as a
+function: `cntlora.methods()` gives the names that `InitConfig(method=...)` takes.
 """
+
+import sys
+from types import ModuleType
 
 from .corda import Corda
 from .cross import Cross
@@ -12,7 +16,7 @@ from .lora import Lora
 from .lora_da import LoraDa
 from .lora_ga import LoraGa
 from .lora_one import LoraOne
-from .method import METHODS
+from .method import METHODS, methods
 from .olora import Olora
 from .pissa import Pissa
 from .self_mode import Self
@@ -35,3 +39,13 @@ __all__ = [  # noqa: RUF022
 ]
 
 METHODS.update((cls.name, cls) for cls in map(globals().__getitem__, __all__))
+
+
+class _Callable(ModuleType):
+    """A module that is also the function `cntlora.methods`, whose name it has."""
+
+    def __call__(self) -> tuple[str, ...]:
+        return methods()
+
+
+sys.modules[__name__].__class__ = _Callable

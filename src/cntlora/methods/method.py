@@ -146,8 +146,7 @@ METHODS: dict[str, type[Method]] = {}
 def methods() -> tuple[str, ...]:
     """Names that `InitConfig(method=...)` takes.
 
-    `cntlora.methods` is this function. The modules of the package of that name are imported by their own names:
-    `from cntlora.methods.self_mode import self_map`.
+    `cntlora.methods()` calls it; the package of that name holds the methods' modules.
     """
     return tuple(METHODS)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...config import InitConfig
-from ...messages import unknown_name
+from ...messages import unknown_name, warn_caller
 from ...methods.method import METHODS, all_options, option_names
 from ..recipes.train_settings import TrainSettings
 from .arms import Arm, parse_arm
@@ -111,8 +111,11 @@ def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
         raise FileNotFoundError(f"{path}: there is no such experiment file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-        for change in changes:
-            _change(values, change)
+        before = dict(values["train"]) if isinstance(values.get("train"), dict) else {}
+        keys = {_change(values, change) for change in changes}
+        if isinstance(values.get("train"), dict):
+            for said in _fit(values["train"], before, keys):
+                warn_caller(f"{path}: {said}")
         return from_dict({"name": path.stem, **values})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from error
@@ -120,8 +123,8 @@ def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
         raise ValueError(f"{path}: {error}") from error
 
 
-def _change(values: dict[str, Any], change: str) -> None:
-    """Put one KEY=VALUE over the values of a file; what excludes it there goes."""
+def _change(values: dict[str, Any], change: str) -> str:
+    """Put one KEY=VALUE over the values of a file; what excludes it there goes. Returns the key."""
     key, found, text = change.partition("=")
     *sections, last = key.strip().split(".")
     if not found or not last:
@@ -137,6 +140,36 @@ def _change(values: dict[str, Any], change: str) -> None:
     values[last] = value
     if sections == ["train"] and last in _EITHER:
         values.pop(_EITHER[last], None)
+    return ".".join([*sections, last])
+
+
+def _fit(train: dict[str, Any], before: Mapping[str, Any], keys: set[str]) -> Iterator[str]:
+    """Fit what a file says of a training to a length that was put over it; give a sentence for each change.
+
+    Values that are put over the file too stay as they are, and are checked later.
+
+    Args:
+        train: the section with the changes.
+        before: the section of the file.
+        keys: that were put over the file.
+    """
+    length = next((name for name in ("steps", "epochs") if f"train.{name}" in keys), "")
+    end = train.get(length)
+    if isinstance(end, bool) or not isinstance(end, (int, float)):
+        return
+    other_unit = _EITHER[length] in before
+    for name in ("eval_at", "sample_at"):
+        at = train.get(name)
+        if f"train.{name}" in keys or not isinstance(at, list) or not all(isinstance(moment, int) for moment in at):
+            continue
+        train[name] = [] if other_unit else [moment for moment in at if moment <= end]
+        if train[name] != at:
+            yield f"train.{name}={at} became {train[name]} with train.{length}={end}; the end is always among them"
+    warmup: Any = train.get("warmup", None if "warmup_epochs" in train else TrainSettings().warmup)
+    fixed = "train.warmup" in keys or length != "steps" or not isinstance(warmup, int)
+    if not fixed and warmup > end:
+        train["warmup"] = int(end) // 10
+        yield f"train.warmup={warmup} became {train['warmup']} with train.steps={end}"
 
 
 def from_dict(values: Mapping[str, Any]) -> Experiment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,15 +18,19 @@ import pandas as pd
 from ...messages import first_line
 
 _NAMES = "names of the classes"
+_LONG_LINE = 20_000
+"""Characters of the only line of a .txt from which on it is taken for a whole book in one line."""
 
 
 def read_frame(source: str | PathLike[str], *, quoted: bool = True) -> pd.DataFrame:
     """All rows of a file or of a data set of the hub, every value of a .csv or .tsv as text.
 
     Args:
-        source: a file whose suffix says the format: .csv or .tsv with a header, .jsonl (an object a line), .txt (a
-            text a line, column "text", blank lines skipped), .parquet; all but the last UTF-8. Or a data set as
-            "owner/name", "owner/name:configuration", "owner/name#split" (split "train" if none is named).
+        source: a file whose suffix says the format: .csv or .tsv with a header, .jsonl (an object a line), .json (a
+            list of objects), .txt (a text a line, column "text", blank lines skipped), .parquet; all but the last
+            UTF-8. Columns of a .csv are separated by commas, or by semicolons where its header has no comma. Or a data
+            set as "owner/name", "owner/name:configuration", "owner/name#split" (split "train" if none is named), or a
+            folder that `datasets` loads: of data files, or written by its save_to_disk.
         quoted: a field of a .csv or .tsv that begins with a double quote ends at the next one; else quotes are letters.
 
     Raises:
@@ -37,7 +42,7 @@ def read_frame(source: str | PathLike[str], *, quoted: bool = True) -> pd.DataFr
     reader = _READERS.get(path.suffix.lower())
     if reader is _read_csv and not quoted:
         reader = partial(_read_csv, quoting=csv.QUOTE_NONE)
-    if reader is None and not path.exists() and path.name != str(source) and not path.is_absolute():
+    if path.is_dir() or (reader is None and not path.exists() and _may_be_published(str(source))):
         return _from_hub(str(source))
     if reader is None:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(_READERS)}")
@@ -46,10 +51,20 @@ def read_frame(source: str | PathLike[str], *, quoted: bool = True) -> pd.DataFr
     try:
         frame = reader(path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(f"{path}: {_not_utf8(path, error)}") from error
     if frame.empty:
         raise ValueError(f"{path}: the file has no rows")
     return frame
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """Describe another encoding: which byte, and the command that converts the file."""
+    with path.open("rb") as opened:
+        wide = opened.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    name = "UTF-16" if wide else "WINDOWS-1252"
+    found = "UTF-16" if wide else f"not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x})"
+    command = f"iconv -f {name} -t UTF-8 {path.name} > utf8{path.suffix}"
+    return f"{found}; save it as UTF-8, {command} if it is {'that' if wide else 'in a Western European encoding'}"
 
 
 def names_of(frame: pd.DataFrame, column: str) -> list[str] | None:
@@ -106,27 +121,40 @@ def numbers(frame: pd.DataFrame, name: str, where: object) -> list[float]:
     return found
 
 
+def _may_be_published(source: str) -> bool:
+    """Return whether a name that is no file may be one of the hub: a folder that is there would have the file."""
+    name = source.partition("#")[0].partition(":")[0]
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).parent.is_dir()
+
+
+def _load(name: str, configuration: str, split: str) -> Any:
+    """Load a split by `datasets`, of the hub or of a folder."""
+    import datasets
+
+    if Path(name).is_dir() and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        found = datasets.load_from_disk(name)
+        return found[split] if isinstance(found, datasets.DatasetDict) else found
+    return datasets.load_dataset(name, configuration or None, split=split)
+
+
 def _from_hub(source: str) -> pd.DataFrame:
     """Rows of a data set of the hub."""
-    from datasets import load_dataset
-
     name, _, split = source.partition("#")
     name, _, configuration = name.partition(":")
     try:
-        rows = load_dataset(name, configuration or None, split=split or "train")
+        rows = _load(name, configuration, split or "train")
         frame = pd.DataFrame(rows.to_pandas())
         frame.attrs[_NAMES] = {key: kind.names for key, kind in rows.features.items() if getattr(kind, "names", None)}
         return frame
     except Exception as error:  # of many libraries: no network, no such data set, configuration or split
         raise ValueError(
-            f"data {source!r}: there is no such file, and as a data set of the hub it cannot be loaded "
-            f"({first_line(error)}); "
-            "expected a file, or owner/name[:configuration][#split]"
+            f"data {source!r}: there is no such file, and as a data set of the hub or a folder of data files it cannot "
+            f"be loaded ({first_line(error)}); expected a file, or owner/name[:configuration][#split]"
         ) from error
 
 
 def _read_csv(path: Path, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> pd.DataFrame:
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    separator = "\t" if path.suffix.lower() == ".tsv" else _separator(path)
     try:
         with warnings.catch_warnings():
             # more fields than columns: an unquoted separator in a text, which would lose its end
@@ -138,8 +166,15 @@ def _read_csv(path: Path, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> pd.Data
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        message = f"{path}: rows do not fit the header; quote texts that contain the separator ({error})"
-        raise ValueError(message.replace("\n", " ")) from error
+        message = f"{path}: rows do not fit the header; quote texts that contain the separator ({first_line(error)})"
+        raise ValueError(message) from error
+
+
+def _separator(path: Path) -> str:
+    """Return the separator of a .csv: a comma, or where its header has none a semicolon or a tab."""
+    with path.open(encoding="utf-8-sig", newline="") as opened:
+        header = opened.readline()
+    return next((sign for sign in (",", ";", "\t") if sign in header), ",")
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
@@ -169,9 +204,27 @@ def _check_columns(names: list[str], where: object) -> None:
         raise ValueError(f"{where}: column {twice[0]!r} is there {names.count(twice[0])} times; name each column once")
 
 
+def _read_json(path: Path) -> pd.DataFrame:
+    content = path.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(content, object_pairs_hook=partial(_object, str(path)))
+    except json.JSONDecodeError as error:
+        if content.lstrip().startswith("{") and "Extra data" in error.msg:
+            return _read_jsonl(path)  # an object a line, whatever it is called
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects [{{…}}, …], got {type(rows).__name__}")
+    return pd.DataFrame(rows, dtype=object)
+
+
 def _read_txt(path: Path) -> pd.DataFrame:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return pd.DataFrame({"text": [line.strip() for line in lines if line.strip()]}, dtype=object)
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    if len(lines) == 1 and len(lines[0]) > _LONG_LINE:
+        raise ValueError(
+            f"{path}: its {len(lines[0]):,} characters are one line, and a line is one text, of which only the "
+            f"beginning would be read; break it into lines, as fold -s -w 2000 {path.name} > lines.txt does"
+        )
+    return pd.DataFrame({"text": lines}, dtype=object)
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -187,4 +240,5 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
+    ".json": _read_json,
 }

@@ -1,50 +1,18 @@
-"""A model by name or folder with fresh LoRA layers, and batches of the user's texts: what `cntlora init` needs."""
+"""Text models by name or folder: their tokenizers, classifiers with a new head, language models."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...messages import first_line, quiet_transformers, unknown_name
-from .text.tables import EncodedBatches, Table, encode_batches
+from .model_folder import check_folder, find_folder
 
-TASKS = ("auto", "causal-lm", "classification", "regression", "encoder")
-_TASK_TYPES = {
-    "causal-lm": "CAUSAL_LM",
-    "classification": "SEQ_CLS",
-    "regression": "SEQ_CLS",
-    "encoder": "FEATURE_EXTRACTION",
-}
 _HEADS = {"classifier", "score"}  # what PEFT trains and saves whole where the task is SEQ_CLS
 _SAMPLES = {"sample:minilm": "minilm_folder", "sample:smollm2": "smollm2_folder"}  # functions of `samples`
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """The LoRA to put in: as in `peft.LoraConfig`; alpha None for 2·rank, targets None for PEFT's own choice."""
-
-    rank: int = 16
-    alpha: float | None = None
-    targets: tuple[str, ...] | None = None
-    rslora: bool = False
-    dora: bool = False
-
-
-def resolve_task(task: str, architectures: list[str], has_labels: bool) -> str:
-    """The task that "auto" stands for: labels mean classification, else what the checkpoint was made for."""
-    if task not in TASKS:
-        raise ValueError(unknown_name("task", task, TASKS))
-    if task != "auto":
-        if task in ("classification", "regression") and not has_labels:
-            raise ValueError(f"task {task!r} needs labels: name their column with --label")
-        return task
-    if has_labels:
-        return "classification"
-    return "causal-lm" if any("CausalLM" in name or "LMHead" in name for name in architectures) else "encoder"
 
 
 def resolve_model(name: str) -> str:
@@ -72,12 +40,20 @@ def load_tokenizer(name: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     source = resolve_model(name)
+    folder = find_folder(source)
+    if folder is not None:
+        check_folder(folder, tokenizer=True)
     try:
         config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {name!r}: cannot be loaded ({first_line(error)}); expected a folder or a hub name"
         ) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            f"model {name}: its tokenizer has no token for padding and none for the end of a text; add "
+            '"pad_token": "…", a token of its vocabulary, to tokenizer_config.json'
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return config, tokenizer
@@ -110,7 +86,9 @@ def load_classifier(name: str, names: Sequence[str] | None, seed: int) -> tuple[
         index = {name: i for i, name in enumerate(names)}
         options |= {"problem_type": "single_label_classification"}
         options |= {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": index}
-    model, info = _pretrained(AutoModelForSequenceClassification, name, seed, {**options, "output_loading_info": True})
+    model, info = load_pretrained(
+        AutoModelForSequenceClassification, name, seed, {**options, "output_loading_info": True}
+    )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, new_modules(info)
@@ -134,10 +112,15 @@ def load_language_model(name: str) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    return _pretrained(AutoModelForCausalLM, name, 0, {})
+    return load_pretrained(AutoModelForCausalLM, name, 0, {})
 
 
-def _pretrained(kind: Any, name: str, seed: int, options: dict[str, Any]) -> Any:
+def load_pretrained(kind: Any, name: str, seed: int, options: dict[str, Any]) -> Any:
+    """A model of one of transformers' classes; what is new in it is drawn under `seed`.
+
+    Raises:
+        ValueError: if it cannot be loaded as such.
+    """
     source = resolve_model(name)
     with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)  # a new head
@@ -145,69 +128,3 @@ def _pretrained(kind: Any, name: str, seed: int, options: dict[str, Any]) -> Any
             return kind.from_pretrained(source, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"model {name!r}: cannot be loaded as {kind.__name__} ({first_line(error)})") from error
-
-
-def load_model(name: str, task: str, table: Table, seed: int) -> tuple[nn.Module, Any, str, tuple[str, ...]]:
-    """Model (float32 or the checkpoint's dtype), tokenizer, resolved task and what is new in a classifier.
-
-    Raises:
-        ValueError: if there is no such model, or it has no tokenizer; says what was tried.
-    """
-    config, tokenizer = load_tokenizer(name)
-    task = resolve_task(task, list(config.architectures or ()), bool(table.labels or table.values))
-    if task in ("classification", "regression"):
-        model, new = load_classifier(name, table.names if task == "classification" else None, seed)
-        return model, tokenizer, task, new
-    if task == "causal-lm":
-        return load_language_model(name), tokenizer, task, ()
-    from transformers import AutoModel
-
-    return _pretrained(AutoModel, name, seed, {}), tokenizer, task, ()
-
-
-def add_lora(model: nn.Module, task: str, options: LoraOptions, seed: int, new: tuple[str, ...] = ()) -> nn.Module:
-    """The model with fresh LoRA layers by PEFT; `new` modules train whole and are saved with them.
-
-    Raises:
-        ValueError: for a rank below 1, or targets that the model does not have.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    if options.rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {options.rank}")
-    targets: Any = None if options.targets is None else list(options.targets)
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        use_rslora=options.rslora,
-        use_dora=options.dora,
-        task_type=_TASK_TYPES[task],
-        modules_to_save=list(new) or None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            return get_peft_model(model, config)  # type: ignore[arg-type]
-        except ValueError as error:
-            linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-            known = ", ".join(sorted(linears))
-            what = f"the model has no module named {', '.join(targets)}" if _absent(model, targets) else str(error)
-            raise ValueError(f"targets: {what.rstrip('.')}. The model's linear layers end in: {known}") from error
-
-
-def _absent(model: nn.Module, targets: Any) -> bool:
-    """Return whether no module has one of the names that were given."""
-    names = [name for name, _ in model.named_modules()]
-    given = [] if targets is None or targets == ["all-linear"] else targets
-    return bool(given) and not any(f".{name}".endswith(f".{target}") for name in names for target in given)
-
-
-def batches_of(tokenizer: Any, table: Table, task: str, batch_size: int, max_length: int) -> EncodedBatches:
-    """Batches for the task: classes, numbers for regression, shifted tokens for a language model, else no labels."""
-    labels: Sequence[int] | Sequence[float] | None = None
-    if task in ("classification", "regression"):
-        labels = table.labels or table.values
-    return encode_batches(
-        tokenizer, table.texts, labels, batch_size=batch_size, max_length=max_length, causal=task == "causal-lm"
-    )

@@ -5,8 +5,8 @@
     model = "HuggingFaceTB/SmolLM2-135M-Instruct"   # hub name or folder
     data = "answers.jsonl"                          # {"prompt": …, "response": …} a line
 
-The columns of the data say what is learned: `messages` (a chat; what the assistant says), `prompt` and `response` (the
-response), or `text` (all of it; a .txt file has a text a line).
+The columns of the data say what is learned: `messages` (a chat; what the assistant says), `prompt` and `response` or
+`completion` (the response), or `text` (all of it; a .txt file has a text a line).
 """
 
 from __future__ import annotations
@@ -20,20 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ....data.batches import device_of, to_device
-from ....messages import unknown_name
+from ....messages import unknown_name, warn_caller
 from ...record import Sample
-from ..frames import column, read_frame
+from ..frames import read_frame
 from ..loading import load_language_model, load_tokenizer
 from ..scoring import modes
 from ..task import Defaults, Recipe
 from ..values import at_least, check_held_out, one_of
 from .classification import need
-from .dialogue import Row, Segments, chat_rows, encode_row, response_rows, text_rows
+from .dialogue import (
+    Columns,
+    MissingColumnsError,
+    Row,
+    Segments,
+    encode_row,
+    said_of_cut,
+    segments_of,
+    text_rows,
+)
 from .tables import IGNORED
 from .tiny import at_most, tiny_language_model, write_rows
 
@@ -115,6 +123,8 @@ class LanguageTask(Defaults):
         if s.eval_data is not None:
             return rows, load_rows(s, s.eval_data, self.tokenizer)
         check_held_out(s.data, len(rows), "rows", s.eval_size, apart="task.eval_data")
+        from sklearn.model_selection import train_test_split  # which takes seconds to import
+
         train, held_out = train_test_split(range(len(rows)), test_size=s.eval_size, random_state=s.split_seed)
         return [rows[i] for i in train], [rows[i] for i in held_out]
 
@@ -219,30 +229,25 @@ def load_rows(settings: LanguageSettings, source: str, tokenizer: Any) -> list[R
         ValueError: for rows that cannot be used; names file and row.
     """
     segments, chat = _segments(settings, source, tokenizer)
-    return [
+    rows = [
         encode_row(row, tokenizer, settings.max_length, special=not chat, where=f"{source}: row {number}")
         for number, row in enumerate(segments, start=1)
     ]
+    if said := said_of_cut(rows, source, "task.max_length="):
+        warn_caller(said)
+    return rows
 
 
 def _segments(s: LanguageSettings, source: str, tokenizer: Any) -> tuple[list[Segments], bool]:
     """The rows, and whether they are chats."""
-    end = tokenizer.eos_token or ""
     if source.startswith("sample:"):
         key = next(f"task.{f}" for f in ("general_data", "eval_data", "data") if f == "data" or getattr(s, f) == source)
-        return text_rows(_sample(source, key), end), False
-    frame = read_frame(source)
-    if s.messages in frame.columns:
-        return chat_rows(frame, s.messages, tokenizer, source), True
-    if s.prompt in frame.columns or s.response in frame.columns:
-        return response_rows(frame, s.prompt, s.response, end, source), False
-    if s.text in frame.columns:
-        return text_rows(column(frame, s.text, source), end), False
-    existing = ", ".join(map(str, frame.columns))
-    raise ValueError(
-        f"{source}: expected a column {s.messages!r}, columns {s.prompt!r} and {s.response!r}, or a column "
-        f"{s.text!r}; its columns are: {existing}. Name yours with task.text, task.prompt, task.response, task.messages"
-    )
+        return text_rows(_sample(source, key), tokenizer.eos_token or ""), False
+    columns = Columns(s.text, s.prompt, s.response, s.messages)
+    try:
+        return segments_of(read_frame(source), columns, tokenizer, source)
+    except MissingColumnsError as error:
+        raise ValueError(f"{error}. Name yours with task.text, task.prompt, task.response, task.messages") from error
 
 
 def _sample(name: str, key: str) -> list[str]:

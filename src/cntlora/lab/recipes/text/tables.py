@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from sklearn.model_selection import train_test_split
-from torch import Tensor
+import pandas as pd
 
 from ..frames import column, names_of, numbers, raw_column, read_frame
 from ..labels import REGRESSION, class_column, describe_classes, known_classes
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -74,6 +73,8 @@ class Table:
         Raises:
             ValueError: if the rows do not suffice, or a class has too few of them to be in both parts.
         """
+        from sklearn.model_selection import train_test_split  # which takes seconds to import
+
         try:
             train, held_out = train_test_split(
                 range(len(self)), test_size=eval_size, random_state=seed, stratify=self.labels or None
@@ -92,8 +93,15 @@ def label_line(table: Table) -> str:
 
 def shuffled(table: Table, seed: int) -> Table:
     """The rows in a random order that depends on the seed alone."""
-    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
-    return table.take(order.tolist())
+    return table.take(random_order(len(table), seed))
+
+
+def random_order(count: int, seed: int) -> list[int]:
+    """The rows 0 to count − 1 in an order that depends on the seed alone."""
+    import torch
+
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def by_length(table: Table) -> Table:
@@ -140,11 +148,26 @@ def read_table(
             if value is not None:
                 raise ValueError(f"{path}: a .txt file has no {name}={value!r}; use .csv, .tsv, .jsonl or .parquet")
         text = "text"
+    options: dict[str, Any] = {"regression": regression, "instead": instead, "held_out": held_out}
+    return table_of(read_frame(path), path, text, label, second, **options)
+
+
+def table_of(
+    frame: pd.DataFrame,
+    path: object,
+    text: str = "text",
+    label: str | None = None,
+    second: str | None = None,
+    *,
+    regression: bool = False,
+    instead: str | None = REGRESSION,
+    held_out: bool = False,
+) -> Table:
+    """A table from the rows of a file; arguments and errors as of `read_table`."""
     named = [name for name in (text, second, label) if name is not None]
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
         raise ValueError(f"{path}: column {twice!r} is named both as text and as label, or twice; name two columns")
-    frame = read_frame(path)
     texts = column(frame, text, path)
     seconds = [] if second is None else column(frame, second, path)
     if label is None:
@@ -187,6 +210,8 @@ class EncodedBatches:
             yield self._batch(slice(start, start + self.batch_size))
 
     def _batch(self, rows: slice) -> dict[str, Tensor]:
+        import torch
+
         encoded = self.tokenizer(
             list(self.texts[rows]),
             None if self.seconds is None else list(self.seconds[rows]),
