@@ -27,7 +27,7 @@ FORMAT = 6
 _KEY, _DIGEST = "cntlora_plan", "cntlora_digest"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InitPlan:
     """The outcome of `compute_plan`: one `SitePlan` a site, by the base model's own module names.
 
@@ -58,6 +58,12 @@ class InitPlan:
     shared: Mapping[str, str] = field(default_factory=dict)
     unreached: Sequence[str] = field(default_factory=list)
     choice: str = ""
+
+    def __repr__(self) -> str:
+        ranks = sum(site.rank for name, site in self.sites.items() if name not in self.shared)
+        left = f", {len(self.skipped)} skipped" if self.skipped else ""
+        name = self.config.method.name if self.config.method is not None else None
+        return f"InitPlan(method={name!r}, {len(self.sites)} sites, total rank {ranks}, batches={self.batches}{left})"
 
     def far_starts(self) -> dict[str, float]:
         """List the sites whose ‖scaling·B·A‖/‖W‖ of the directions that train is above `FAR`, the largest first."""

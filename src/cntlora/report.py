@@ -84,7 +84,7 @@ class InitReport:
         start = f"base {c.effective_base}" if c.effective_base == c.stated_base else "B = 0"
         total = sum(site["rank"] for name, site in self.sites.items() if name not in self.shared)
         title = (
-            f"{c.chosen.name} · {start} · {len(self.sites)} sites · total rank {total} · {self.batches} batches · "
+            f"{c.chosen.name} · {start} · {len(self.sites)} sites · total rank {total} · {_counted(self.batches)} · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
         )
         masks = any(site["mask"] or site["unmasked"] for site in self.sites.values())
@@ -113,11 +113,15 @@ def _far_line(far: Mapping[str, float], config: InitConfig) -> str:
     return f"! further out than {FAR:g}·‖W‖, which trained adapters never reach: {names}; {far_cure(config)}"
 
 
+def _counted(batches: int) -> str:
+    return f"{batches} batch{'es' if batches != 1 else ''}"
+
+
 def _step_line(step: Mapping[str, float]) -> str:
     """The step that the start takes, and what it does to the loss."""
     losses = ""
     if "loss_before" in step:
-        losses = f"; loss {step['loss_before']:.4f} → {step['loss_after']:.4f} on {step['batches']:.0f} batches"
+        losses = f"; loss {step['loss_before']:.4f} → {step['loss_after']:.4f} on {_counted(int(step['batches']))}"
     return f"step: ‖s·B·A‖/‖W‖ is {step['size']:.3g} at the site where it is largest{losses}"
 
 
@@ -186,4 +190,6 @@ def far_cure(config: InitConfig) -> str:
     """Return what makes a start smaller."""
     if "rtol" not in option_names(config.chosen):
         return "lower strength"
+    if (getattr(config.chosen, "rtol", None) or 0) >= 1e-3:
+        return "read more or larger batches, lower strength, or raise rtol further"
     return "raise rtol (1e-3 cuts off what the data hardly determine), read more or larger batches, or lower strength"

@@ -211,3 +211,46 @@ def _misplaced(batch: Any, error: Exception) -> bool:
     """Return whether arguments by position may have been taken for others, which shows anywhere in the model."""
     several = isinstance(batch, (list, tuple)) and len(batch) > 1
     return several and not isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+PLAIN_ERRORS = (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError)
+"""Kinds of errors that a model raises for a batch that it cannot take."""
+
+
+def add_batch(error: BaseException, index: int, batch: Any, model: nn.Module) -> None:
+    """Put the number of the batch, its keys and what its labels say before the message of an error.
+
+    Subclasses (out of memory, the user's own) and errors that this package raises, which say it already, stay as they
+    are.
+
+    Args:
+        error: raised by the call of the model.
+        index: of the batch.
+        batch: on the device of the model.
+        model: whose configuration says how many classes there are.
+    """
+    if type(error) not in PLAIN_ERRORS or _is_ours(error):
+        return
+    hint = _labels_out_of_range(batch, model)
+    error.args = (f"batch {index}, {_kind(batch)}: {in_short(error)}{hint}", *error.args[1:])
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return whether the error was raised in this package."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "cntlora"
+
+
+def _labels_out_of_range(batch: Any, model: nn.Module) -> str:
+    """Describe labels that the model has no class or token for; "" where there are none."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
+        return ""
+    key = "num_labels" if labels.dim() == 1 else "vocab_size"
+    count = getattr(getattr(model, "config", None), key, None)
+    low, high = int(labels.min()), int(labels.max())
+    if not isinstance(count, int) or (high < count and (low >= 0 or low == -100)):
+        return ""
+    return f"; its labels run from {low} to {high}, and the model has {count} ({key}), from 0 to {count - 1}"

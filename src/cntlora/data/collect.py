@@ -21,7 +21,9 @@ from ..model.lora_layers import lora_layers
 from ..model.patches import geometry, is_convolution, patches
 from .anatomy import Anatomy
 from .batches import (
+    PLAIN_ERRORS,
     Forward,
+    add_batch,
     default_forward,
     device_of,
     first_batches,
@@ -210,7 +212,11 @@ def collect(
             streams = Streams(anatomy, moved, masks) if masks.needed() else None
             watcher = _Watcher(new, admits, streams, index, facts)
             with following(anatomy, streams), watching(sites, watcher):
-                output = call(model, moved)
+                try:
+                    output = call(model, moved)
+                except PLAIN_ERRORS as error:
+                    add_batch(error, index, moved, anatomy.innermost)
+                    raise
             if on_output:
                 _check_called(watcher, sites, index)
                 on_output(index, output)

@@ -66,6 +66,12 @@ class Streams:
         """The rows of a stream of which no mask is known; the loss may tell them, if they have the shape `lead`."""
         reached = self.masks.reached.get(name)
         if reached is not None and reached.shape == lead:
+            mask, why = self.masks.streams.get(name, (reached, ""))
+            if why == "token_mask" and mask.shape != lead:
+                raise ValueError(
+                    f"token_mask: expected a mask of shape {tuple(lead)}, that of the tokens of {name!r}, got "
+                    f"{tuple(mask.shape)}; return one of that shape, or None to let all tokens count"
+                )
             return Rows(name, reached, "loss")
         return Rows(name, None, (self.masks.unusable or reason) if self.masks.given else "")
 

@@ -74,8 +74,8 @@ def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
         The number of sites.
 
     Raises:
-        ValueError: if a site has an odd rank, so that it has no two halves, or a second half of B that is zero, or the
-            adapter was initialised in this process with another base.
+        ValueError: if a site has an odd rank, so that it has no two halves, or a second half of B that is zero, if the
+            halves of A are unrelated at every site, or the adapter was initialised in this process with another base.
     """
     reshard(model)
     sites, _ = find_sites(model, adapter_name)
@@ -95,8 +95,19 @@ def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:
         raise ValueError(
             f"adapter {adapter_name!r} {how}, where all of the rank trains; freeze_offset is for base 'offset' alone"
         )
+    if start is None and sites and all(_halves_unrelated(site) for site in sites):
+        raise ValueError(
+            f"site {sites[0].name}: the halves of its A are unrelated, where base 'offset' writes one twice; is "
+            f"adapter {adapter_name!r} of base 'keep', all of which trains? freeze_offset is for base 'offset' alone"
+        )
     freeze_sites(sites)
     return len(sites)
+
+
+def _halves_unrelated(site: Site) -> bool:
+    """Return whether the cosine of the halves of A is below what training leaves of two equal ones."""
+    first, second = full(site.A).detach().double().chunk(2)
+    return bool((first * second).sum().abs() < 0.1 * first.norm() * second.norm())
 
 
 def _write(site: Site, planned: SitePlan, base: str, tied: Tied | None) -> None:
