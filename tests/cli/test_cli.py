@@ -203,7 +203,7 @@ def test_inspect_reads_a_file_of_diffusers(tmp_path: Path) -> None:
         assert site["norm"] == pytest.approx(6 * 20**0.5)  # B·A is 5 × 4 of 6
     save_file({key.format("down"): torch.ones(2, 4)}, file)
     code, _, err = cntlora("inspect", file)
-    assert code == 1 and "site unet.mid_block.x has {'A': (2, 4)}; expected A (rank, …) and B (…, rank)" in err
+    assert code == 1 and "site mid_block.x has {'A': (2, 4)}; expected A (rank, …) and B (…, rank)" in err
 
 
 def test_the_package_runs_as_a_module() -> None:
