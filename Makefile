@@ -7,7 +7,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 TESTS := -n auto --dist loadfile
 KERNELS =
 
-.PHONY: setup demo test test-all test-kernels test-peft test-comparison test-oldest test-dist dist lint bench results docs clean
+.PHONY: setup demo test test-all test-kernels test-peft test-comparison notebooks test-oldest test-dist dist lint bench results docs clean
 setup: $(STAMP)  ## make .venv and install the project with everything the tests need
 
 $(STAMP): pyproject.toml constraints.txt
@@ -71,6 +71,9 @@ bench: setup  ## cost, scaling, accuracy and memory of the initialisation; an ho
 	$(BIN)/python -W ignore benchmarks/scaling.py
 	$(BIN)/python -W ignore benchmarks/accuracy.py
 	$(BIN)/python -W ignore benchmarks/memory.py
+
+notebooks: setup  ## run the notebooks and store what they show; one of them: make notebooks NOTEBOOK=quickstart
+	$(BIN)/python -W ignore benchmarks/notebooks.py $(NOTEBOOK)
 
 results: setup  ## tables, figures and an interactive page of every study into build/results, and the pages of docs/results
 	for table in studies/runs/*.parquet; do \

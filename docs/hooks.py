@@ -26,9 +26,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Adds CONTRIBUTING.md, whose links are relative to the root of the repository."""
+    """Adds CONTRIBUTING.md, whose links are relative to the root of the repository, and the notebooks."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "contributing.md", content=text))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.name}", content=path.read_text(encoding="utf-8")))
     return files
 
 
@@ -39,4 +41,4 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> st
         found = files.get_file_from_path(link[2])
         return link[0] if found is not None and found.inclusion.is_included() else link[1]
 
-    return TO_RESULTS.sub(kept, markdown)
+    return TO_RESULTS.sub(kept, markdown.replace("](../notebooks/", "](notebooks/"))
