@@ -41,7 +41,7 @@ class Cpu(str):
 
 
 def stand_in() -> None:
-    """In the process of run.py, before it is loaded."""
+    """Stand in for what is missing, in the process of run.py before it is loaded."""
     import peft.utils
     import torch
 
@@ -79,7 +79,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_data(home: Path) -> None:
-    """Where `load_dataset` looks first: folders of the data sets' names."""
+    """Make what `load_dataset` looks for first: folders of the data sets' names."""
     question = "A farmer has {} hens and buys {} more. How many hens are there?"
 
     def rows(path: str, made: list[dict[str, Any]]) -> None:

@@ -1,1 +1,1 @@
-"""Inside other programs: a plugin of axolotl, and PEFT's method comparison. Nothing else here imports this room."""
+"""Plugins of other programs: axolotl's, and PEFT's method comparison. Nothing else here imports this room."""

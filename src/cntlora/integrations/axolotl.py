@@ -31,7 +31,7 @@ KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 
 
 class CntLoraArgs(BaseModel):  # type: ignore[misc, unused-ignore]
-    """What axolotl's configuration takes besides its own keys; `cntlora` is checked before the model is loaded."""
+    """Keys that axolotl's configuration takes besides its own; `cntlora` is checked before the model is loaded."""
 
     cntlora: dict[str, Any] | None = None
 
