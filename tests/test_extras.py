@@ -80,7 +80,7 @@ FOLDERS = {
     "lab/recipes/diffusion": ("diffusion",),
     "lab/recipes/captioning": ("vlm",),
     "lab/recipes/samples": ("samples", "vision"),
-    "lab": ("lab", "vision"),
+    "lab": ("lab", "vision", "ray"),
     "cli": ("cli",),
     "integrations": ("peft",),
     "": ("peft", "text", "lab"),
@@ -114,6 +114,7 @@ COMMANDS = {
     "cntlora results pack": ("lab", ["results", "pack", "results", "runs.parquet"]),
     "cntlora results unpack": ("lab", ["results", "unpack", "runs.parquet", "results"]),
     "a comparison of methods": ("lab", ["run", "file.toml"]),
+    "--engine ray": ("ray", ["run", "file.toml", "--engine", "ray"]),
 }
 
 

@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "samples": ("gguf", "onnx", "PIL"),
     "lab": (*_CLI, *_TEXT, "attrs", "jinja2", "matplotlib", "plotly", "pyarrow", *_TOML),
     "demo": (*_CLI, *_TEXT, "matplotlib"),
+    "ray": ("ray",),
 }
 """Extra → the modules that it brings, those of the extras that it includes among them (pyproject.toml)."""
 

@@ -44,7 +44,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def in_process(experiment: Any, out: Path, *, jobs: int, listener: Any, say: Any, **options: bool) -> Sweep:
     """Stand in for `run_sweep`, with made-up outcomes: "self" is better, and seed 9 fails."""
-    del options["save_adapters"]
+    del options["save_adapters"], options["cluster"]
     todo = plan_sweep(experiment, out, **options)
     sweep = Sweep(len(todo.pending), todo.present, jobs)
     for run in todo.pending:

@@ -23,7 +23,8 @@ from cntlora.lab.experiments import processes
 from cntlora.lab.experiments.environment import machine
 from cntlora.lab.experiments.runs import Run, failed, frame, path_of
 from cntlora.lab.experiments.settings import Experiment, from_dict, replaced
-from cntlora.lab.experiments.sweep import locked, plan_sweep, run_sweep
+from cntlora.lab.experiments.shards import locked
+from cntlora.lab.experiments.sweep import plan_sweep, run_sweep
 from cntlora.lab.record import write_record
 
 RATES = [1e-3, 1e-2]

@@ -9,13 +9,14 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..console import one_line_errors
+from .places import Address, Cpus, Engine, Gpus, Places, ShardText
 
 if TYPE_CHECKING:
     from ..lab.experiments.settings import Experiment
@@ -26,7 +27,8 @@ File = Annotated[Path, typer.Argument(help="Experiment file: TOML with differenc
 _OUT = """Folder of the records, one JSON file a run.
 [default: results/NAME; with --data results/NAME-DATA; with --model or --set alone results/NAME-changed]"""
 Out = Annotated[Path | None, typer.Option(help=_OUT)]
-_JOBS = "Processes side by side; each gets its share of the cores. [default: 1; with --smoke one a core, 8 at most]"
+_JOBS = """Runs side by side; each gets its share of the cores.
+[default: 1; with --smoke one a core, 8 at most; with --engine ray as many as there is room for]"""
 Jobs = Annotated[int | None, typer.Option(help=_JOBS, min=1)]
 Smoke = Annotated[
     bool,
@@ -64,6 +66,7 @@ class Options:
     as_json: bool
     save_adapters: bool = False
     changes: tuple[str, ...] = ()
+    places: Places = field(default_factory=Places)
 
 
 def register(app: typer.Typer) -> None:
@@ -90,10 +93,16 @@ def run(
     data: Data = None,
     model: Model = None,
     save_adapters: SaveAdapters = False,
+    shard: ShardText = None,
+    engine: Engine = "local",
+    address: Address = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = None,
 ) -> None:
     """Run all methods, learning rates and seeds of an experiment file; goes on where it stopped."""
     given = _changes(changes, data, model)
-    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given)
+    places = Places(engine, address, cpus, gpus, shard)
+    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given, places)
     _command(experiment, {}, options, table=False)
 
 
@@ -117,11 +126,17 @@ def compare(
     data: Data = None,
     model: Model = None,
     save_adapters: SaveAdapters = False,
+    shard: ShardText = None,
+    engine: Engine = "local",
+    address: Address = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = None,
 ) -> None:
     """Run an experiment, with other methods, learning rates or seeds if given, and print each method at its best."""
     grid = {"methods": (methods, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
     given = _changes(changes, data, model)
-    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given)
+    places = Places(engine, address, cpus, gpus, shard)
+    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given, places)
     _command(experiment, grid, options, table=True)
 
 
@@ -199,6 +214,7 @@ def unpack(
 def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options, *, table: bool) -> None:
     """Read the file, run the sweep, say what came out; exit code 1 if a run failed."""
     with one_line_errors("a comparison of methods", "lab"):
+        options.places.check()
         from ..lab.experiments.settings import load_experiment, replaced
 
         given = {name: _listed(name, text, kind) for name, (text, kind) in grid.items()}
@@ -270,7 +286,8 @@ def _list(experiment: Experiment, out: Path, options: Options) -> None:
     from ..lab.experiments.runs import runs_of
     from ..lab.experiments.sweep import plan_sweep
 
-    todo = plan_sweep(experiment, out, retry_failed=options.retry_failed, replace=options.replace)
+    again = {"retry_failed": options.retry_failed, "replace": options.replace}
+    todo = plan_sweep(experiment, out, shard=options.places.part, **again)
     pending = {run.name for run in todo.pending}
     listed = pending | {run.name for run in todo.done}
     names = [run.name for run in runs_of(experiment) if run.name in listed]
@@ -313,6 +330,8 @@ def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
             retry_failed=options.retry_failed,
             replace=options.replace,
             save_adapters=options.save_adapters,
+            shard=options.places.part,
+            cluster=options.places.cluster(options.jobs),
             listener=heard,
             say=None if options.smoke else lambda line: console.print(line, markup=False),
         )
@@ -343,7 +362,7 @@ def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
     if options.as_json:
         typer.echo(json.dumps({**sweep.to_dict(), "out": None if options.smoke else str(out)}, indent=2))
         return
-    if table:
+    if table and not options.places.shard:  # which has a part of each method
         from ..lab.report.study import studies
         from ..lab.report.tables import main_table, other_models_table
 
@@ -352,4 +371,14 @@ def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
                 typer.echo(shown.to_text())
     counts = ", ".join(f"{sweep.count(status)} {status}" for status in ("finished", "diverged", "failed"))
     place = "" if options.smoke and options.out is None else f"; records in {out}"
-    typer.echo(f"{sweep.total} runs in {sweep.elapsed:.0f} s: {counts}; {len(sweep.present)} were there before{place}")
+    runs = (
+        f"{sweep.total} runs"
+        if not options.places.shard
+        else f"shard {options.places.shard}: {len(sweep.records)} runs"
+    )
+    typer.echo(f"{runs} in {sweep.elapsed:.0f} s: {counts}; {len(sweep.present)} were there before{place}")
+    if sweep.later:
+        typer.echo(
+            f"about {sweep.later} more of this shard depend on the first seed of other shards; "
+            "give the same command again when those have ended"
+        )

@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
-from ...atomic import remove_leftovers
 from ..record import RunRecord, read_record, write_record
 from .environment import machine
 from .runs import Run, failed, path_of, remove_checkpoints
 
 UNWRITTEN = 74
 """Exit code of a process that could not write its record (EX_IOERR of sysexits.h)."""
+
+UNKNOWN = dict.fromkeys(("processor", "threads", "device"))
+"""The machine of a run whose process said nothing."""
 
 RunFunction = Callable[[Run, Path], RunRecord]
 """Makes the record of a run; the folder is that of the records."""
@@ -68,7 +70,6 @@ class Pool:
         finally:
             for one in running:
                 _end(one.process)
-            remove_leftovers(self.out)
 
     def _start(self, context: Any, run: Run, threads: int) -> _Running:
         path = path_of(self.out, run)
@@ -82,8 +83,7 @@ class Pool:
         one.process.join()
         path = path_of(self.out, one.run)
         if _identity(path) in (None, one.before):
-            unknown = dict.fromkeys(("processor", "threads", "device"))
-            write_record(path, failed(one.run, unknown, _reason(one.process.exitcode)))
+            write_record(path, failed(one.run, UNKNOWN, _reason(one.process.exitcode)))
         return read_record(path)
 
 
@@ -143,19 +143,31 @@ def _end(process: Any) -> None:
         process.join()
 
 
-def _child(run: Run, path: Path, threads: int, function: RunFunction | None) -> None:
-    """Run in the process of a run: write its record, whatever Python can still say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the sweep ends this one
-    _die_with_parent()
+def record_of(run: Run, out: Path, threads: int, function: RunFunction | None) -> RunRecord:
+    """Make the record of a run in a process that is its own, whatever Python can still say.
+
+    Args:
+        run: what to run.
+        out: folder of the records.
+        threads: of torch.
+        function: makes the record; None for `run.run_kept`.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one more pool of threads beside torch's
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, which a user of the command cannot mend
     torch.set_num_threads(threads)
     try:
         make = function or _run_one()
         gc.freeze()  # collections, which the trainer asks for, need not walk through a million objects of the libraries
-        record = make(run, path.parent)
+        return make(run, out)
     except Exception as error:
-        record = failed(run, machine(), f"{type(error).__name__}: {error}", traceback.format_exc())
+        return failed(run, machine(), f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _child(run: Run, path: Path, threads: int, function: RunFunction | None) -> None:
+    """Run in the process of a run: write its record."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the sweep ends this one
+    _die_with_parent()
+    record = record_of(run, path.parent, threads, function)
     try:
         write_record(path, record)
     except OSError:

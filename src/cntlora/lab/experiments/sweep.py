@@ -7,7 +7,6 @@ the sweep goes on. Records appear whole or not at all, so a sweep may be killed 
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ from typing import Any
 
 from ...atomic import remove_leftovers
 from ..record import RunRecord, read_record
+from .cluster import Cluster, ClusterRuns
 from .processes import Pool, RunFunction
 from .rounds import runs_of_round
 from .runs import Run, check_record, path_of, remove_checkpoints, runs_of
 from .settings import Experiment
+from .shards import Shard, locked
 from .tasks import make_task
 
 Listener = Callable[["Sweep", RunRecord], None]
@@ -50,6 +51,7 @@ class Sweep:
     Attributes:
         total: runs to be done now, without those that had a record before; with `[sweep] best` at most so many.
         records: of the runs done now, in the order in which they ended.
+        later: at the end, runs of a shard that wait for what other shards have not done yet; see `runs_of_round`.
         present: records that were there before.
         jobs: processes side by side.
         began: clock at the start, seconds.
@@ -60,6 +62,7 @@ class Sweep:
     jobs: int
     began: float = field(default_factory=time.perf_counter)
     records: list[RunRecord] = field(default_factory=list)
+    later: int = 0
 
     @property
     def elapsed(self) -> float:
@@ -88,6 +91,7 @@ def plan_sweep(
     *,
     retry_failed: bool = False,
     replace: bool = False,
+    shard: Shard | None = None,
 ) -> Todo:
     """Return the runs of a sweep that are to be made, and those that have a record.
 
@@ -96,13 +100,17 @@ def plan_sweep(
         out: folder of the records.
         retry_failed: run again what failed.
         replace: run again what has a record of other settings, or of another schema, instead of raising.
+        shard: the part of the runs to look at; None for all.
 
     Raises:
         ValueError: if a file is no record, or of other settings; names the file and the setting.
     """
-    runs = runs_of(experiment)
-    known = {run.name: _present(path_of(out, run), run, replace) for run in runs}
-    runs, later = runs_of_round(runs, experiment.sweep.best, lambda run: known[run.name])
+    grid = runs_of(experiment)
+    known = {run.name: _present(path_of(out, run), run, replace) for run in grid}
+    runs, later = runs_of_round(grid, experiment.sweep.best, lambda run: known[run.name])
+    if shard is not None:  # parts of the grid, not of the round, so that a run stays in its part
+        own = {run.name for run in shard.of(grid)}
+        runs, later = [run for run in runs if run.name in own], -(-later // shard.count)
     pending, present, done = [], [], []
     for run in runs:
         record = known[run.name]
@@ -135,6 +143,8 @@ def run_sweep(
     retry_failed: bool = False,
     replace: bool = False,
     save_adapters: bool = False,
+    shard: Shard | None = None,
+    cluster: Cluster | None = None,
     listener: Listener | None = None,
     run: RunFunction | None = None,
     say: Callable[[str], object] | None = None,
@@ -147,6 +157,8 @@ def run_sweep(
         jobs: processes side by side, each with cores // jobs threads.
         retry_failed, replace: see `plan_sweep`.
         save_adapters: keep the trained adapter of every run that is done now beside its record.
+        shard: the part of the runs to do; others may be done at the same time, by processes that see the folder.
+        cluster: where the runs are done instead of on this machine, `jobs` is without a meaning then; None for here.
         listener: called after every run with the state of the sweep and the record.
         run: makes the record of a run, in its own process, from the run and the folder of the records; a function that
             can be imported. Default: `run.run_kept`.
@@ -157,14 +169,13 @@ def run_sweep(
 
     Raises:
         ValueError: see `plan_sweep`; `jobs` under 1; or what the task's `check` finds in the user's data.
-        RuntimeError: if another sweep runs in this folder.
+        RuntimeError: if another sweep, or the same shard, runs in this folder.
         KeyboardInterrupt: after the processes have been ended; finished records stay.
     """
     if jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
-    with locked(out):
-        remove_leftovers(out)
-        todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace)
+    with locked(out, shard), _tidied(out, shard):
+        todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace, shard=shard)
         for one, record in zip(todo.done, todo.present, strict=True):  # a kill may have left its checkpoints
             remove_checkpoints(out, one, record)
         sweep = Sweep(len(todo.pending) + todo.later, todo.present, jobs)
@@ -182,33 +193,24 @@ def run_sweep(
         names: set[str] = set()
         while pending := [one for one in todo.pending if one.name not in names]:  # what failed now is not tried again
             names |= {one.name for one in pending}
-            pool = Pool(out, jobs, run, ended)
+            pool = ClusterRuns(out, cluster, run, ended) if cluster else Pool(out, jobs, run, ended)
             pool.work([dataclasses.replace(one, save_adapter=save_adapters) for one in pending])
             if todo.later:
-                todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace)
+                todo = plan_sweep(experiment, out, retry_failed=retry_failed, replace=replace, shard=shard)
+        sweep.later = todo.later
         return sweep
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system takes it back when the process ends, however it ends.
+def _tidied(out: Path, shard: Shard | None) -> Iterator[None]:
+    """Nothing half-written lies in the folder, before and after; beside other shards each run looks to its own files.
 
-    Raises:
-        RuntimeError: if another process holds it.
+    Another machine may be writing, and a shared file system need not have the locks that tell.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows has no flock; two sweeps there would repeat runs, not break records
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)  # the folder itself, so that no file of ours lies among the records
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise RuntimeError(f"{folder}: another sweep is running there; wait for it, or use another --out") from error
+    if shard is None:
+        remove_leftovers(out)
     try:
         yield
     finally:
-        os.close(handle)
+        if shard is None:
+            remove_leftovers(out)
