@@ -42,13 +42,16 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def in_process(experiment: Any, out: Path, *, jobs: int, listener: Any, say: Any, **options: bool) -> Sweep:
+def in_process(experiment: Any, out: Path, *, jobs: int, listener: Any, say: Any, begin: Any, **options: bool) -> Sweep:
     """Stand in for `run_sweep`, with made-up outcomes: "self" is better, and seed 9 fails."""
     del options["save_adapters"], options["cluster"]
     todo = plan_sweep(experiment, out, **options)
     sweep = Sweep(len(todo.pending), todo.present, jobs)
     for run in todo.pending:
-        sweep.records.append(outcome(run))
+        made = outcome(run)
+        if begin and not sweep.records:
+            begin(sweep)
+        sweep.records.append(made)
         write_record(path_of(out, run), sweep.records[-1])
         listener(sweep, sweep.records[-1])
     return sweep
@@ -253,3 +256,12 @@ def test_ctrl_c_gives_exit_code_130(file: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(sweep_module, "run_sweep", interrupted)
     assert call("run", file).exit_code == 130
+
+
+def test_run_says_how_many_runs_there_are_takes_a_grid_and_prints_the_table(file: Path) -> None:
+    done = call("run", file, "--methods", "self", "--learning-rates", "1e-3", "--seeds", "0,1")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith("2 runs to do, 0 there already") and "[1/2]" in done.stderr
+    assert "Methods at their best learning rate" in done.stdout
+    again = call("run", file, "--methods", "self", "--learning-rates", "1e-3", "--seeds", "0,1,2")
+    assert again.stderr.startswith("1 run to do, 2 there already")

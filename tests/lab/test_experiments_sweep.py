@@ -24,7 +24,7 @@ from cntlora.lab.experiments.environment import machine
 from cntlora.lab.experiments.runs import Run, failed, frame, path_of
 from cntlora.lab.experiments.settings import Experiment, from_dict, replaced
 from cntlora.lab.experiments.shards import locked
-from cntlora.lab.experiments.sweep import plan_sweep, run_sweep
+from cntlora.lab.experiments.sweep import Sweep, plan_sweep, run_sweep
 from cntlora.lab.record import write_record
 
 RATES = [1e-3, 1e-2]
@@ -318,3 +318,16 @@ def test_ctrl_c_ends_promptly_and_keeps_what_is_finished(tmp_path: Path) -> None
         assert not alive(tmp_path)
     assert len(records_in(tmp_path / "out")) == 4
     assert all(record["status"] == "finished" for record in records_in(tmp_path / "out").values())
+
+
+def test_the_time_to_go_does_not_count_the_imports_of_the_start() -> None:
+    """Two side by side of six: by the runs' own seconds first, then by the pace since both of the first had ended."""
+    sweep = Sweep(6, [], 2, began=0.0)
+    record: Any = {"init_seconds": 1.0, "train_seconds": 3.0}
+    sweep.records += [record]
+    sweep.ended += [1000.0]
+    assert sweep.remaining == pytest.approx(4.0 * 5 / 2)
+    now = time.perf_counter()
+    sweep.records += [record] * 3
+    sweep.ended[:] = [now - 21.0, now - 20.0, now - 10.0, now]
+    assert sweep.remaining == pytest.approx(20.0 / 2 * 2, abs=1.0)

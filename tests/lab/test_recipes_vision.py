@@ -506,3 +506,10 @@ def test_dinov2_and_stamps_from_packages() -> None:
 def test_labelled_images_need_two_classes() -> None:
     with pytest.raises(ValueError, match="x: expected at least two classes, got none"):
         LabelledImages([], [], (), "x")
+
+
+def test_what_macos_puts_into_archives_is_no_class(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "__MACOSX"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    assert read_images(str(tmp_path))[0].names == ("cat", "dog")

@@ -50,6 +50,11 @@ Model = Annotated[str | None, typer.Option(help="The model, for task.model: a fo
 SaveAdapters = Annotated[
     bool, typer.Option("--save-adapters", help="Keep the trained adapter of every run done now beside its record.")
 ]
+Methods = Annotated[
+    str | None, typer.Option(help="Comma-separated, such as lora,self,cross+vas.  [default: the file's]")
+]
+Rates = Annotated[str | None, typer.Option(help="Comma-separated, for every method.  [default: the file's]")]
+Seeds = Annotated[str | None, typer.Option(help="Comma-separated.  [default: the file's]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
 
 
@@ -82,6 +87,9 @@ def register(app: typer.Typer) -> None:
 
 def run(
     experiment: File,
+    methods: Methods = None,
+    learning_rates: Rates = None,
+    seeds: Seeds = None,
     out: Out = None,
     jobs: Jobs = None,
     smoke: Smoke = False,
@@ -99,22 +107,19 @@ def run(
     cpus: Cpus = 1,
     gpus: Gpus = None,
 ) -> None:
-    """Run all methods, learning rates and seeds of an experiment file; goes on where it stopped."""
+    """Run all methods, learning rates and seeds of an experiment file, or others; go on where it stopped."""
+    grid = {"methods": (methods, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
     given = _changes(changes, data, model)
     places = Places(engine, address, cpus, gpus, shard)
     options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given, places)
-    _command(experiment, {}, options, table=False)
+    _command(experiment, grid, options, table=True)
 
 
 def compare(
     experiment: File,
-    methods: Annotated[
-        str | None, typer.Option(help="Comma-separated, such as lora,self,cross+vas.  [default: the file's]")
-    ] = None,
-    learning_rates: Annotated[
-        str | None, typer.Option(help="Comma-separated, for every method.  [default: the file's]")
-    ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Comma-separated.  [default: the file's]")] = None,
+    methods: Methods = None,
+    learning_rates: Rates = None,
+    seeds: Seeds = None,
     out: Out = None,
     jobs: Jobs = None,
     smoke: Smoke = False,
@@ -333,8 +338,14 @@ def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
             shard=options.places.part,
             cluster=options.places.cluster(options.jobs),
             listener=heard,
+            begin=None if options.smoke else lambda sweep: console.print(_to_do(sweep), markup=False),
             say=None if options.smoke else lambda line: console.print(line, markup=False),
         )
+
+
+def _to_do(sweep: Sweep) -> str:
+    """Say how many runs there are before the first one begins."""
+    return f"{sweep.total} run{'s' * (sweep.total != 1)} to do, {len(sweep.present)} there already"
 
 
 def _line(sweep: Sweep, record: Mapping[str, Any]) -> str:

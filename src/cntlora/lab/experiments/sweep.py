@@ -54,7 +54,7 @@ class Sweep:
         later: at the end, runs of a shard that wait for what other shards have not done yet; see `runs_of_round`.
         present: records that were there before.
         jobs: processes side by side.
-        began: clock at the start, seconds.
+        began: clock at the start, seconds. ended: the same for each of `records`.
     """
 
     total: int
@@ -63,6 +63,7 @@ class Sweep:
     began: float = field(default_factory=time.perf_counter)
     records: list[RunRecord] = field(default_factory=list)
     later: int = 0
+    ended: list[float] = field(default_factory=list)
 
     @property
     def elapsed(self) -> float:
@@ -71,9 +72,18 @@ class Sweep:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds to go, by the mean so far; None before the first run has ended."""
-        done = len(self.records)
-        return self.elapsed / done * (self.total - done) if done else None
+        """Seconds to go; None before the first run has ended.
+
+        By the pace since as many runs had ended as go side by side, so that the imports of the start do not count;
+        until then by the runs' own seconds.
+        """
+        done, left = len(self.records), self.total - len(self.records)
+        if not done:
+            return None
+        if done > self.jobs and len(self.ended) == done:
+            return (time.perf_counter() - self.ended[self.jobs - 1]) / (done - self.jobs) * left
+        own = [(record["init_seconds"] or 0.0) + (record["train_seconds"] or 0.0) for record in self.records]
+        return sum(own) / done * left / self.jobs
 
     def count(self, status: str) -> int:
         """Records of a status among those done now."""
@@ -148,6 +158,7 @@ def run_sweep(
     listener: Listener | None = None,
     run: RunFunction | None = None,
     say: Callable[[str], object] | None = None,
+    begin: Callable[[Sweep], object] | None = None,
 ) -> Sweep:
     """Run what has no record yet and write one record a run.
 
@@ -162,6 +173,7 @@ def run_sweep(
         listener: called after every run with the state of the sweep and the record.
         run: makes the record of a run, in its own process, from the run and the folder of the records; a function that
             can be imported. Default: `run.run_kept`.
+        begin: called before the first run, once the data are checked.
         say: receives a line about the data, such as which class has which index, once they are checked.
 
     Returns:
@@ -184,9 +196,12 @@ def run_sweep(
             task.check()  # before any training, and once instead of in every run
             if say and (line := task.describe()):
                 say(line)
+            if begin:
+                begin(sweep)
 
         def ended(record: RunRecord) -> None:
             sweep.records.append(record)
+            sweep.ended.append(time.perf_counter())
             if listener:
                 listener(sweep, record)
 

@@ -161,12 +161,12 @@ def _folders(root: Path) -> tuple[LabelledImages, LabelledImages | None]:
 def class_folders(root: Path) -> LabelledImages:
     """The images under each subfolder, however deep; its name is the class. Other files are left out, with a warning.
 
-    Hidden files and folders are ignored.
+    Hidden files and folders are ignored, and `__MACOSX`, which macOS puts into archives.
 
     Raises:
         ValueError: if there is no subfolder, or one without images.
     """
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
     if not names:
         raise ValueError(f"{root}: expected a subfolder of images for each class, got none")
     sources: list[Path] = []
