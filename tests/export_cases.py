@@ -76,6 +76,11 @@ def trained(lora: dict[str, Any] | None = None, **init: Any) -> Any:
     return model
 
 
+def level_of_names() -> str:
+    """Return the level `text_model.` of CLIP's names where this transformers has none, as from 5 on."""
+    return "" if hasattr(text_encoder(), "text_model") else "text_model."
+
+
 def pipeline() -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -89,7 +94,11 @@ def pipeline() -> Any:
 def read_by_pipeline(file: Any) -> Tensor:
     """The output of the pipeline's own UNet and text encoder after `load_lora_weights`."""
     pipe = pipeline()
-    pipe.load_lora_weights(file if isinstance(file, dict) else str(file))
+    if isinstance(file, dict):
+        pipe.load_lora_weights(file)
+    else:  # diffusers 0.37 asks for the name when it is offline
+        folder, name = (file, "pytorch_lora_weights.safetensors") if file.is_dir() else (file.parent, file.name)
+        pipe.load_lora_weights(str(folder), weight_name=name)
     parts = Both()
     parts.unet, parts.text_encoder = pipe.unet.eval(), pipe.text_encoder.eval()
     return output(parts)

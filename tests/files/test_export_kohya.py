@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.export_cases import NEAR, Both, Saved, output, pair, read_by_pipeline, text_encoder, uneven
+from tests.export_cases import NEAR, Both, Saved, level_of_names, output, pair, read_by_pipeline, text_encoder, uneven
 from tests.tiny import unet
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ def test_kohya_names_are_those_of_sd_scripts(saved: Saved, tmp_path: Path) -> No
     found = load_file(file)
     blocks = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
     known = kohya_names("lora_unet", unet(), blocks)
-    known |= kohya_names("lora_te", text_encoder(), ("CLIPAttention", "CLIPMLP"), "text_model.")
+    known |= kohya_names("lora_te", text_encoder(), ("CLIPAttention", "CLIPMLP"), level_of_names())
     names = {key.partition(".")[0] for key in found}
     assert names <= known and {name[:8] for name in names} == {"lora_une", "lora_te_"}
     assert not {"lora_unet_conv_in", "lora_te_encoder_layers_0_mlp_fc1"} & known  # the control
@@ -75,7 +75,7 @@ def test_kohya_files_give_the_same_output(saved: Saved, tmp_path: Path, uniform:
     export_adapter(saved.folder, file, "kohya", uniform_rank=uniform)
     parts = Both()
     kohya_merged(file, "lora_unet", parts.unet)
-    kohya_merged(file, "lora_te", parts.text_encoder, "text_model.")
+    kohya_merged(file, "lora_te", parts.text_encoder, level_of_names())
     torch.testing.assert_close(output(parts), saved.wanted, **NEAR)
     torch.testing.assert_close(read_by_pipeline(file), saved.wanted, **NEAR)
 
@@ -92,7 +92,7 @@ def test_diffusers_misreads_kohya_files_of_several_alphas(saved: Saved, tmp_path
     save_file(state, file)
     parts = Both()
     kohya_merged(file, "lora_unet", parts.unet)
-    kohya_merged(file, "lora_te", parts.text_encoder, "text_model.")
+    kohya_merged(file, "lora_te", parts.text_encoder, level_of_names())
     torch.testing.assert_close(output(parts), saved.wanted, **NEAR)
     assert (read_by_pipeline(file) - saved.wanted).abs().max() > 1e-3
 

@@ -498,7 +498,8 @@ def test_unet_is_read_by_diffusers(trained_unet: tuple[Any, Tensor], tmp_path: P
     for metadata in (False, True):
         fresh = unet()
         if metadata:
-            fresh.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+            name = "pytorch_lora_weights.safetensors"
+            fresh.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True, weight_name=name)
         else:
             fresh.load_lora_adapter(state, prefix=None)
         with torch.no_grad():
