@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from cntlora.extras import MissingExtraError
 from cntlora.lab.experiments import peers
 from cntlora.lab.experiments.adapting import adapt
 from cntlora.lab.experiments.arms import PEFT_LABELS
+from cntlora.lab.experiments.environment import git_state
 from cntlora.lab.experiments.run import run_one
 from cntlora.lab.experiments.runs import Run
 from cntlora.lab.experiments.settings import from_dict
@@ -265,3 +267,13 @@ def test_a_process_of_its_own_changes_nothing(settings: dict[str, Any], record_o
     for record in done.records:
         assert record["losses"] == pytest.approx(record_of(record["method"])["losses"], abs=1e-5)
         assert record["machine"]["threads"] >= 1
+
+
+@pytest.mark.skipif(
+    not (Path(__file__).parents[2] / ".git").exists(), reason="this copy of the code has no git history"
+)
+def test_a_record_names_the_commit_of_the_code() -> None:
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert len(head) == 40 and head.startswith(git_state().removesuffix("-dirty"))

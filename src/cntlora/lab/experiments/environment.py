@@ -38,7 +38,7 @@ def git_state() -> str:
 
 def _git(*arguments: str) -> str | None:
     """Return what a git command says in the folder of the package; None if it fails."""
-    folder, environment = Path(__file__).resolve().parents[1], {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    folder, environment = Path(__file__).resolve().parents[2], {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
