@@ -42,7 +42,9 @@ def read_frame(source: str | PathLike[str], *, quoted: bool = True) -> pd.DataFr
     reader = _READERS.get(path.suffix.lower())
     if reader is _read_csv and not quoted:
         reader = partial(_read_csv, quoting=csv.QUOTE_NONE)
-    if path.is_dir() or (reader is None and not path.exists() and _may_be_published(str(source))):
+    if Path(str(source).partition("#")[0]).is_dir() or (
+        reader is None and not path.exists() and _may_be_published(str(source))
+    ):
         return _from_hub(str(source))
     if reader is None:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(_READERS)}")
