@@ -7,7 +7,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 TESTS := -n auto --dist loadfile
 KERNELS =
 
-.PHONY: setup demo test test-all test-kernels test-peft test-comparison notebooks test-oldest test-dist dist lint bench results docs clean
+.PHONY: setup demo test test-all test-kernels test-peft test-comparison test-trackers notebooks test-oldest test-dist dist lint bench results docs clean
 setup: $(STAMP)  ## make .venv and install the project with everything the tests need
 
 $(STAMP): pyproject.toml constraints.txt
@@ -43,6 +43,14 @@ test-comparison: setup  ## PEFT's method comparison with our start as a row, a s
 
 LIBRARY := $(addprefix tests/,linalg methods data model execution files analysis cli test_config.py test_plan.py test_hygiene.py test_errors.py)
 OLDEST := build/oldest
+
+TRACKED := build/trackers
+test-trackers: setup  ## reporting to TensorBoard, W&B and MLflow, offline, with the real libraries, which lie beside .venv and not in it
+	test -x $(TRACKED)/bin/python || $(BIN)/python -m venv $(TRACKED)
+	$(BIN)/python -c "import sys; print(*(p for p in sys.path if 'site-packages' in p), sep='\n')" > $$(echo $(TRACKED)/lib/python*/site-packages)/zz_project.pth
+	$(TRACKED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trackers]'
+	$(TRACKED)/bin/python -c "import mlflow, tensorboard, wandb"
+	$(TRACKED)/bin/python -m pytest tests/lab/test_trackers.py
 
 test-oldest:  ## the tests of the library with the oldest versions that pyproject.toml admits: make test-oldest PYTHON=python3.10
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 _CLI = ("typer", "numpy", "rich")
@@ -21,6 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "lab": (*_CLI, *_TEXT, "attrs", "jinja2", "matplotlib", "plotly", "pyarrow", *_TOML),
     "demo": (*_CLI, *_TEXT, "matplotlib"),
     "ray": ("ray",),
+    "trackers": ("tensorboard", "wandb", "mlflow"),
 }
 """Extra → the modules that it brings, those of the extras that it includes among them (pyproject.toml)."""
 
@@ -32,16 +34,17 @@ class MissingExtraError(ModuleNotFoundError):
         super().__init__(f"{purpose} needs {module}: pip install 'cntlora[{extra}]'", name=module)
 
 
-def require(extra: str, purpose: str) -> None:
+def require(extra: str, purpose: str, modules: Sequence[str] = ()) -> None:
     """Check, without importing anything, that the modules of an extra are installed.
 
     Args:
         extra: a key of `EXTRAS`.
         purpose: what needs them, the subject of the message: "cntlora report".
+        modules: those that are needed; all of the extra if none are given.
 
     Raises:
         MissingExtraError: names the first module that is missing and the extra that brings it.
     """
-    for module in EXTRAS[extra]:
+    for module in modules or EXTRAS[extra]:
         if find_spec(module) is None:
             raise MissingExtraError(module, extra, purpose)

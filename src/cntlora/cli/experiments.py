@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +55,9 @@ Methods = Annotated[
 ]
 Rates = Annotated[str | None, typer.Option(help="Comma-separated, for every method.  [default: the file's]")]
 Seeds = Annotated[str | None, typer.Option(help="Comma-separated.  [default: the file's]")]
+_REPORT_TO = """Report curves and the initialisation to tensorboard, wandb or mlflow, with commas between.
+ [default: the file's, which has none unless it says so]"""
+ReportTo = Annotated[str | None, typer.Option(help=_REPORT_TO)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
 
 
@@ -72,6 +75,7 @@ class Options:
     save_adapters: bool = False
     changes: tuple[str, ...] = ()
     places: Places = field(default_factory=Places)
+    report_to: str | None = None
 
 
 def register(app: typer.Typer) -> None:
@@ -102,6 +106,7 @@ def run(
     model: Model = None,
     save_adapters: SaveAdapters = False,
     shard: ShardText = None,
+    report_to: ReportTo = None,
     engine: Engine = "local",
     address: Address = None,
     cpus: Cpus = 1,
@@ -111,7 +116,9 @@ def run(
     grid = {"methods": (methods, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
     given = _changes(changes, data, model)
     places = Places(engine, address, cpus, gpus, shard)
-    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given, places)
+    options = Options(
+        out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given, places, report_to
+    )
     _command(experiment, grid, options, table=True)
 
 
@@ -132,6 +139,7 @@ def compare(
     model: Model = None,
     save_adapters: SaveAdapters = False,
     shard: ShardText = None,
+    report_to: ReportTo = None,
     engine: Engine = "local",
     address: Address = None,
     cpus: Cpus = 1,
@@ -141,7 +149,9 @@ def compare(
     grid = {"methods": (methods, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
     given = _changes(changes, data, model)
     places = Places(engine, address, cpus, gpus, shard)
-    options = Options(out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given, places)
+    options = Options(
+        out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given, places, report_to
+    )
     _command(experiment, grid, options, table=True)
 
 
@@ -224,6 +234,9 @@ def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: O
 
         given = {name: _listed(name, text, kind) for name, (text, kind) in grid.items()}
         experiment = replaced(load_experiment(path, options.changes), **given)
+        if options.report_to is not None:  # no change of the file's settings: it has no effect on the records
+            names = _listed("report_to", options.report_to, str) or ()
+            experiment = replace(experiment, train=replace(experiment.train, report_to=tuple(names)))
         with _tried(experiment, options) as experiment, _folder(experiment, options) as out:
             if options.dry_run:
                 _list(experiment, out, options)

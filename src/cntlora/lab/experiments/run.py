@@ -20,8 +20,10 @@ from torch import nn
 from ...atomic import write_atomically
 from ...data.batches import to_device
 from ...files.class_names import class_names, write_names
+from ...report import InitReport
 from ..recipes.scoring import modes
 from ..recipes.task import Task
+from ..recipes.trackers import Tracked
 from ..recipes.train_settings import TrainSettings
 from ..recipes.training import Curve, train
 from ..record import Outcome, RunRecord, Sample, StartLosses
@@ -64,7 +66,7 @@ def run_kept(run: Run, out: Path) -> RunRecord:
     trained = trainable_parameters(adapted.model, adapted.plan)
     place = RunFolder(out, run)
     place.prepare()
-    curve = _train(run, task, adapted, batches, settings, place)
+    curve = _train(run, task, adapted, batches, settings, place, told_of_start(run, out, adapted, watch))
     record: RunRecord = {
         **frame(run, machine()),
         "init_seconds": adapted.seconds,
@@ -120,8 +122,29 @@ class RunFolder:
         return [{**one, "file": one["file"] and f"{inside}/{one['file']}"} for one in made]
 
 
+def told_of_start(run: Run, out: Path, adapted: Adapted, watch: SiteWatch) -> Tracked:
+    """Give what trackers are told of a run before its first update: its names, and how it was initialised."""
+    sites = watch.facts.values()
+    start = {"init/seconds": adapted.seconds}
+    if ranks := [site["rank"] for site in sites]:
+        start |= {"init/rank_total": sum(ranks), "init/rank_min": min(ranks), "init/rank_max": max(ranks)}
+    norms = [(site["start_norm"], site["weight_norm"]) for site in sites]
+    if sizes := [start_norm / norm for start_norm, norm in norms if norm and start_norm is not None]:
+        start |= {"init/start_norm_mean": math.fsum(sizes) / len(sizes), "init/start_norm_max": max(sizes)}
+    report = f"{run.arm.label} ({run.method})"
+    if adapted.plan:
+        report += f"\n{InitReport.of(adapted.plan)}"
+    return Tracked(run.experiment.name, run.name, out / "tensorboard", start, report)
+
+
 def _train(
-    run: Run, task: Task, adapted: Adapted, batches: Iterable[Any], settings: TrainSettings, place: RunFolder
+    run: Run,
+    task: Task,
+    adapted: Adapted,
+    batches: Iterable[Any],
+    settings: TrainSettings,
+    place: RunFolder,
+    tracked: Tracked,
 ) -> Curve:
     """The training, the same for every arm."""
     settings = replace(
@@ -145,6 +168,7 @@ def _train(
             evaluate=evaluate,
             sample=lambda model, step: place.sample(task, adapted.scored, step),
             folder=place.checkpoints,
+            tracked=tracked,
         )
 
 

@@ -55,12 +55,14 @@ class Run:
         """All that the outcome depends on. The grid of the sweep is no part of it, so a sweep can grow."""
         init = self.init_config()
         e = self.experiment
-        config = {
+        train = {**asdict(e.train), "learning_rate": self.learning_rate, "seed": self.seed}
+        del train["report_to"]  # on trackers the outcome does not depend
+        config: dict[str, Any] = {
             "task": {**asdict(e.task), **data_digests(e.task)},
             "lora": None if self.arm.full else {**asdict(e.lora), **self.arm.lora, "init": self.arm.peft},
             "init": None if init is None else init.stated(),
             "num_batches": e.num_batches if self.arm.peft else None,  # of cntlora's arms it is in "init"
-            "train": {**asdict(e.train), "learning_rate": self.learning_rate, "seed": self.seed},
+            "train": train,
         }
         if self.arm.data:
             config["init_data"] = dict(self.arm.data)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic import remove_leftovers
+from ..recipes.trackers import check_trackers
 from ..record import RunRecord, read_record
 from .cluster import Cluster, ClusterRuns
 from .processes import Pool, RunFunction
@@ -192,6 +193,7 @@ def run_sweep(
             remove_checkpoints(out, one, record)
         sweep = Sweep(len(todo.pending) + todo.later, todo.present, jobs)
         if todo.pending:
+            check_trackers(experiment.train.report_to)
             task = make_task(experiment.task)
             task.check()  # before any training, and once instead of in every run
             if say and (line := task.describe()):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..record import Sample
+from .trackers import TRACKERS
 from .values import at_least, one_of, within
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -56,6 +57,7 @@ class TrainSettings:
         gradient_accumulation: batches an update.
         layer_decay: for full fine-tuning: the learning rate of a layer in terms of that of the layer above; 0 for none.
         save_every: updates between checkpoints, from which an interrupted run goes on; 0 for none.
+        report_to: trackers that curves and the initialisation are reported to, see `TRACKERS`; no part of a record.
     """
 
     steps: int | None = None
@@ -71,6 +73,7 @@ class TrainSettings:
     gradient_accumulation: int = 1
     layer_decay: float = 0.0
     save_every: int = 0
+    report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_length()
@@ -80,6 +83,8 @@ class TrainSettings:
         within("train.layer_decay", self.layer_decay, 0.0, 1.0, "such as 0.75, 0 for none")
         one_of("train.schedule", self.schedule, SCHEDULES)
         one_of("train.precision", self.precision, PRECISIONS)
+        for name in self.report_to:
+            one_of("train.report_to", name, TRACKERS)
 
     def _check_length(self) -> None:
         """Steps or epochs, and the moments within them; the defaults depend on what is given."""

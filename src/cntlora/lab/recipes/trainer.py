@@ -15,7 +15,8 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ...messages import quiet_transformers
 from ..record import SampleEntry
 from .layer_decay import layered_groups
 from .scoring import loss_of, modes
+from .trackers import Tracked, log_report, tracking
 from .train_settings import SCHEDULES, Evaluate, Evaluation, MakeSamples, TrainSettings, cycled
 
 _WEIGHTS = "trained.safetensors"
@@ -46,6 +48,8 @@ class Recorder(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Attributes:
         losses, times, evaluations, samples: see `Curve`.
+        log: tells the trackers, if there are any; the Trainer itself tells them the training loss.
+        start: gives what they are told first.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class Recorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.times: list[float] = []
         self.evaluations: list[Evaluation] = []
         self.samples: list[SampleEntry] = []
+        self.log: Callable[[dict[str, Any]], None] = _nobody
+        self.start: Callable[[], Mapping[str, float | str]] = dict
         self._parts: list[float] = []  # losses of the batches of this update
         self._mark = 0.0
 
@@ -83,6 +89,8 @@ class Recorder(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Scores the start, unless it is the middle of a run that goes on."""
         if state.global_step == 0:
+            if start := self.start():
+                self.log(dict(start))
             self._look(model, 0)
         self._mark = time.perf_counter()
 
@@ -101,12 +109,26 @@ class Recorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         """A checkpoint does not count as training either."""
         self._mark = time.perf_counter()
 
+    on_log = on_save  # nor does what trackers do
+
     def _look(self, model: nn.Module, step: int) -> None:
         seconds = self.times[-1] if self.times else 0.0
         if self.evaluate and step in self.eval_at:
             self.evaluations.append(Evaluation(step, dict(self.evaluate(model)), seconds))
+            self.log({f"eval_{name}": value for name, value in self.evaluations[-1].metrics.items()})
         if self.sample and step in self.sample_at:
             self.samples += [{"step": step, **one} for one in self.sample(model, step)]
+
+
+def _nobody(values: dict[str, Any]) -> None:
+    """No tracker."""
+
+
+def _tell(trainer: Trainer, values: dict[str, Any]) -> None:
+    """Report values; the Trainer would take that for its own report of this update and leave out the loss."""
+    due = trainer.control.should_log
+    trainer.log(values)
+    trainer.control.should_log = due
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
@@ -183,6 +205,7 @@ def run_trainer(
     learning_rate: float,
     recorder: Recorder,
     folder: Path | None,
+    tracked: Tracked,
 ) -> bool:
     """Train for `settings.steps` updates; the curve is in the recorder. Return whether the loss became not finite."""
     checkpoint = last_checkpoint(folder) if folder and settings.save_every else None
@@ -191,10 +214,15 @@ def run_trainer(
         recorder.restore(checkpoint)
         first = len(recorder.losses) * accumulation
     own = {"first": first, "count": (settings.steps or 0) * accumulation, "layer_decay": settings.layer_decay}
-    with tempfile.TemporaryDirectory() as temporary, _left_as_found(model), quiet_transformers():
+    names = settings.report_to
+    told = tracking(names, tracked) if names else nullcontext()
+    with tempfile.TemporaryDirectory() as temporary, _left_as_found(model), quiet_transformers(), told:
         kept = folder if folder and settings.save_every else Path(temporary)
+        arguments = _arguments(model, settings, learning_rate, kept, tracked)
         with _random_state():  # the Trainer seeds everything when it is made
-            trainer = _Trainer(model, _arguments(model, settings, learning_rate, kept), batches, recorder, **own)
+            trainer = _Trainer(model, arguments, batches, recorder, **own)
+        if names:
+            recorder.log, recorder.start = partial(_tell, trainer), partial(log_report, names, tracked)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Diverged:
@@ -204,7 +232,9 @@ def run_trainer(
     return False
 
 
-def _arguments(model: nn.Module, settings: TrainSettings, learning_rate: float, folder: Path) -> TrainingArguments:
+def _arguments(
+    model: nn.Module, settings: TrainSettings, learning_rate: float, folder: Path, tracked: Tracked
+) -> TrainingArguments:
     device = next(model.parameters()).device
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -221,8 +251,10 @@ def _arguments(model: nn.Module, settings: TrainSettings, learning_rate: float, 
         save_total_limit=2,  # one stays if the process is killed while it writes the other
         ignore_data_skip=True,  # `_Ordered` skips
         use_cpu=device.type == "cpu",
-        logging_strategy="no",
-        report_to="none",
+        logging_strategy="steps" if settings.report_to else "no",
+        logging_steps=1,
+        report_to=list(settings.report_to) or "none",
+        run_name=tracked.run,
         disable_tqdm=True,
         remove_unused_columns=False,
     )

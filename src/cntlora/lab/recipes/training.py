@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..record import SampleEntry
+from .trackers import Tracked, check_trackers
 from .train_settings import Evaluate, Evaluation, MakeSamples, TrainSettings
 
 
@@ -62,6 +63,7 @@ def train(
     sample: MakeSamples | None = None,
     progress: Callable[[int, float], None] | None = None,
     folder: Path | None = None,
+    tracked: Tracked | None = None,
 ) -> Curve:
     """Train the parameters that require gradients with AdamW, in transformers' `Trainer`.
 
@@ -79,10 +81,12 @@ def train(
         sample: makes images or texts of the model at `settings.sample_at`.
         progress: called after every update with the number of updates and the loss.
         folder: for checkpoints; training goes on from the last one in it. None for no files at all.
+        tracked: what the trackers of `settings.report_to` are told besides the curves.
 
     Raises:
         ValueError: for no trainable parameter, no batches or too few, or an argument out of range.
         TypeError: if the model's output has no loss.
+        MissingExtraError: if a tracker is not installed.
     """
     if not (learning_rate > 0 and math.isfinite(learning_rate)):
         raise ValueError(f"learning_rate: expected a finite number above 0, got {learning_rate}")
@@ -95,9 +99,10 @@ def train(
             raise ValueError(f"{field}={sorted(at)} needs {needed}, a function of the model")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: no parameter requires a gradient; add an adapter, or set requires_grad")
+    check_trackers(settings.report_to)
     from .trainer import Recorder, run_trainer  # transformers' Trainer takes seconds to import
 
     settings = settings.in_updates(batches)
     recorder = Recorder(settings, evaluate, sample, progress)
-    diverged = run_trainer(model, batches, settings, learning_rate, recorder, folder)
+    diverged = run_trainer(model, batches, settings, learning_rate, recorder, folder, tracked or Tracked())
     return Curve(recorder.losses, recorder.evaluations, recorder.times, recorder.samples, diverged)
