@@ -264,7 +264,7 @@ class TestBrowser:
     def test_a_sample_is_chosen_by_name_and_its_pictures_are_drawn(
         self, seen: tuple[dict[str, Any], list[str]]
     ) -> None:
-        assert seen[0]["picked"] == [["0"], ["2"]] and seen[0]["pictures"] == 4 * 4
+        assert seen[0]["picked"] == [["0"], ["2"]] and seen[0]["images"] == 4 * 4
 
     def test_presets_choose_groups(self, seen: tuple[dict[str, Any], list[str]]) -> None:
         found, _ = seen
