@@ -96,8 +96,8 @@ def main(module: str, folder: str, *jobs: str) -> None:
     import torch
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     code = importlib.import_module(module)
+    torch.set_num_threads(1)  # also where the module has imported conftest, which sets another number
     for name, _, world in (job.partition(":") for job in jobs):
         _fork(getattr(code, name), int(world), Path(folder) / name)
 
