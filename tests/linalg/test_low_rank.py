@@ -146,3 +146,15 @@ def test_a_product_needs_less_than_each_of_its_directions(monkeypatch: pytest.Mo
     assert float(norms.square().sum().sqrt()) < 3e-4 * exact.frobenius
     early = truncated_svd._Krylov(M, q)  # control: the first block alone would not do
     assert float(torch.linalg.matrix_norm(early.basis @ (early.basis.mT @ M.mT) - best.mT)) > 0.1 * exact.frobenius
+
+
+def test_sums_are_listed_by_name_whatever_the_order_they_came_in() -> None:
+    """Threads add them in any order, and processes compare the lists."""
+    found = []
+    for order in ("abc", "cab"):
+        sums = SharedSums()
+        for name in order:
+            sums.add([name, name * 2], torch.full((2,), float(ord(name))))
+        assert list(sums._sums) != sorted(sums._sums) or order == "abc"  # the control: held in another order
+        found.append([(names, total.tolist()) for names, total in sums.groups()])
+    assert found[0] == found[1] and [names for names, _ in found[0]] == [["a", "aa"], ["b", "bb"], ["c", "cc"]]

@@ -86,14 +86,17 @@ class SharedSums:
         return self._sums.get(one) is self._sums.get(other)
 
     def groups(self) -> list[tuple[list[str], Tensor]]:
-        """The distinct sums, each with the names that hold it; all are formed."""
+        """The distinct sums, each with the names that hold it, ordered by these; all are formed.
+
+        Threads add sums in any order, and processes compare these lists.
+        """
         for rows in {id(held): held for held in self._sums.values() if isinstance(held, LowRank)}.values():
             self.put([name for name, held in self._sums.items() if held is rows], self.place(rows.dense()))
         found: dict[int, tuple[list[str], Tensor]] = {}
         for name, total in self._sums.items():
             assert isinstance(total, Tensor)
             found.setdefault(id(total), ([], total))[0].append(name)
-        return list(found.values())
+        return sorted(found.values(), key=lambda group: min(group[0]))
 
     def put(self, names: Sequence[str], total: Tensor) -> None:
         """Replace the sum of all `names` by one."""
