@@ -59,6 +59,8 @@ _REPORT_TO = """Report curves and the initialisation to tensorboard, wandb or ml
  [default: the file's, which has none unless it says so]"""
 ReportTo = Annotated[str | None, typer.Option(help=_REPORT_TO)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
+_COMPARE = "Run an experiment, with other methods, learning rates or seeds if given, and print each method at its best."
+"""The same command by another name, which says what it is for."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Options:
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command()(run)
-    app.command()(compare)
+    app.command("compare", help=_COMPARE)(run)
     app.command()(report)
     tables = typer.Typer(help="Keep the records of a study as one table: pack a folder, unpack it again.")
     tables.command()(pack)
@@ -119,40 +121,7 @@ def run(
     options = Options(
         out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given, places, report_to
     )
-    _command(experiment, grid, options, table=True)
-
-
-def compare(
-    experiment: File,
-    methods: Methods = None,
-    learning_rates: Rates = None,
-    seeds: Seeds = None,
-    out: Out = None,
-    jobs: Jobs = None,
-    smoke: Smoke = False,
-    dry_run: DryRun = False,
-    retry_failed: RetryFailed = False,
-    replace: Replace = False,
-    as_json: AsJson = False,
-    changes: Set = None,
-    data: Data = None,
-    model: Model = None,
-    save_adapters: SaveAdapters = False,
-    shard: ShardText = None,
-    report_to: ReportTo = None,
-    engine: Engine = "local",
-    address: Address = None,
-    cpus: Cpus = 1,
-    gpus: Gpus = None,
-) -> None:
-    """Run an experiment, with other methods, learning rates or seeds if given, and print each method at its best."""
-    grid = {"methods": (methods, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
-    given = _changes(changes, data, model)
-    places = Places(engine, address, cpus, gpus, shard)
-    options = Options(
-        out, jobs, smoke, dry_run, retry_failed, replace, as_json, save_adapters, given, places, report_to
-    )
-    _command(experiment, grid, options, table=True)
+    _command(experiment, grid, options)
 
 
 def report(
@@ -226,7 +195,7 @@ def unpack(
         typer.echo(f"{folder}: {unpacked(table, folder)} runs")
 
 
-def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options, *, table: bool) -> None:
+def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: Options) -> None:
     """Read the file, run the sweep, say what came out; exit code 1 if a run failed."""
     with one_line_errors("a comparison of methods", "lab"):
         options.places.check()
@@ -242,7 +211,7 @@ def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: O
                 _list(experiment, out, options)
                 return
             sweep = _sweep(experiment, out, options)
-            _tell(sweep, out, options, table=table)
+            _tell(sweep, out, options)
         if sweep.count("failed"):
             raise SystemExit(1)
 
@@ -381,12 +350,12 @@ def _left(sweep: Sweep) -> str:
     return f"{hours} h {minutes:02d} min to go" if hours else f"{minutes} min {seconds % 60:02d} s to go"
 
 
-def _tell(sweep: Sweep, out: Path, options: Options, *, table: bool) -> None:
+def _tell(sweep: Sweep, out: Path, options: Options) -> None:
     """Print the outcome: for machines, or as a table and one line."""
     if options.as_json:
         typer.echo(json.dumps({**sweep.to_dict(), "out": None if options.smoke else str(out)}, indent=2))
         return
-    if table and not options.places.shard:  # which has a part of each method
+    if not options.places.shard:  # which has a part of each method
         from ..lab.report.study import studies
         from ..lab.report.tables import main_table, other_models_table
 

@@ -78,8 +78,8 @@ def read_parts(source: Path, component: str | None = None) -> Parts:
     """
     if component is not None and component not in PARTS:
         raise ValueError(unknown_name("component", component, PARTS))
-    if source.suffix == ".safetensors" or (source / DIFFUSERS_FILE).is_file():
-        return _read_file(source if source.suffix == ".safetensors" else source / DIFFUSERS_FILE, component)
+    if (file := _pipeline_file(source)) is not None:
+        return _read_file(file, component)
     if not (source / CONFIG).is_file():
         raise ValueError(
             f"{source}: no adapter is there; expected a folder with {CONFIG} and {WEIGHTS} (PEFT, `cntlora init`), "
@@ -115,9 +115,15 @@ def inspect_parts(source: Path) -> list[AdapterSite]:
 
 def is_pipeline_file(source: Path) -> bool:
     """Return whether a path is a file, or a folder with that of diffusers, and no adapter of PEFT."""
-    if (source / CONFIG).is_file():
-        return False
-    return source.suffix == ".safetensors" or (source / DIFFUSERS_FILE).is_file()
+    return not (source / CONFIG).is_file() and _pipeline_file(source) is not None
+
+
+def _pipeline_file(source: Path) -> Path | None:
+    """The file of diffusers or kohya that a path means; None for another folder."""
+    if source.suffix == ".safetensors":
+        return source
+    file = source / DIFFUSERS_FILE
+    return file if file.is_file() else None
 
 
 def _read_file(file: Path, component: str | None) -> Parts:

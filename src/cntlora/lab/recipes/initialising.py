@@ -16,7 +16,7 @@ from ...messages import unknown_name, warn_caller
 from .frames import read_frame
 from .model_folder import check_folder, check_rank, find_folder
 from .text.dialogue import Columns, MissingColumnsError, RowBatches, encode_row, said_of_cut, segments_of
-from .text.tables import Table, encode_batches, label_line, one_class_only, random_order, table_of
+from .text.tables import Table, encode_batches, label_line, one_class_only, random_order, read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,8 +80,13 @@ class Source:
             ValueError: for rows that cannot be used; names file, column and row.
         """
         regression = task == "regression"
-        table = table_of(
-            self.frame, self.data, self.text, self.label, regression=regression, instead="--task regression"
+        table = read_table(
+            str(self.data),
+            self.text,
+            self.label,
+            regression=regression,
+            instead="--task regression",
+            frame=self.frame,
         )
         for kind, found in (("class", table.names), ("number", sorted(set(table.values)))):
             if len(found) == 1:
@@ -158,8 +163,9 @@ def initialise(
     save_adapter(model, outputs[0], fold_alpha=settings.fold_alpha, plan=plan)
     if outputs[1] is not None:
         plan.save(outputs[1])
-    labelled = source.label is not None and table is not None
-    return report, Told(label_line(table), table.names) if labelled and table is not None else Told()
+    if source.label is None or table is None:
+        return report, Told()
+    return report, Told(label_line(table), table.names)
 
 
 def _check_task(task: str, source: Source) -> None:

@@ -145,7 +145,7 @@ def chat_rows(chats: Sequence[Any], name: str, tokenizer: Any, where: object) ->
 def _messages(value: Any, name: str, where: str) -> list[dict[str, str]]:
     """A chat, checked."""
     expected = f'expected a list of {{"role": …, "content": text}} in column {name!r}'
-    if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
+    if not _is_list(value):
         raise ValueError(f"{where}: {expected}, got {type(value).__name__}")
     found = []
     for message in value:

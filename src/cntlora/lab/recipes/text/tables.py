@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -121,6 +121,7 @@ def read_table(
     regression: bool = False,
     instead: str | None = REGRESSION,
     held_out: bool = False,
+    frame: pd.DataFrame | None = None,
 ) -> Table:
     """A table from a file or a data set of the hub, see `cntlora.lab.recipes.frames.read_frame`.
 
@@ -136,6 +137,7 @@ def read_table(
         regression: the labels are numbers, which become `Table.values`, instead of classes.
         instead: how the user asks for regression, for the message about a column of numbers; None if there is no way.
         held_out: the rows are only scored, so that a class may have one of them.
+        frame: the rows, where they are read already.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -148,22 +150,7 @@ def read_table(
             if value is not None:
                 raise ValueError(f"{path}: a .txt file has no {name}={value!r}; use .csv, .tsv, .jsonl or .parquet")
         text = "text"
-    options: dict[str, Any] = {"regression": regression, "instead": instead, "held_out": held_out}
-    return table_of(read_frame(path), path, text, label, second, **options)
-
-
-def table_of(
-    frame: pd.DataFrame,
-    path: object,
-    text: str = "text",
-    label: str | None = None,
-    second: str | None = None,
-    *,
-    regression: bool = False,
-    instead: str | None = REGRESSION,
-    held_out: bool = False,
-) -> Table:
-    """A table from the rows of a file; arguments and errors as of `read_table`."""
+    frame = read_frame(path) if frame is None else frame
     named = [name for name in (text, second, label) if name is not None]
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
