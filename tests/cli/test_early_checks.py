@@ -15,12 +15,13 @@ from cntlora.cli.arguments import method_names
 from cntlora.lab.recipes.model_folder import check_rank, find_folder, layer_shapes
 
 MISTAKES = """
-import io, json, contextlib
+import inspect, json
 from typer.testing import CliRunner
 from cntlora.cli.app import app
 found = []
+apart = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}  # click before 8.2
 for arguments in json.loads(sys.argv[1]):
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner(**apart).invoke(app, arguments)
     slow = sorted(name for name in ("torch", "transformers", "peft", "sklearn") if name in sys.modules)
     found.append([result.exit_code, result.stderr, slow])
 print(json.dumps(found))
