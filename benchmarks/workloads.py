@@ -98,15 +98,15 @@ DINOV2_TARGETS = (*BERT_TARGETS, "q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _minilm() -> nn.Module:
-    from cntlora.lab.recipes.text.sentiment import SentimentTask
+    from cntlora.lab.recipes.text.sentiment import make_task
 
-    return SentimentTask().build_model(0).eval()
+    return make_task().build_model(0).eval()
 
 
 def _tweet_batches() -> list[Batch]:
-    from cntlora.lab.recipes.text.sentiment import SentimentTask
+    from cntlora.lab.recipes.text.sentiment import make_task
 
-    return [batch for batch, _ in zip(SentimentTask().train_batches(0), range(8), strict=False)]
+    return [batch for batch, _ in zip(make_task().train_batches(0), range(8), strict=False)]
 
 
 def _dinov2() -> nn.Module:

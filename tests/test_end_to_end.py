@@ -13,7 +13,8 @@ from torch import nn
 import cntlora
 from cntlora.lab.demo import run_demo
 from cntlora.lab.recipes.scoring import evaluate_classifier
-from cntlora.lab.recipes.text.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
+from cntlora.lab.recipes.text.classification import SequenceTask
+from cntlora.lab.recipes.text.sentiment import TARGET_MODULES, TweetsSettings, make_task
 from cntlora.lab.recipes.train_settings import TrainSettings
 from cntlora.lab.recipes.training import train
 
@@ -21,18 +22,18 @@ pytestmark = pytest.mark.packages
 
 
 @pytest.fixture(scope="module")
-def task() -> SentimentTask:
-    return SentimentTask(TweetsSettings(eval_size=64))
+def task() -> SequenceTask:
+    return make_task(TweetsSettings(eval_size=64))
 
 
-def adapted(task: SentimentTask) -> nn.Module:
+def adapted(task: SequenceTask) -> nn.Module:
     torch.manual_seed(0)
     lora = LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", target_modules=list(TARGET_MODULES))
     return get_peft_model(task.build_model(0), lora)
 
 
 @pytest.mark.parametrize("base", ["offset", "paired", "subtract"])
-def test_starts_as_the_pretrained_model(task: SentimentTask, base: str) -> None:
+def test_starts_as_the_pretrained_model(task: SequenceTask, base: str) -> None:
     model, held_out = adapted(task).eval(), list(task.eval_batches())[:1]
     with torch.no_grad():
         before = model(**held_out[0]).logits
@@ -48,7 +49,7 @@ def test_starts_as_the_pretrained_model(task: SentimentTask, base: str) -> None:
     assert len(gradients) == 48 and all(float(g) > 0 for g in gradients)
 
 
-def test_keep_is_the_control(task: SentimentTask) -> None:
+def test_keep_is_the_control(task: SequenceTask) -> None:
     """With the paper's letter the function moves, by far more than the tolerance of the test above."""
     model, held_out = adapted(task).eval(), list(task.eval_batches())[:1]
     with torch.no_grad():
@@ -59,7 +60,7 @@ def test_keep_is_the_control(task: SentimentTask) -> None:
         assert (model(**held_out[0]).logits - before).abs().max() > 1e-2
 
 
-def test_shared_inputs_and_exact_tokens(task: SentimentTask) -> None:
+def test_shared_inputs_and_exact_tokens(task: SequenceTask) -> None:
     """Every site of a BERT sees every token that is not padding, no more."""
     batches = [batch for batch, _ in zip(task.train_batches(0), range(3), strict=False)]
     plan = cntlora.compute_plan(adapted(task), batches, progress=False, config=cntlora.InitConfig(method="self"))
@@ -68,7 +69,7 @@ def test_shared_inputs_and_exact_tokens(task: SentimentTask) -> None:
     assert tokens < sum(batch["attention_mask"].numel() for batch in batches)
 
 
-def test_learns(task: SentimentTask) -> None:
+def test_learns(task: SequenceTask) -> None:
     """30 steps from our start beat predicting the commonest class; the untrained model does not."""
     model = adapted(task)
     cntlora.initialize(model, task.train_batches(0), progress=False, config=cntlora.InitConfig(method="self"))

@@ -15,7 +15,7 @@ import pytest
 
 from cntlora.lab.recipes.labels import class_column, describe_classes, known_classes, warn_alike
 from cntlora.lab.recipes.text.classification import RECIPES, TextSettings
-from cntlora.lab.recipes.text.sentiment import SentimentTask, TweetsSettings
+from cntlora.lab.recipes.text.sentiment import TweetsSettings, make_task
 from cntlora.lab.recipes.text.tables import label_line, read_table
 from cntlora.lab.recipes.vision.images import _published_labels
 
@@ -95,11 +95,11 @@ def test_every_command_says_its_own_way_to_regression(tmp_path: Path) -> None:
     assert "regression: --task regression" in refused(path, instead="--task regression")
     assert "regression" not in refused(path, instead=None)  # images
     with pytest.raises(ValueError, match=r"--set task.name=text --set task.kind=regression"):
-        SentimentTask(TweetsSettings(data=str(path))).check()
+        make_task(TweetsSettings(data=str(path))).check()
     with pytest.raises(ValueError, match=r"60 different numbers in 60 rows.*--set task.kind=regression"):
         RECIPES["text"].make(TextSettings(model="none/such", data=str(path))).check()
     with pytest.raises(ValueError, match="one class only, 'a'"):
-        SentimentTask(TweetsSettings(data=str(table(tmp_path, ["a", "a"])))).check()
+        make_task(TweetsSettings(data=str(table(tmp_path, ["a", "a"])))).check()
 
 
 def test_held_out_rows_may_have_one_of_a_class(tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ def test_encode_batches_refuses(change: dict[str, Any], message: str) -> None:
 def test_minilm_and_tweets_are_the_real_ones() -> None:
     """Download 85 MB at the first run."""
     from cntlora.lab.recipes.samples.models import minilm_folder, tweets
-    from cntlora.lab.recipes.text.sentiment import SentimentTask
+    from cntlora.lab.recipes.text.sentiment import make_task
 
     table = tweets()
     assert [(name, table.labels.count(i)) for i, name in enumerate(table.names)] == [
@@ -306,7 +306,7 @@ def test_minilm_and_tweets_are_the_real_ones() -> None:
     assert len(set(table.texts)) == len(table)
     assert json.loads((minilm_folder() / "config.json").read_text())["hidden_size"] == 384
 
-    task = SentimentTask()
+    task = make_task()
     train_part, held_out = task.tables
     assert (len(train_part), len(held_out)) == (28821, 1000)
     assert not set(train_part.texts) & set(held_out.texts)
@@ -334,10 +334,10 @@ def test_minilm_and_tweets_are_the_real_ones() -> None:
 def test_lora_meets_q_k_v_and_the_attention_output_only() -> None:
     from peft import LoraConfig, get_peft_model
 
-    from cntlora.lab.recipes.text.sentiment import TARGET_MODULES, SentimentTask
+    from cntlora.lab.recipes.text.sentiment import TARGET_MODULES, make_task
 
     config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=list(TARGET_MODULES))
-    adapted = get_peft_model(SentimentTask().build_model(0), config)
+    adapted = get_peft_model(make_task().build_model(0), config)
     names = [name for name, _ in adapted.named_modules() if name.endswith(".lora_A")]
     assert len(names) == 4 * 6
     assert all(".attention." in name for name in names)

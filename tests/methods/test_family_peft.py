@@ -19,7 +19,8 @@ from tests.cases import recorded
 from torch import Tensor
 
 from cntlora import InitConfig, compute_plan
-from cntlora.lab.recipes.text.sentiment import TARGET_MODULES, SentimentTask, TweetsSettings
+from cntlora.lab.recipes.text.classification import SequenceTask
+from cntlora.lab.recipes.text.sentiment import TARGET_MODULES, TweetsSettings, make_task
 from cntlora.model.sites import Site, find_sites
 from cntlora.plan import InitPlan
 
@@ -29,17 +30,17 @@ Batch = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def task() -> SentimentTask:
-    return SentimentTask(TweetsSettings(eval_size=64))
+def task() -> SequenceTask:
+    return make_task(TweetsSettings(eval_size=64))
 
 
 @pytest.fixture(scope="module")
-def batches(task: SentimentTask) -> list[Batch]:
+def batches(task: SequenceTask) -> list[Batch]:
     return [batch for batch, _ in zip(task.train_batches(0), range(3), strict=False)]
 
 
 @pytest.fixture(scope="module")
-def sequence(task: SentimentTask) -> list[Batch]:
+def sequence(task: SequenceTask) -> list[Batch]:
     """One sequence of 512 tokens without padding, more than the 384 features: all that CorDA in PEFT can read."""
     text = " ".join(task.tables[0].texts[:60])
     return [dict(task.tokenizer(text, truncation=True, max_length=512, return_tensors="pt"))]
@@ -49,7 +50,7 @@ def lora(**options: Any) -> LoraConfig:
     return LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", target_modules=list(TARGET_MODULES), **options)
 
 
-def ours(task: SentimentTask, method: str, batches: list[Batch] | None, **options: Any) -> InitPlan:
+def ours(task: SequenceTask, method: str, batches: list[Batch] | None, **options: Any) -> InitPlan:
     model = get_peft_model(task.build_model(0), lora())
     return compute_plan(
         model, batches, InitConfig.from_dict({"method": method, "base": "keep", **options}), progress=False
@@ -82,7 +83,7 @@ def smallest_cosine(inner: Tensor, outer: Tensor) -> float:
     return float(torch.linalg.svdvals(one.mT @ other).min())
 
 
-def corda_of_peft(task: SentimentTask, batches: list[Batch]) -> dict[str, Site]:
+def corda_of_peft(task: SequenceTask, batches: list[Batch]) -> dict[str, Site]:
     base = task.build_model(0)
     config = lora(init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
 
@@ -94,7 +95,7 @@ def corda_of_peft(task: SentimentTask, batches: list[Batch]) -> dict[str, Site]:
     return sites(get_peft_model(base, config))
 
 
-def eva_of_peft(task: SentimentTask, batches: list[Batch], **options: Any) -> dict[str, Site]:
+def eva_of_peft(task: SequenceTask, batches: list[Batch], **options: Any) -> dict[str, Site]:
     model = get_peft_model(task.build_model(0), lora(init_lora_weights="eva", eva_config=EvaConfig(**options)))
     unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     initialize_lora_eva_weights(model, unlabelled, show_progress_bar=False)
@@ -102,7 +103,7 @@ def eva_of_peft(task: SentimentTask, batches: list[Batch], **options: Any) -> di
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])
-def test_pissa_and_olora_agree(task: SentimentTask, method: str) -> None:
+def test_pissa_and_olora_agree(task: SequenceTask, method: str) -> None:
     """Both factor in float32, so that they differ by what rounding makes of each W: 2e-7 to 1e-4 by its spectrum."""
     theirs = sites(get_peft_model(task.build_model(0), lora(init_lora_weights=method)))
     model, bound = task.build_model(0), {"pissa": bounds.truncation, "olora": bounds.leading_columns}[method]
@@ -111,7 +112,7 @@ def test_pissa_and_olora_agree(task: SentimentTask, method: str) -> None:
     assert product_error(ours(task, "olora" if method == "pissa" else "pissa", None), theirs) > 0.5  # the control
 
 
-def test_pissa_by_subspace_iteration_is_an_approximation(task: SentimentTask) -> None:
+def test_pissa_by_subspace_iteration_is_an_approximation(task: SequenceTask) -> None:
     """Eckart–Young: nothing of rank r is nearer to W than ours; PEFT's iteration without oversampling stays away."""
     mine, model = ours(task, "pissa", None), task.build_model(0)
 
@@ -131,7 +132,7 @@ def test_pissa_by_subspace_iteration_is_an_approximation(task: SentimentTask) ->
     assert rest(1) > rest(16) > 1 + 1e-6
 
 
-def test_corda_agrees_on_one_sequence(task: SentimentTask, sequence: list[Batch]) -> None:
+def test_corda_agrees_on_one_sequence(task: SequenceTask, sequence: list[Batch]) -> None:
     """PEFT inverts the damped covariance in float32, so that they differ by eps times its condition of 1e4 or so."""
     theirs, model = corda_of_peft(task, sequence), task.build_model(0)
     with recorded(model, list(theirs)) as seen, torch.no_grad():
@@ -144,7 +145,7 @@ def test_corda_agrees_on_one_sequence(task: SentimentTask, sequence: list[Batch]
         assert error < bound < other[name], name
 
 
-def test_corda_in_peft_depends_on_how_rows_are_batched(task: SentimentTask, sequence: list[Batch]) -> None:
+def test_corda_in_peft_depends_on_how_rows_are_batched(task: SequenceTask, sequence: list[Batch]) -> None:
     """It divides each batch by that batch's own largest input, so its covariance is not that of the tokens."""
     assert peft.__version__.startswith(PINNED)
     model = task.build_model(0)
@@ -167,14 +168,14 @@ def test_corda_in_peft_depends_on_how_rows_are_batched(task: SentimentTask, sequ
     assert float((once - covariance([torch.cat(halves)])).norm()) < 1e-6  # the control
 
 
-def test_corda_in_peft_crashes_with_more_than_one_sequence(task: SentimentTask, batches: list[Batch]) -> None:
+def test_corda_in_peft_crashes_with_more_than_one_sequence(task: SequenceTask, batches: list[Batch]) -> None:
     assert peft.__version__.startswith(PINNED)
     with pytest.raises(RuntimeError):
         corda_of_peft(task, batches[:1])
     assert len(ours(task, "corda", batches[:1]).sites) == 24  # ours reads it
 
 
-def test_eva_agrees_on_the_subspace(task: SentimentTask, batches: list[Batch]) -> None:
+def test_eva_agrees_on_the_subspace(task: SequenceTask, batches: list[Batch]) -> None:
     """PEFT keeps rho·r components of an incremental, randomised PCA; its leading half lies within our exact ones."""
     one = batches[:1]
     theirs = eva_of_peft(task, one, rho=1.0)
@@ -190,7 +191,7 @@ def test_eva_agrees_on_the_subspace(task: SentimentTask, batches: list[Batch]) -
     assert max(scrambled) < 0.5  # the control
 
 
-def test_eva_in_peft_cannot_read_labels_of_a_classifier(task: SentimentTask, batches: list[Batch]) -> None:
+def test_eva_in_peft_cannot_read_labels_of_a_classifier(task: SequenceTask, batches: list[Batch]) -> None:
     assert peft.__version__.startswith(PINNED)
     model = get_peft_model(task.build_model(0), lora(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)))
     with pytest.raises(RuntimeError):
@@ -198,7 +199,7 @@ def test_eva_in_peft_cannot_read_labels_of_a_classifier(task: SentimentTask, bat
     assert len(ours(task, "eva", batches[:1]).sites) == 24  # ours reads them
 
 
-def loraga_of_peft(task: SentimentTask, batches: list[Batch], factor: float = 1.0) -> dict[str, Site]:
+def loraga_of_peft(task: SequenceTask, batches: list[Batch], factor: float = 1.0) -> dict[str, Site]:
     loraga = pytest.importorskip("peft.tuners.lora.loraga", reason="this PEFT has no LoRA-GA")
     base = task.build_model(0)
     config = lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
@@ -214,7 +215,7 @@ def loraga_of_peft(task: SentimentTask, batches: list[Batch], factor: float = 1.
         return sites(get_peft_model(base, config))
 
 
-def test_lora_ga_agrees_on_both_subspaces(task: SentimentTask, batches: list[Batch]) -> None:
+def test_lora_ga_agrees_on_both_subspaces(task: SequenceTask, batches: list[Batch]) -> None:
     theirs, mine = loraga_of_peft(task, batches), ours(task, "lora_ga", batches)
     for name, site in theirs.items():
         # PEFT's come from a randomised SVD with a few iterations, which leaves an angle of 2 degrees; 6 are allowed
@@ -224,7 +225,7 @@ def test_lora_ga_agrees_on_both_subspaces(task: SentimentTask, batches: list[Bat
     assert min(smallest_cosine(s.A, other.sites[n].A) for n, s in theirs.items()) < 0.9  # the control
 
 
-def test_lora_ga_in_peft_starts_at_the_size_of_the_gradient(task: SentimentTask, batches: list[Batch]) -> None:
+def test_lora_ga_in_peft_starts_at_the_size_of_the_gradient(task: SequenceTask, batches: list[Batch]) -> None:
     """PEFT multiplies B by the gradient's singular values, so its start scales with the loss; the paper's does not."""
     assert peft.__version__.startswith(PINNED)
 

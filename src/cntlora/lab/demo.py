@@ -23,7 +23,8 @@ from ..config import InitConfig
 from ..files.saving import save_adapter
 from .recipes.samples.models import minilm_folder
 from .recipes.scoring import classifier_metrics
-from .recipes.text.sentiment import TARGET_MODULES, SentimentTask
+from .recipes.text.classification import SequenceTask
+from .recipes.text.sentiment import TARGET_MODULES, make_task
 from .recipes.train_settings import TrainSettings
 from .recipes.training import Curve, train
 
@@ -66,7 +67,7 @@ def run_demo(out: Path, *, steps: int = 100, seed: int = 0, say: Say = print) ->
         RuntimeError: if model or data cannot be downloaded, or the reloaded adapter predicts otherwise.
     """
     started = time.perf_counter()
-    task = SentimentTask()
+    task = make_task()
     say(f"MiniLM-L6 and {len(task.tables[0]):,} labelled tweets, {len(task.tables[1]):,} more held out; LoRA r 8 on")
     say("query, key, value and attention output; the same seed, batches and number of steps for both\n")
     at = sorted({0, steps // 4, steps // 2, steps})
@@ -92,7 +93,7 @@ def run_demo(out: Path, *, steps: int = 100, seed: int = 0, say: Say = print) ->
 
 
 def _run(
-    task: SentimentTask, name: str, steps: int, seed: int, at: list[int], say: Say
+    task: SequenceTask, name: str, steps: int, seed: int, at: list[int], say: Say
 ) -> tuple[nn.Module, float, Curve]:
     """One training run; "cntlora" differs by one line and its learning rate."""
     torch.manual_seed(seed)
@@ -122,7 +123,7 @@ def _run(
     return model, init_seconds, curve
 
 
-def _check_reload(task: SentimentTask, model: nn.Module, out: Path) -> dict[str, Any]:
+def _check_reload(task: SequenceTask, model: nn.Module, out: Path) -> dict[str, Any]:
     """Predictions of the model in memory and of the folder loaded by plain PEFT in a fresh process."""
     batch: dict[str, Tensor] = {k: v for k, v in next(iter(task.eval_batches())).items() if k != "labels"}
     model.eval()

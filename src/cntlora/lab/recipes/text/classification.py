@@ -33,28 +33,27 @@ _SCORES = {"classification": ("accuracy", "macro_f1"), "regression": ("pearson",
 _MAIN = {"classification": "macro_f1", "regression": "pearson"}
 
 
-@dataclass(frozen=True)
-class TextSettings:
-    """`[task]` of "text": one text a row.
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """Settings of labelled rows, which "text" and "pairs" share.
 
     Attributes:
-        name: "text".
+        name: of the task.
         model: hub name or folder of the pretrained model, or "sample:minilm".
         data: .csv, .tsv, .jsonl or .parquet file, relative to the working directory, or a data set of the hub as
-            "owner/name[:configuration][#split]".
-        text, label: its columns of texts and of classes (or numbers).
-        batch_size: texts a batch.
-        max_length: tokens a text, special ones included; longer texts are cut.
-        eval_size: held-out texts, stratified by class.
-        split_seed: of the split into training and held-out texts, the same for every run.
+            "owner/name[:configuration][#split]"; or "sample:tweets", "sample:pairs".
+        label: its column of classes (or numbers).
+        batch_size: rows a batch.
+        max_length: tokens a row, special ones and both texts of a pair included; longer texts are cut.
+        eval_size: held-out rows, stratified by class.
+        split_seed: of the split into training and held-out rows, the same for every run.
         kind: "classification", or "regression" for labels that are numbers (best of about unit size).
         eval_data: held-out rows in a file of their own, as `data`; then eval_size is not used.
     """
 
-    name: str = "text"
+    name: str
     model: str | None = None
     data: str | None = None
-    text: str = "text"
     label: str = "label"
     batch_size: int = 16
     max_length: int = 48
@@ -64,42 +63,35 @@ class TextSettings:
     eval_data: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        need(self, model="a hub name or folder", data="a file with your rows, such as a .csv")
+        at_least("task", self, batch_size=1, max_length=1, eval_size=1, split_seed=0)
+        one_of("task.kind", self.kind, KINDS)
 
 
-@dataclass(frozen=True)
-class PairsSettings:
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(RowSettings):
+    """`[task]` of "text": one text a row.
+
+    Attributes:
+        text: column of the texts.
+    """
+
+    name: str = "text"
+    text: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsSettings(RowSettings):
     """`[task]` of "pairs": two texts a row.
 
     Attributes:
-        name: "pairs".
         first, second: columns of the two texts.
-        model, data, label, batch_size, max_length, eval_size, split_seed, kind, eval_data: as in `TextSettings`;
-            max_length counts both texts; data may be "sample:pairs".
     """
 
     name: str = "pairs"
-    model: str | None = None
-    data: str | None = None
     first: str = "first"
     second: str = "second"
-    label: str = "label"
-    batch_size: int = 16
     max_length: int = 128
-    eval_size: int = 1000
-    split_seed: int = 0
-    kind: str = "classification"
-    eval_data: str | None = None
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-
-def _check(settings: TextSettings | PairsSettings) -> None:
-    """Check what both have."""
-    need(settings, model="a hub name or folder", data="a file with your rows, such as a .csv")
-    at_least("task", settings, batch_size=1, max_length=1, eval_size=1, split_seed=0)
-    one_of("task.kind", settings.kind, KINDS)
 
 
 def need(settings: Any, **what: str) -> None:

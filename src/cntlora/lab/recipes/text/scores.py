@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from sklearn import metrics
 from torch import nn
 
 from ..scoring import predictions
@@ -16,32 +14,37 @@ Score = Callable[[Any, Any], float]
 """Truth and guess, one a row: class indices, or numbers for regression."""
 
 
-def _macro_f1(truth: Any, guess: Any) -> float:
-    return float(metrics.f1_score(truth, guess, average="macro", zero_division=0.0))
-
-
-def _f1(truth: Any, guess: Any) -> float:
-    return float(metrics.f1_score(truth, guess, pos_label=1, zero_division=0.0))
-
-
-def _correlation(kind: Callable[[Any, Any], Any]) -> Score:
-    """A correlation; 0 where it is undefined, because truth or guesses are all alike."""
+def _of_sklearn(name: str, **options: Any) -> Score:
+    """A function of `sklearn.metrics`, whose import takes seconds and waits for the first score."""
 
     def score(truth: Any, guess: Any) -> float:
+        from sklearn import metrics
+
+        return float(getattr(metrics, name)(truth, guess, **options))
+
+    return score
+
+
+def _correlation(name: str) -> Score:
+    """A correlation of `scipy.stats`; 0 where it is undefined, because truth or guesses are all alike."""
+
+    def score(truth: Any, guess: Any) -> float:
+        from scipy import stats
+
         if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(guess) == 0:
             return 0.0
-        return float(kind(truth, guess).statistic)
+        return float(getattr(stats, name)(truth, guess).statistic)
 
     return score
 
 
 SCORES: dict[str, Score] = {
-    "accuracy": lambda truth, guess: float(metrics.accuracy_score(truth, guess)),
-    "f1": _f1,  # of class 1, as GLUE has it for MRPC and QQP
-    "macro_f1": _macro_f1,
-    "matthews": lambda truth, guess: float(metrics.matthews_corrcoef(truth, guess)),
-    "pearson": _correlation(stats.pearsonr),
-    "spearman": _correlation(stats.spearmanr),
+    "accuracy": _of_sklearn("accuracy_score"),
+    "f1": _of_sklearn("f1_score", pos_label=1, zero_division=0.0),  # of class 1, as GLUE has it for MRPC and QQP
+    "macro_f1": _of_sklearn("f1_score", average="macro", zero_division=0.0),
+    "matthews": _of_sklearn("matthews_corrcoef"),
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
 }
 """All of them are better when larger; "loss", which `evaluate_sequences` always gives, when smaller."""
 
