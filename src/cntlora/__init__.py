@@ -15,46 +15,32 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .version import VERSION as __version__
+from .version import VERSION
 
-if TYPE_CHECKING:
-    from .analysis.comparison import AdapterComparison, compare_adapters, snapshot
-    from .analysis.diagnostics import StartDiagnostics, start_curvature, start_diagnostics
-    from .analysis.learning_rate import ProposedRate, propose_learning_rate
-    from .api import apply_plan, compute_plan, initialize, initialize_from_trainer
-    from .config import InitConfig
-    from .files.saving import save_adapter
+if TYPE_CHECKING:  # `X as X` is public for type checkers; `_HOMES` imports the same when asked
+    from .analysis.comparison import AdapterComparison as AdapterComparison
+    from .analysis.comparison import compare_adapters as compare_adapters
+    from .analysis.comparison import snapshot as snapshot
+    from .analysis.diagnostics import StartDiagnostics as StartDiagnostics
+    from .analysis.diagnostics import start_curvature as start_curvature
+    from .analysis.diagnostics import start_diagnostics as start_diagnostics
+    from .analysis.learning_rate import ProposedRate as ProposedRate
+    from .analysis.learning_rate import propose_learning_rate as propose_learning_rate
+    from .api import apply_plan as apply_plan
+    from .api import compute_plan as compute_plan
+    from .api import initialize as initialize
+    from .api import initialize_from_trainer as initialize_from_trainer
+    from .config import InitConfig as InitConfig
+    from .files.saving import save_adapter as save_adapter
     from .methods import *  # noqa: F403 (its `__all__`: a method is added in one place)
-    from .methods import __all__ as _method_classes
-    from .methods.method import methods
-    from .model.writer import freeze_offset
-    from .plan import InitPlan
-    from .report import InitReport
-    from .site_plan import SitePlan
+    from .methods.function import from_function as from_function
+    from .methods.method import methods as methods
+    from .model.writer import freeze_offset as freeze_offset
+    from .plan import InitPlan as InitPlan
+    from .report import InitReport as InitReport
+    from .site_plan import SitePlan as SitePlan
 
-    __all__ = [
-        "AdapterComparison",
-        "InitConfig",
-        "InitPlan",
-        "InitReport",
-        "ProposedRate",
-        "SitePlan",
-        "StartDiagnostics",
-        "__version__",
-        "apply_plan",
-        "compare_adapters",
-        "compute_plan",
-        "freeze_offset",
-        "initialize",
-        "initialize_from_trainer",
-        "methods",
-        "propose_learning_rate",
-        "save_adapter",
-        "snapshot",
-        "start_curvature",
-        "start_diagnostics",
-    ]
-    __all__ += _method_classes
+__version__ = VERSION
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "analysis.comparison": ("AdapterComparison", "compare_adapters", "snapshot"),
@@ -63,6 +49,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "api": ("apply_plan", "compute_plan", "initialize", "initialize_from_trainer"),
     "config": ("InitConfig",),
     "files.saving": ("save_adapter",),
+    "methods.function": ("from_function",),
     "model.writer": ("freeze_offset",),
     "plan": ("InitPlan",),
     "report": ("InitReport",),

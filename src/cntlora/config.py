@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,8 +32,9 @@ class InitConfig:
     `from_dict` they are flat keys beside the others; the command line has the common ones (`cntlora init --help`).
 
     Attributes:
-        method: a method such as `cntlora.Self()` or its name, see `cntlora.methods()`. None leaves it to what is there:
-            descent where there is a loss and weights whose gradients can be read, else self.
+        method: a method such as `cntlora.Self()` or its name, see `cntlora.methods()`. Or a function of tensors of
+            yours, or its place "file.py:function" (`cntlora.from_function`). None leaves it to what is there: descent
+            where there is a loss and weights whose gradients can be read, else self.
         base: what keeps the model's function at the start. "offset": rank 2r, the negative half frozen, starts at
             zero; "paired": the same at rank r with r/2 directions, both halves train; "subtract": W ← W − s·B·A;
             "keep": as printed in the paper, the function moves by s·B·A. None for the method's own: "keep" for
@@ -68,7 +70,7 @@ class InitConfig:
 
     def __init__(
         self,
-        method: str | Method | None = None,
+        method: str | Method | Callable[..., Any] | None = None,
         base: Base | None = None,
         *,
         num_batches: int = 8,
@@ -192,6 +194,8 @@ def _method_of(method: object, options: Mapping[str, Any]) -> Method | None:
             raise TypeError(unknown_name("InitConfig option", name, known))
     if isinstance(method, type) and method in METHODS.values():
         raise TypeError(f"method: expected a method or its name, got the class {method.__name__}; {method.__name__}()")
+    if inspect.isfunction(method):
+        method = METHODS.of_function(method)()
     if isinstance(method, Method):
         given: Any = method
         return from_flat(type(given), {**asdict(given), **options}) if options else given

@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from cntlora import InitPlan
 from cntlora.cli.app import app
 from cntlora.files.inspection import inspect_adapter
+from cntlora.methods.method import METHODS
 from cntlora.version import VERSION
 
 WORDS = ["the", "a", "good", "bad", "film", "plot", "music", "is", "was", "very", "not", "and", "dull", "bright"]
@@ -282,6 +283,22 @@ def test_help_and_version() -> None:
     assert code == 0 and all(command in out for command in ("init", "inspect", "demo"))
     code, out, _ = cntlora("--version")
     assert code == 0 and out.strip().count(".") == 2
+
+
+def test_a_function_of_the_user_is_a_method(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "starts.py").write_text("def whole(W):\n    return W\n")
+    adapters = {}
+    for method in (f"{tmp_path}/starts.py:whole", "pissa", "lora"):
+        out = tmp_path / str(len(adapters))
+        code, _, err = init(model_folder, data, out, "--method", method)
+        assert code == 0, err
+        adapters[method] = load_file(out / "adapter_model.safetensors")
+    whole, pissa, lora = adapters.values()
+    assert all(torch.allclose(whole[key], pissa[key], atol=1e-5) for key in pissa)
+    assert any(lora[key].shape != whole[key].shape for key in whole)  # a control: of rank 2r, that starts at zero
+    METHODS.pop(f"{tmp_path}/starts.py:whole")
+    code, _, err = init(model_folder, data, tmp_path / "none", "--method", f"{tmp_path}/starts.py:hole")
+    assert code == 1 and "did you mean 'whole'" in err and len(err.splitlines()) == 1
 
 
 def test_help_names_every_method() -> None:

@@ -26,6 +26,7 @@ from cntlora.lab.experiments.settings import Experiment, from_dict, replaced
 from cntlora.lab.experiments.shards import locked
 from cntlora.lab.experiments.sweep import Sweep, plan_sweep, run_sweep
 from cntlora.lab.record import write_record
+from cntlora.methods.method import METHODS
 
 RATES = [1e-3, 1e-2]
 
@@ -168,6 +169,24 @@ def test_changed_settings_are_an_error_that_names_file_and_key(tmp_path: Path) -
     assert {path: path.read_bytes() for path in out.glob("*.json")} == before and calls(tmp_path).total() == 4
     run_sweep(changed, out, run=fake_run, replace=True)
     assert all(record["config"]["lora"]["rank"] == 4 for record in records_in(out).values())
+
+
+def test_an_edited_function_is_no_longer_the_method_of_its_record(tmp_path: Path) -> None:
+    file, out = tmp_path / "starts.py", tmp_path / "out"
+    file.write_text("def whole(W):\n    return W\n")
+    experiment = experiment_of(tmp_path, methods=["lora", f"{file}:whole"], learning_rates=[1e-3])
+    run_sweep(experiment, out, run=fake_run)
+    (name,) = set(records_in(out)) - {"lora-lr0.001-seed0"}
+    record = records_in(out)[name]
+    assert name.endswith("-starts.py-whole-lr0.001-seed0") and record["label"] == "whole"
+    assert not plan_sweep(experiment, out).pending
+    METHODS.pop(f"{file}:whole")  # as in another process
+    assert not plan_sweep(experiment, out).pending
+    METHODS.pop(f"{file}:whole")
+    file.write_text("def whole(W):\n    return -W\n")
+    with pytest.raises(ValueError, match=r"init\.code is .* there and"):
+        plan_sweep(experiment, out)
+    METHODS.pop(f"{file}:whole")
 
 
 def test_an_option_that_is_newer_than_the_record_is_no_change(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def init(
     method: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(method_names())}.  [default: descent, or self where there is no loss or no gradient]"
+            help=f"{', '.join(method_names())}; or FILE.PY:FUNCTION.  "
+            "[default: descent, or self where there is no loss or no gradient]"
         ),
     ] = None,
     base: Annotated[

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -161,7 +162,7 @@ def file_name(record: RunRecord) -> str:
 
 def run_name(method: str, learning_rate: float, seed: int) -> str:
     """Return the name of a run in the names of files and folders."""
-    return f"{method.replace(':', '-')}-lr{learning_rate!r}-seed{seed}"
+    return f"{re.sub(r'[:/]', '-', method)}-lr{learning_rate!r}-seed{seed}"
 
 
 _REQUIRED = {"experiment": str, "method": str, "learning_rate": int | float, "seed": int, "status": str}

@@ -11,6 +11,7 @@ from .corda import Corda
 from .cross import Cross
 from .descent import Descent
 from .eva import Eva
+from .function import from_function
 from .gora import Gora
 from .lora import Lora
 from .lora_da import LoraDa
@@ -39,6 +40,7 @@ __all__ = [  # noqa: RUF022
 ]
 
 METHODS.update((cls.name, cls) for cls in map(globals().__getitem__, __all__))
+METHODS.of_function = from_function
 
 
 class _Callable(ModuleType):

@@ -139,8 +139,18 @@ class Method(Protocol):
         return getattr(self, "decomposition", "svd") != "svd"
 
 
-METHODS: dict[str, type[Method]] = {}
-"""Name → class of every method, in the order of tables; `cntlora.methods` fills it."""
+class MethodTable(dict[str, type[Method]]):
+    """Name → class of every method, in the order of tables.
+
+    Attributes:
+        of_function: makes a method of a function and adds it (`methods.function.from_function`).
+    """
+
+    of_function: Callable[[Callable[..., Any] | str], type[Method]]
+
+
+METHODS = MethodTable()
+"""All methods; `cntlora.methods` fills it."""
 
 
 def methods() -> tuple[str, ...]:
@@ -152,13 +162,15 @@ def methods() -> tuple[str, ...]:
 
 
 def find(name: object) -> type[Method]:
-    """The class of a method.
+    """The class of a method by its name, or of a function by "path/to/file.py:function" or "module:function".
 
     Raises:
         ValueError: for an unknown name; lists those that are known.
     """
+    if isinstance(name, str) and ":" in name and name not in METHODS:
+        return METHODS.of_function(name)
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(unknown_name("method", name, METHODS))
+        raise ValueError(unknown_name("method", name, [*METHODS, "or file.py:function, of yours"]))
     return METHODS[name]
 
 
@@ -256,7 +268,7 @@ def check_options(method: Any) -> None:
         elif name == "strength":
             check_number(name, value, 0.0, math.inf, "1 starts at [ΔW]_r itself", open_low=True)
         elif isinstance(option.default, int):
-            check_integer(name, value, 1)
+            check_integer(name, value, cls.ranges.get(name, (1,))[0])
         elif name == "shift_constant" and isinstance(value, str):
             if value != "gaussian":
                 raise ValueError(unknown_name(name, value, ["gaussian", "or a number"]))

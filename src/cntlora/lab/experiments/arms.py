@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ...config import InitConfig
 from ...messages import unknown_name
-from ...methods.method import METHODS, methods
+from ...methods.method import METHODS, find, methods
 
 LABELS = {
     "full": "Full fine-tuning",
@@ -145,8 +145,8 @@ def parse_arm(name: str) -> Arm:
     """Read the name of an arm.
 
     Bases: full (every weight trains), lora (PEFT's plain LoRA), dora, rslora, every other one of `cntlora.methods()`,
-    and peft:eva, peft:corda, peft:pissa, peft:pissa_niter_4, peft:olora, peft:lora_ga, peft:adalora, peft:dora (PEFT's
-    own code). Modifiers, in any order: `MODIFIERS`.
+    peft:eva, peft:corda, peft:pissa, peft:pissa_niter_4, peft:olora, peft:lora_ga, peft:adalora, peft:dora (PEFT's own
+    code), and file.py:function for a function of yours. Modifiers, in any order: `MODIFIERS`.
 
     Raises:
         ValueError: for an unknown base or modifier (with the nearest right name), one that comes twice, two that
@@ -155,7 +155,9 @@ def parse_arm(name: str) -> Arm:
     if not isinstance(name, str):
         raise TypeError(f"method: expected a name such as 'self+vas', got {type(name).__name__} {name!r}")
     base, *texts = name.split("+")
-    if base not in bases():
+    if ":" in base and not base.startswith("peft:"):
+        find(base)
+    elif base not in bases():
         raise ValueError(unknown_name(f"method {name!r}: base", base, bases()))
     root, *implied = _ALIASES.get(base, base).split("+")
     found = [_modifier(name, text) for text in (*implied, *texts)]
@@ -212,7 +214,7 @@ def _check(name: str, root: str, found: list[tuple[Modifier, Any]]) -> None:
 
 def _label(root: str, found: list[tuple[Modifier, Any]], texts: list[str]) -> str:
     """The paper's name: CNTDoRA-X for cross+dora, CNTLoRA-X + VAS for cross+vas, DoRA for lora+dora."""
-    label = LABELS.get(root) or PEFT_LABELS.get(root.removeprefix("peft:"), root)
+    label = LABELS.get(root) or PEFT_LABELS.get(root.removeprefix("peft:"), root.rpartition(":")[2])
     suffixes = [
         modifier.suffix.format(re.sub(r"^[a-zC]+(?=-?[0-9])", "", text))
         for modifier in MODIFIERS

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import InitConfig
+from ...methods.function import FunctionMethod
 from ..recipes.train_settings import TrainSettings
 from ..record import SCHEMA, RunRecord, run_name
 from .arms import Arm, parse_arm
@@ -60,7 +61,7 @@ class Run:
         config: dict[str, Any] = {
             "task": {**asdict(e.task), **data_digests(e.task)},
             "lora": None if self.arm.full else {**asdict(e.lora), **self.arm.lora, "init": self.arm.peft},
-            "init": None if init is None else init.stated(),
+            "init": None if init is None else {**init.stated(), **_code_of(init)},
             "num_batches": e.num_batches if self.arm.peft else None,  # of cntlora's arms it is in "init"
             "train": train,
         }
@@ -68,6 +69,12 @@ class Run:
             config["init_data"] = dict(self.arm.data)
         plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
         return {**plain, "task": {key: _named(value) for key, value in plain["task"].items()}}
+
+
+def _code_of(init: InitConfig) -> dict[str, str]:
+    """A digest of the code of a function that is the method, so that one edited since is not taken for it."""
+    method = init.chosen
+    return {"code": method.code} if isinstance(method, FunctionMethod) else {}
 
 
 def _named(value: Any) -> Any:

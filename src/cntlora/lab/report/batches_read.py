@@ -20,12 +20,19 @@ def steps_on_read_batches(run: RunRecord) -> int:
         return 0
     if base in _PEFT_READS:
         batches = config.get("num_batches") or 0
-    elif base in METHODS and METHODS[base].reads != "weights":
+    elif _reads_data(base):
         batches = (config.get("init") or {}).get("num_batches") or 0
     else:
         return 0
     accumulated = (config.get("train") or {}).get("gradient_accumulation") or 1
     return math.ceil(batches / accumulated)
+
+
+def _reads_data(base: str) -> bool:
+    """Return whether a method reads batches; of a function that is not loaded here this is assumed."""
+    if base in METHODS:
+        return METHODS[base].reads != "weights"
+    return ":" in base and not base.startswith("peft:")
 
 
 def later_against(group: Group, other: Group) -> Estimate:
