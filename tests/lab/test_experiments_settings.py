@@ -222,6 +222,13 @@ def test_a_shorter_training_fits_what_the_file_says_of_it(tmp_path: Path) -> Non
         assert load_experiment(written(tmp_path, "title = 'x'"), ["train.steps=5"]).train.warmup == 0
 
 
+def test_the_warm_up_that_nobody_asked_for_is_no_longer_than_the_training() -> None:
+    assert [TrainSettings(steps=steps).warmup for steps in (1, 9, 10, 200)] == [0, 0, 10, 10]
+    assert TrainSettings(epochs=1.0).warmup == 10 and TrainSettings(steps=2, warmup=2).warmup == 2
+    with pytest.raises(ValueError, match="train.warmup: expected at most train.steps=2, got 10"):  # the control
+        TrainSettings(steps=2, warmup=10)
+
+
 def test_what_is_put_over_a_file_is_checked_and_not_fitted(tmp_path: Path) -> None:
     path = written(tmp_path, FILE)
     for change in ("train.eval_at=[30]", "train.warmup=30"):

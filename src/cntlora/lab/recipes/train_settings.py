@@ -18,6 +18,8 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 MakeSamples = Callable[[nn.Module, int], list[Sample]]
 """Gives what a model makes after a number of updates, as `Task.sample` does."""
 
+WARMUP = 10
+"""Updates of warm-up where none is given; a training with fewer updates has none."""
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Our names → transformers' `SchedulerType`; all begin with a linear warm-up."""
 PRECISIONS = ("float32", "bfloat16")
@@ -48,7 +50,7 @@ class TrainSettings:
         eval_at: when the held-out data is scored: updates, or epochs where `epochs` is given; 0 is the start, and the
             end always is one of them.
         sample_at: when the task writes pictures or texts, counted as in `eval_at`.
-        warmup: updates of linear warm-up.
+        warmup: updates of linear warm-up; 10 if neither this nor `warmup_epochs` is given, 0 with fewer `steps`.
         warmup_epochs: the same in epochs, instead of `warmup`.
         schedule: after the warm-up: "linear" or "cosine" down to 0, or "constant".
         weight_decay: AdamW's.
@@ -94,7 +96,8 @@ class TrainSettings:
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "steps", 100)  # what a record says, not "the default"
         if self.warmup_epochs is None and self.warmup is None:
-            object.__setattr__(self, "warmup", 10)
+            fits = self.steps is None or self.steps >= WARMUP
+            object.__setattr__(self, "warmup", WARMUP if fits else 0)
         for name, low in (("steps", 1), ("warmup", 0)):
             if getattr(self, name) is not None:
                 at_least("train", self, **{name: low})
