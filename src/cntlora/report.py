@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from .methods.method import option_names
@@ -21,7 +22,7 @@ _UNREACHED = "the loss of the first row does not depend on it, so that it would 
 
 @dataclass(frozen=True)
 class InitReport:
-    """Report of `initialize`; `print(report)` shows it as a table.
+    """Report of `initialize`; `print(report)` shows it as a table, and a notebook shows `report` as one of HTML.
 
     Attributes:
         config: the configuration in force.
@@ -80,19 +81,37 @@ class InitReport:
         }
 
     def __str__(self) -> str:
+        heads, rows = self._table()
+        return "\n".join([text_table(self._title(), heads, rows), *self._notes()])
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """Return what Jupyter, VS Code and Colab show where a cell ends with a report."""
+        heads, rows = self._table()
+        notes = "".join(f"<div>{escape(line)}</div>" for line in self._notes())
+        return {"text/html": html_table(self._title(), heads, rows) + notes, "text/plain": str(self)}
+
+    def _title(self) -> str:
         c = self.config
         start = f"base {c.effective_base}" if c.effective_base == c.stated_base else "B = 0"
         total = sum(site["rank"] for name, site in self.sites.items() if name not in self.shared)
-        title = (
+        return (
             f"{c.chosen.name} · {start} · {len(self.sites)} sites · total rank {total} · {_counted(self.batches)} · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
         )
-        masks = any(site["mask"] or site["unmasked"] for site in self.sites.values())
-        heads = ["rank", "file rank", "tokens", *(["mask"] if masks else [])]
-        heads += ["eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms"]
-        rows = [(name, *_cells(s, masks, name in self.far)) for name, s in self.sites.items()]
-        lines = [text_table(title, heads, rows)]
-        lines += [f"method {c.chosen.name}: {self.choice}"] if self.choice else []
+
+    def _table(self) -> tuple[list[str], list[tuple[str, ...]]]:
+        """The heads and the rows of the sites, without the columns that say nothing at any site."""
+        cells = {name: _cells(site, name in self.far) for name, site in self.sites.items()}
+        told = {head for row in cells.values() for head in _HEADS if row[head] != "–"}
+        if all(site["file_rank"] == site["rank"] for site in self.sites.values()):
+            told.discard("file rank")
+        heads = [head for head in _HEADS if head in told]
+        return heads, [(name, *(row[head] for head in heads)) for name, row in cells.items()]
+
+    def _notes(self) -> list[str]:
+        """The lines below the table: what needs attention, and what to do."""
+        c = self.config
+        lines = [f"method {c.chosen.name}: {self.choice}"] if self.choice else []
         if any(_rank_poor(s) for s in self.sites.values()):
             lines.append("* the data determine fewer directions than the rank has; read more or longer batches")
         lines += [_far_line(self.far, c)] if self.far else []
@@ -102,7 +121,7 @@ class InitReport:
         lines += [f"{name}: shares the factors of {leader}, made there" for name, leader in self.shared.items()]
         lines += [f"{name}: {_UNREACHED}" for name in self.unreached]
         lines += [f"{name}: left as plain LoRA, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return lines
 
 
 def _far_line(far: Mapping[str, float], config: InitConfig) -> str:
@@ -157,6 +176,18 @@ def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) 
     return "\n".join([title, *printed])
 
 
+def html_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as HTML, for a notebook; wider than the page, it scrolls and does not wrap."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        aligned = (f' style="text-align: {"right" if i else "left"}"' for i in range(len(cells)))
+        return "<tr>" + "".join(f"<{tag}{a}>{escape(c)}</{tag}>" for a, c in zip(aligned, cells, strict=True)) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    table = f"<table><thead>{line(['site', *heads], 'th')}</thead><tbody>{body}</tbody></table>"
+    return f'<div>{escape(title)}</div><div style="overflow-x: auto; white-space: nowrap">{table}</div>'
+
+
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     numbers = (cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True))
     return "  " + "   ".join([cells[0].ljust(widths[0]), *numbers])
@@ -167,16 +198,23 @@ def _rank_poor(s: Mapping[str, Any]) -> bool:
     return s["effective_rank"] is not None and s["effective_rank"] < s["rank"]
 
 
-def _cells(s: Mapping[str, Any], masks: bool, far: bool) -> tuple[str, ...]:
+_HEADS = (
+    "rank", "file rank", "tokens", "mask", "eff. rank", "rtol", "‖ΔW‖/‖W‖", "‖s·B·A‖/‖W‖", "captured", "ms",
+)  # fmt: skip
+
+
+def _cells(s: Mapping[str, Any], far: bool) -> dict[str, str]:
+    """The cells of a site by their head; "–" where there is nothing to say."""
+
     def cell(value: Any, form: str, mark: str = "") -> str:
         return "–" if value is None else f"{value:{form}}{mark}"
 
     weight = s["weight_norm"]
-    return (
+    cells = (
         str(s["rank"]),
         str(s["file_rank"]),
         f"{s['tokens']:,}",
-        *([(s["mask"] or "–") + "†" * bool(s["unmasked"])] if masks else []),
+        (s["mask"] or "–") + "†" * bool(s["unmasked"]),
         cell(s["effective_rank"], "d", "*" if _rank_poor(s) else ""),
         cell(s["rtol"], ".0e"),
         "–" if s["delta_norm"] is None or not weight else f"{s['delta_norm'] / weight:.3f}",
@@ -184,6 +222,7 @@ def _cells(s: Mapping[str, Any], masks: bool, far: bool) -> tuple[str, ...]:
         cell(s["captured"], ".1%"),
         f"{1e3 * s['seconds']:.0f}",
     )
+    return dict(zip(_HEADS, cells, strict=True))
 
 
 def far_cure(config: InitConfig) -> str:
