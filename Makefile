@@ -45,11 +45,12 @@ LIBRARY := $(addprefix tests/,linalg methods data model execution files analysis
 OLDEST := build/oldest
 
 TRACKED := build/trackers
-test-trackers: setup  ## reporting to TensorBoard, W&B and MLflow, offline, with the real libraries, which lie beside .venv and not in it
+test-trackers: setup  ## reporting to TensorBoard, W&B, MLflow and Trackio, offline, with the real libraries, which lie beside .venv and not in it
 	test -x $(TRACKED)/bin/python || $(BIN)/python -m venv $(TRACKED)
 	$(BIN)/python -c "import sys; print(*(p for p in sys.path if 'site-packages' in p), sep='\n')" > $$(echo $(TRACKED)/lib/python*/site-packages)/zz_project.pth
-	$(TRACKED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trackers]'
-	$(TRACKED)/bin/python -c "import mlflow, tensorboard, wandb"
+	grep -v '^pillow' constraints.txt > $(TRACKED)/constraints.txt  # Trackio wants an older one
+	$(TRACKED)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TRACKED)/constraints.txt -e '.[trackers]'
+	$(TRACKED)/bin/python -c "import mlflow, tensorboard, trackio, wandb"
 	$(TRACKED)/bin/python -m pytest tests/lab/test_trackers.py
 
 test-oldest:  ## the tests of the library with the oldest versions that pyproject.toml admits: make test-oldest PYTHON=python3.10

@@ -22,7 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "lab": (*_CLI, *_TEXT, "attrs", "jinja2", "matplotlib", "plotly", "pyarrow", *_TOML),
     "demo": (*_CLI, *_TEXT, "matplotlib"),
     "ray": ("ray",),
-    "trackers": ("tensorboard", "wandb", "mlflow"),
+    "trackers": ("tensorboard", "wandb", "mlflow", "trackio"),
 }
 """Extra → the modules that it brings, those of the extras that it includes among them (pyproject.toml)."""
 

@@ -75,6 +75,17 @@ READERS = {
         values[tag] = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, tag)]
     text = Path(client.download_artifacts(run.info.run_id, "initialisation.txt")).read_text()
 """,
+    "trackio": """
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+    (run,) = trackio.Api().runs("tiny")
+    assert run.name == "self-lr0.01-seed0"
+    for row in SQLiteStorage.get_logs("tiny", run.name):
+        text = row.pop("train/init_report", text)
+        for tag, value in row.items():
+            if tag not in ("step", "timestamp", "train/global_step"):
+                values.setdefault(tag, []).append((row["train/global_step"], value))
+""",
 }
 TOLD = """
     print("\\n" + json.dumps({"values": values, "text": text}))
@@ -95,6 +106,7 @@ def test_a_tracker_is_told_the_curves_and_the_start(
     for variable, value in (
         ("WANDB_MODE", "offline"), ("WANDB_DIR", tmp_path), ("WANDB_SILENT", "true"),
         ("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns"), ("MLFLOW_ALLOW_FILE_STORE", "true"),
+        ("TRACKIO_DIR", tmp_path / "trackio"), ("HF_HUB_OFFLINE", "1"),
     ):  # fmt: skip
         monkeypatch.setenv(variable, str(value))
     grid = {"methods": ["self"], "learning_rates": [1e-2], "seeds": [0]}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...extras import require
 
-TRACKERS = ("tensorboard", "wandb", "mlflow")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """Names of transformers' `report_to`; each is the module that it needs, too."""
 
 
@@ -20,7 +20,7 @@ class Tracked:
     """The facts of a run that a tracker is told.
 
     Attributes:
-        project: W&B's project and MLflow's experiment, unless the environment names another.
+        project: of W&B and Trackio, and MLflow's experiment; for W&B and MLflow the environment may name another.
         run: the run's name.
         folder: where TensorBoard's files go, in a subfolder of the run's name, unless TENSORBOARD_LOGGING_DIR is set.
         start: numbers about the initialisation, logged before the first update.
@@ -67,8 +67,8 @@ def _store(name: str) -> None:
     if name == "mlflow":
         tracker.flush_async_logging()
         tracker.end_run()
-    elif name != "tensorboard":
-        tracker.finish()
+    elif name == "wandb" or (name == "trackio" and tracker.context_vars.current_run.get() is not None):
+        tracker.finish()  # of Trackio an error where the training has ended its run already
 
 
 def log_report(names: Sequence[str], tracked: Tracked) -> Mapping[str, float | str]:

@@ -255,6 +255,7 @@ def _arguments(
         logging_steps=1,
         report_to=list(settings.report_to) or "none",
         run_name=tracked.run,
+        **({"project": tracked.project} if "trackio" in settings.report_to else {}),  # none in transformers 4.56
         disable_tqdm=True,
         remove_unused_columns=False,
     )
