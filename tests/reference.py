@@ -363,6 +363,19 @@ def descent_delta(W: np.ndarray, X: np.ndarray, G: np.ndarray, r: int, damping: 
     return (U[:, :r] * S[:r]) @ Vt[:r] @ np.linalg.inv(root)
 
 
+def whitened_factor(W: np.ndarray, X: np.ndarray, G: np.ndarray, r: int, s: float, motion: float = 4.0) -> np.ndarray:
+    """A (r, d) of whitened mode: motion·σ/(s √r)·V_rᵀ S⁻¹, S the symmetric root of C, G S⁻¹ = U Σ Vᵀ, σ² = mean (WX)².
+
+    Its rows are defined up to their signs.
+    """
+    W, X, G = _f64(W), _f64(X), _f64(G)
+    C = X @ X.T / X.shape[1]
+    values, vectors = np.linalg.eigh(C + 0.01 * np.trace(C) / len(C) * np.eye(len(C)))
+    inverse = (vectors / np.sqrt(values)) @ vectors.T
+    V = np.linalg.svd(G @ inverse, full_matrices=False)[2][:r]
+    return motion * np.sqrt(np.mean((W @ X) ** 2)) / (s * np.sqrt(r)) * V @ inverse
+
+
 def first_update_motion(W: np.ndarray, A: np.ndarray, X: np.ndarray, scaling: float) -> float:
     """‖Δy‖/(lr ‖y‖) of one layer with B = 0 and the loss mean(y²), after AdamW's first update B = −lr sign(∂L/∂B)."""
     W, A, X = _f64(W), _f64(A), _f64(X)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `X as X` is public for type checkers; `_HOMES` imports the 
     from .analysis.diagnostics import start_curvature as start_curvature
     from .analysis.diagnostics import start_diagnostics as start_diagnostics
     from .analysis.learning_rate import ProposedRate as ProposedRate
+    from .analysis.learning_rate import fit_learning_rate as fit_learning_rate
     from .analysis.learning_rate import propose_learning_rate as propose_learning_rate
     from .api import apply_plan as apply_plan
     from .api import compute_plan as compute_plan
@@ -45,7 +46,7 @@ __version__ = VERSION
 _HOMES: dict[str, tuple[str, ...]] = {
     "analysis.comparison": ("AdapterComparison", "compare_adapters", "snapshot"),
     "analysis.diagnostics": ("StartDiagnostics", "start_curvature", "start_diagnostics"),
-    "analysis.learning_rate": ("ProposedRate", "propose_learning_rate"),
+    "analysis.learning_rate": ("ProposedRate", "fit_learning_rate", "propose_learning_rate"),
     "api": ("apply_plan", "compute_plan", "initialize", "initialize_from_trainer"),
     "config": ("InitConfig",),
     "files.saving": ("save_adapter",),

@@ -38,8 +38,8 @@ class InitConfig:
         base: what keeps the model's function at the start. "offset": rank 2r, the negative half frozen, starts at
             zero; "paired": the same at rank r with r/2 directions, both halves train; "subtract": W ← W − s·B·A;
             "keep": as printed in the paper, the function moves by s·B·A. None for the method's own: "keep" for
-            descent, "offset" for the others. r is the rank of `LoraConfig`. Methods that start at B = 0 (lora, eva)
-            keep the function anyway and write rank r for every base policy.
+            descent, "offset" for the others. r is the rank of `LoraConfig`. Methods that start at B = 0 (lora, eva,
+            whitened) keep the function anyway and write rank r for every base policy.
         num_batches: number of batches that are read from the start of the data; fewer if there are fewer. With several
             processes each reads as many of its own, and the number of batches in eq. 18 is the total.
         adaptive_ranks: variable adapter structure (eq. 19): ranks by the top-K rule instead of the same r for all.

@@ -49,7 +49,7 @@ def test_every_base_and_every_modifier_is_a_name() -> None:
     for modifier in MODIFIERS:
         root = modifier.only or "cross"
         arm = parse_arm(f"{root}+{modifier.example}")
-        options = {"init": arm.init, "lora": arm.lora, "data": arm.data}[modifier.of]
+        options = {"init": arm.init, "lora": arm.lora, "data": arm.data, "arm": vars(arm)}[modifier.of]
         assert options is not None and modifier.option in options
 
 
@@ -69,6 +69,8 @@ def test_options_reach_the_configuration() -> None:
     assert parse_arm("shift+C-0.1").init == {"method": "shift", "shift_constant": -0.1}
     assert parse_arm("peft:eva+rslora").peft == "eva"
     assert parse_arm("self+r4").lora == {"r": 4} and parse_arm("self+n2").init == {"method": "self", "num_batches": 2}
+    assert parse_arm("self+fitted").fitted and parse_arm("lora+fitted").fitted and not parse_arm("lora").fitted
+    assert parse_arm("peft:eva+fitted").meaning != parse_arm("peft:eva").meaning
     assert parse_arm("self+foreign+split2").data == {"content": "foreign", "parts": 2}
 
 

@@ -17,6 +17,7 @@ from cntlora.methods.descent import Descent
 from cntlora.methods.estimator import absorb_batch
 from cntlora.methods.eva import Eva
 from cntlora.methods.target import Target
+from cntlora.methods.whitened import Whitened
 
 D, K, R = 40, 24, 3
 DAMPING = 0.01
@@ -73,6 +74,7 @@ def test_rows_carry_the_weights_of_their_batches() -> None:
 METHODS = {
     "corda": Corda(),
     "descent": Descent(),
+    "whitened": Whitened(),
     "eva": Eva(),
     "eva, not centred": Eva(center=False),
 }
@@ -90,7 +92,7 @@ def target_of(method: str, dtype: torch.dtype, weights: tuple[float, ...] = (1.0
         X = Moments(D, totals=getattr(made, "totals", False))
         X.update((draw(seed, 9, D) * torch.logspace(0, -2, D, dtype=torch.float64)).to(dtype))
         absorb_batch(made, [(("site",), X)], weight)  # type: ignore[arg-type]
-        if method == "descent":
+        if method in ("descent", "whitened"):
             made.add_gradient("site", draw(seed + 20, K, D).to(dtype), weight)  # type: ignore[attr-defined]
     return made.target("site", 2)
 

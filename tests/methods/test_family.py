@@ -34,7 +34,7 @@ from cntlora.data.batches import scalar_loss
 from cntlora.methods.method import METHODS, all_options, option_names
 
 PRODUCT = ("pissa", "olora", "corda", "lora_ga", "lora_one", "lora_da", "gora")
-ZERO = ("lora", "eva")
+ZERO = ("lora", "eva", "whitened")
 PEERS = (*PRODUCT, *ZERO)
 R, ALPHA = 3, 6.0  # of `cases.lora`: s = 2
 
@@ -151,7 +151,9 @@ def test_methods_of_the_weights_alone_need_no_data(method: str) -> None:
     assert "–" in str(cntlora.InitReport.of(plans[0]))
 
 
-@pytest.mark.parametrize("method", ["self", "descent", "eva", "corda", "lora_ga", "lora_one", "lora_da", "gora"])
+@pytest.mark.parametrize(
+    "method", ["self", "descent", "whitened", "eva", "corda", "lora_ga", "lora_one", "lora_da", "gora"]
+)
 def test_methods_that_read_data_say_so(method: str) -> None:
     with pytest.raises(ValueError, match=f"method '{method}' reads (inputs|gradients)"):
         compute_plan(wrapped(mlp()), None, InitConfig(method=method))
@@ -179,7 +181,7 @@ def test_how_rows_are_split_into_batches_changes_nothing(method: str) -> None:
     ("method", "side"),  # BERT's pooler reads position 0, which padding on the left hides: gradients differ by right
     [
         *(("eva", "left"), ("corda", "left")),
-        *((m, "right") for m in ("eva", "corda", "descent", "lora_ga", "lora_one", "lora_da", "gora")),
+        *((m, "right") for m in ("eva", "corda", "descent", "whitened", "lora_ga", "lora_one", "lora_da", "gora")),
     ],
 )
 def test_padding_changes_nothing(method: str, side: str) -> None:
@@ -305,7 +307,7 @@ def test_an_option_without_effect_is_an_error_and_one_with_an_effect_has_it(meth
     values: dict[str, Any] = {
         "decomposition": "qr_pivoted", "p": 0.9, "strength": 3.0, "rtol": 0.3, "gram": "mean", "initial_weight": "zero",
         "batch_weights": (1.0, 0.2, 3.0, 0.5), "root": "symmetric", "shift_constant": 3.0, "center": False,
-        "damping": 2.0, "variance": 300.0, "samples": 7,
+        "damping": 2.0, "motion": 8.0, "variance": 300.0, "samples": 7,
     }  # fmt: skip
     assert set(values) == set(all_options())
     batches = [batch + 0.3 for batch in token_batches(SIZES)]

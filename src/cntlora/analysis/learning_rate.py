@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from ..data.batches import default_forward, device_of, scalar_loss, to_device, unwrapped
 from ..data.gradients import gradients_of
 from ..data.reading_mode import as_found
+from ..messages import check_number
 from ..model.sites import Site, find_sites
+from ..model.writer import change_rate
 
 RATE = 1e-3
 """The rate of the update that is tried and taken back."""
@@ -97,6 +100,45 @@ def propose_learning_rate(
     if not middle > 0:
         raise ValueError("the first update moves no output of an adapted layer; does the loss depend on the adapter?")
     return ProposedRate(rate_of(middle), motion, len(read))
+
+
+def fit_learning_rate(
+    model: nn.Module,
+    learning_rate: float,
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[nn.Module, Any], Any] | None = None,
+    adapter_name: str = "default",
+    num_batches: int = 4,
+) -> ProposedRate:
+    """Rescale a start so that the learning rate that you will train with is the one that it wants.
+
+    AdamW moves every parameter by about its rate, whatever the size of the gradient. So an adapter with A/f, B/f and
+    the scaling f²·s learns at the rate lr/f exactly what A, B and s learn at lr. f is the rate that
+    `propose_learning_rate` gives for the start, divided by yours. The function of the model stays the same, and the
+    file stays an ordinary LoRA (with another alpha). Call it between `initialize` and the optimizer; it works for any
+    start, also for plain LoRA.
+
+    It is exact for AdamW and its kin without weight decay and clipping (AdamW decays by lr·λ, so λ would have to be f
+    times as large). It is not for SGD. What trains besides A and B, as a new head or DoRA's magnitudes, is left as it
+    is and trains at your rate.
+
+    Args:
+        model: with an initialised adapter; its A, B, scaling and alpha are changed.
+        learning_rate: the peak rate of your training.
+        batches, loss, adapter_name, num_batches: as of `propose_learning_rate`.
+
+    Returns:
+        The rate that the start wanted before, so that f is its `learning_rate` divided by yours.
+
+    Raises:
+        ValueError: for a rate that is not above zero, base "subtract", or factors that are offloaded or partitioned;
+            else as of `propose_learning_rate`. Nothing is changed then.
+    """
+    check_number("learning_rate", learning_rate, 0.0, math.inf, "the peak rate of your training", open_low=True)
+    found = propose_learning_rate(model, batches, loss=loss, adapter_name=adapter_name, num_batches=num_batches)
+    change_rate(model, found.learning_rate / learning_rate, adapter_name)
+    return found
 
 
 def rate_of(motion: float) -> float:

@@ -22,12 +22,14 @@ from .olora import Olora
 from .pissa import Pissa
 from .self_mode import Self
 from .shift import Shift
+from .whitened import Whitened
 
 __all__ = [  # noqa: RUF022
     "Cross",
     "Self",
     "Shift",
     "Descent",
+    "Whitened",
     "Lora",
     "Pissa",
     "Olora",

@@ -103,6 +103,8 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | Shifted]], Gradient
         damping: of C, in units of the mean of its diagonal.
     """
 
+    target_of = staticmethod(descent_target)
+
     def __init__(self, weight_of: WeightOf, damping: float) -> None:
         GradientSums.__init__(self)
         InputEstimator.__init__(self, lambda gram, total, n: _of_input(gram, n, damping), self._made, by_rows=True)
@@ -117,4 +119,4 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | Shifted]], Gradient
             eta = (W @ moment.to(G).mT).square().sum() / W.shape[0]
         else:
             eta = mean_square(W, moment.to(G))
-        return descent_target(G, inverse, eta)
+        return self.target_of(G, inverse, eta)

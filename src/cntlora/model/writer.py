@@ -18,8 +18,8 @@ from .holders import check_holders
 from .layouts import shaped_like, weight_matrix, write_matrix
 from .lora_layers import adapters_of, factor_of, factor_slots
 from .peft_config import as_integer, sync_config
-from .provenance import remember, remember_subtracted, start_of
-from .sharded import address, full, reshard, write
+from .provenance import remember, remember_subtracted, start_of, subtracted_from
+from .sharded import address, full, is_partitioned, reshard, write
 from .sites import Site, find_sites
 from .ties import Tied, groups, tie_factors, tied_as_planned
 
@@ -51,6 +51,35 @@ def write_plan(model: nn.Module, plan: InitPlan, adapter_name: str = "default") 
         if plan.config.effective_base == "offset":
             freeze_sites([s for s in usable if plan.sites[s.name].rank > 0])
     remember(model, plan, adapter_name)
+
+
+def change_rate(model: nn.Module, factor: float, adapter_name: str = "default") -> None:
+    """Put an adapter into the units in which AdamW at a rate does what it did at `factor` times that rate.
+
+    A and B are divided by the factor and the scaling multiplied by its square (`cntlora.fit_learning_rate`).
+
+    Raises:
+        ValueError: if the base weights had the start taken off (base "subtract"): saving needs it as it was.
+    """
+    sites, _ = find_sites(model, adapter_name)
+    for site in sites:
+        if subtracted_from(site.layer, adapter_name) is not None:
+            raise ValueError(
+                f"site {site.name}: base 'subtract' took its start off the weight, and a saved adapter is worked out "
+                "from the factors of that start; use base='offset'"
+            )
+        for parameter in (site.A, site.B):
+            if parameter.device.type == "meta" or is_partitioned(parameter):
+                raise ValueError(
+                    f"site {site.name}: its adapter is offloaded or partitioned; fit it before the model is dispatched"
+                )
+    with interrupts_deferred(), torch.no_grad():
+        for parameter in {address(p): p for site in sites for p in (site.A, site.B)}.values():  # tied ones once
+            parameter.div_(factor)
+        for site in sites:
+            site.layer.scaling[adapter_name] *= factor**2
+            site.layer.lora_alpha[adapter_name] = as_integer(site.layer.lora_alpha[adapter_name] * factor**2)
+        sync_config(model, adapter_name)
 
 
 def freeze_offset(model: nn.Module, adapter_name: str = "default") -> int:

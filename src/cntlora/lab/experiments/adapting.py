@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from ...analysis.learning_rate import fit_learning_rate
 from ...api import apply_plan, compute_plan
 from ...data.batches import to_device
 from ...plan import InitPlan
@@ -66,6 +67,8 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
     if config is not None:
         plan = compute_plan(adapted, some, replace(config, num_batches=len(some)), progress=False)
         apply_plan(adapted, plan)
+    if arm.fitted:
+        fit_learning_rate(adapted, run.learning_rate, some)
     seconds = time.perf_counter() - start
     if arm.peft == "adalora":
         adalora = AdaLoraTraining(adapted)

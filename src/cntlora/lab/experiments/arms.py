@@ -21,6 +21,7 @@ LABELS = {
     "self": "CNTLoRA-S",
     "shift": "CNTLoRA-Sh",
     "descent": "CNTLoRA-D",
+    "whitened": "CNTLoRA-W",
     "pissa": "PiSSA",
     "olora": "OLoRA",
     "eva": "EVA",
@@ -56,6 +57,7 @@ class Arm:
         data: what its initialisation reads instead of the training data as it is, see `controls.read`.
         peft: PEFT's own initialisation, one of `PEFT_LABELS`; None for PEFT's default (Kaiming A, B = 0).
         full: all weights train and there is no adapter.
+        fitted: its start is rescaled for the learning rate of the run (`cntlora.fit_learning_rate`).
     """
 
     name: str
@@ -65,6 +67,7 @@ class Arm:
     data: Mapping[str, Any] = field(default_factory=dict)
     peft: str | None = None
     full: bool = False
+    fitted: bool = False
 
     @property
     def meaning(self) -> tuple[Any, ...]:
@@ -73,7 +76,7 @@ class Arm:
         if init is not None and self.init is not None:  # [init] may give what the arm does not name
             init |= {name: self.init.get(name) for name in ("strength", "rtol")}
         settings = (init and sorted(init.items()), sorted(self.lora.items()), sorted(self.data.items()))
-        return *map(str, settings), self.peft, self.full
+        return *map(str, settings), self.peft, self.full, self.fitted
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,11 @@ class Modifier:
     Attributes:
         pattern: matches the whole text behind the plus; a group holds the value.
         example: for messages.
-        option: of `InitConfig`, of `LoraConfig` or of `controls.read`, by `of`.
+        option: of `InitConfig`, of `LoraConfig`, of `controls.read` or of `Arm` itself, by `of`.
         value: that the option gets; None for the number in the pattern's group.
         suffix: of the label; {} is the value as written.
         only: the one method that it works with; None for every one of cntlora.
-        of: whose option it is; those of "lora" go to PEFT's arms too.
+        of: whose option it is; those of "lora" and "arm" go to PEFT's arms too.
         number: type of a number in the pattern.
     """
 
@@ -97,7 +100,7 @@ class Modifier:
     value: Any
     suffix: str
     only: str | None = None
-    of: Literal["init", "lora", "data"] = "init"
+    of: Literal["init", "lora", "data", "arm"] = "init"
     number: type = float
 
 
@@ -123,6 +126,7 @@ MODIFIERS = (
     Modifier("unseen", "unseen", "unseen", True, " (unseen batches)", of="data"),
     Modifier("shuffled", "shuffled", "content", "shuffled", " (shuffled data)", of="data"),
     Modifier("foreign", "foreign", "content", "foreign", " (other data)", of="data"),
+    Modifier("fitted", "fitted", "fitted", True, " (fitted to the rate)", of="arm"),
     Modifier("vas", "vas", "adaptive_ranks", True, " + VAS"),
 )
 
@@ -162,17 +166,19 @@ def parse_arm(name: str) -> Arm:
     root, *implied = _ALIASES.get(base, base).split("+")
     found = [_modifier(name, text) for text in (*implied, *texts)]
     _check(name, root, found)
-    lora, options, data = ({m.option: value for m, value in found if m.of == of} for of in ("lora", "init", "data"))
+    lora, options, data, own = (
+        {m.option: value for m, value in found if m.of == of} for of in ("lora", "init", "data", "arm")
+    )
     label = _label(root, found, [*implied, *texts])
     if lora.get("r", 1) < 1:
         raise ValueError(f"method {name!r}: +r: expected a rank of at least 1, got {lora['r']}")
     if root == "full":
         return Arm(name, label, full=True)
     if root == "lora":
-        return Arm(name, label, lora=lora)
+        return Arm(name, label, lora=lora, **own)
     if root.startswith("peft:"):
-        return Arm(name, label, lora=lora, peft=root.removeprefix("peft:"))
-    arm = Arm(name, label, {"method": root, **options}, lora, data)
+        return Arm(name, label, lora=lora, peft=root.removeprefix("peft:"), **own)
+    arm = Arm(name, label, {"method": root, **options}, lora, data, **own)
     try:
         InitConfig.from_dict({"method": root, **options})
     except (ValueError, TypeError) as error:
@@ -199,8 +205,14 @@ def _check(name: str, root: str, found: list[tuple[Modifier, Any]]) -> None:
             what = "comes twice" if other is modifier else f"and +{other.example} both set {modifier.option}"
             raise ValueError(f"method {name!r}: {shown} {what}; keep one of them")
         seen[modifier.option] = modifier
-        if root in ("full", "peft:adalora") or (modifier.of != "lora" and (root == "lora" or root.startswith("peft:"))):
-            allowed = [] if root in ("full", "peft:adalora") else [f"+{m.example}" for m in MODIFIERS if m.of == "lora"]
+        if root in ("full", "peft:adalora") or (
+            modifier.of in ("init", "data") and (root == "lora" or root.startswith("peft:"))
+        ):
+            allowed = (
+                []
+                if root in ("full", "peft:adalora")
+                else [f"+{m.example}" for m in MODIFIERS if m.of in ("lora", "arm")]
+            )
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}; it takes {allowed or 'no modifier'}")
         if modifier.option == "base" and root in METHODS and METHODS[root].zero_start:
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}, which starts at B = 0; leave it out")

@@ -67,6 +67,8 @@ class Run:
         }
         if self.arm.data:
             config["init_data"] = dict(self.arm.data)
+        if self.arm.fitted:
+            config["fitted"] = True
         plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
         return {**plain, "task": {key: _named(value) for key, value in plain["task"].items()}}
 

@@ -12,7 +12,7 @@ PEERS = (
     *("lora_da", "gora"),
     *("dora", "rslora", "eva+dora"),
 )
-OURS = ("cross", "self", "shift", "descent")
+OURS = ("cross", "self", "shift", "descent", "whitened")
 GROUNDS = ("#ffffff", "#14161a")  # of the page, light and dark
 LEGIBLE = 2.2  # least contrast of a colour with both
 BANDS = 8  # with more methods than this, bands of spread would hide the lines
@@ -36,6 +36,7 @@ _HUES = {
     "dora": "#3fa396",
     "rslora": "#cc6677",
     "descent": "#b5179e",  # last, so that the others keep their markers
+    "whitened": "#e4572e",
 }
 _MARKERS = (
     *("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "pentagon", "hexagon"),
@@ -59,7 +60,7 @@ class Style:
 
 
 def group_of(method: str) -> str:
-    """ "ours" (cross, self, shift, descent and their variants), "peers" (of the paper), "peft" (peft:…) or "other"."""
+    """ "ours" (those of `OURS` and their variants), "peers" (of the paper), "peft" (peft:…) or "other"."""
     if method.startswith("peft:"):
         return "peft"
     if method.startswith(OURS):

@@ -1,0 +1,85 @@
+"""Whitened mode: its equation, and that the outputs of every layer move alike, at any rank and alpha."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import reference
+from tests.cases import (
+    SIZES,
+    array,
+    draw,
+    gradients,
+    inputs_of,
+    lora,
+    mlp,
+    relative_error,
+    squares,
+    token_batches,
+    wrapped,
+)
+
+from cntlora import InitConfig, InitPlan, Whitened, compute_plan
+
+
+def plan_of(base: Any, batches: Any, config: Any = None, **options: Any) -> InitPlan:
+    chosen = InitConfig(method=Whitened(**options))
+    return compute_plan(wrapped(base, config), batches, chosen, loss=squares, progress=False)
+
+
+def up_to_signs(A: np.ndarray, B: np.ndarray) -> float:
+    """The relative distance of two matrices whose rows may differ in sign."""
+    return relative_error(A * np.sign((A * B).sum(axis=1, keepdims=True)), B)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 5e-3)])
+def test_a_is_that_of_the_equation_and_b_is_zero(dtype: torch.dtype, tolerance: float) -> None:
+    base, batches = mlp(dtype=dtype), token_batches(SIZES, dtype=dtype)
+    X, G = inputs_of(base, batches), gradients(base, batches)
+    for name, site in plan_of(base, batches).sites.items():
+        W = array(base.get_submodule(name).weight)
+        want = reference.whitened_factor(W, np.hstack(X[name]), G[name], 3, 2.0)
+        assert up_to_signs(array(site.A), want) < tolerance and not site.B.any()
+        other = reference.whitened_factor(W, np.hstack(X[name]), array(draw(6, *W.shape)), 3, 2.0)
+        assert up_to_signs(array(site.A), other) > 0.3  # control: another gradient
+
+
+def motions(plan: InitPlan, base: Any, batches: Any) -> list[float]:
+    """Return s·(Σ mean (A x)²)^½ / σ of every site: the relative motion of the outputs by B = ±1."""
+    X, found = inputs_of(base, batches), []
+    for name, site in plan.sites.items():
+        x = np.hstack(X[name])
+        z, y = array(site.A) @ x, array(base.get_submodule(name).weight) @ x
+        found.append(site.scaling * float(np.sqrt((z**2).mean(axis=1).sum() / (y**2).mean())))
+    return found
+
+
+def test_the_outputs_of_every_layer_move_alike_at_any_rank_and_alpha() -> None:
+    base, batches = mlp(), token_batches(SIZES)
+    for rank, alpha in ((3, 6.0), (3, 60.0), (2, 1.0), (5, 10.0)):
+        plan = plan_of(mlp(), batches, lora(r=rank, alpha=alpha), damping=1e-9)
+        assert motions(plan, base, batches) == pytest.approx([4.0] * len(plan.sites), rel=1e-5)
+    plain = compute_plan(wrapped(mlp()), None, InitConfig(method="lora"), progress=False)
+    assert max(motions(plain, base, batches)) > 1.05 * min(motions(plain, base, batches))  # control
+    assert motions(plan_of(mlp(), batches, motion=8.0), base, batches)[0] > 6.0
+
+
+def test_what_goes_into_b_is_white() -> None:
+    base, batches = mlp(), token_batches(SIZES)
+    X = inputs_of(base, batches)
+    eva = compute_plan(wrapped(mlp()), batches, InitConfig(method="eva"), progress=False)
+    for name, site in plan_of(mlp(), batches, damping=1e-9).sites.items():
+        x = np.hstack(X[name])
+        seen = [array(A) @ (x @ x.T) @ array(A).T for A in (site.A, eva.sites[name].A)]
+        white, other = (relative_error(C / np.trace(C), np.eye(3) / 3) for C in seen)
+        assert white < 1e-5 < 1e-2 < other  # control: EVA's directions have the variances of the inputs
+
+
+def test_folded_alpha_moves_the_outputs_as_far() -> None:
+    base, batches = mlp(), token_batches(SIZES)
+    config = InitConfig(method=Whitened(damping=1e-9), fold_alpha=True)
+    plan = compute_plan(wrapped(mlp()), batches, config, loss=squares, progress=False)
+    assert motions(plan, base, batches) == pytest.approx([4.0] * len(plan.sites), rel=1e-5)
