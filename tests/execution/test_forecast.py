@@ -28,11 +28,11 @@ def test_a_forecast_writes_nothing_and_counts_what_is_read(method: str | None) -
 def test_passes_are_those_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     config, batches = InitConfig(method="self"), token_batches(SIZES)
     plenty = forecast(wrapped(mlp()), batches, config)
-    monkeypatch.setattr(reading, "free_bytes", lambda device: 1.2 * plenty.peak)
+    monkeypatch.setattr(reading, "free_bytes", lambda device: 0.65 * plenty.peak)
     tight = forecast(wrapped(mlp()), batches, config)
     plan = cntlora.compute_plan(wrapped(mlp()), batches, config)
     assert tight.passes == plan.memory["passes"] > plenty.passes == 1
-    assert tight.peak < plenty.peak and tight.free == 1.2 * plenty.peak
+    assert tight.peak <= plenty.peak and tight.free == 0.65 * plenty.peak
     assert f"{tight.passes} passes" in str(tight)
 
 
@@ -46,7 +46,4 @@ def test_the_callers_batch_weights_and_errors_hold() -> None:
 
 def test_a_system_that_does_not_say_what_is_free() -> None:
     one = Forecast("self", 2, 1.0, 3.0, 1, 2.0**20, None)
-    assert str(one) == (
-        "self, 2 sites: about 3 s, 1 s of it in one pass over the batches; at most 1MiB beside the model and its "
-        "forward pass"
-    )
+    assert str(one) == ("self, 2 sites: about 3 s, 1 s of it in one pass over the batches; about 1MiB above the model")

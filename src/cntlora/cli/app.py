@@ -142,7 +142,7 @@ def init(
     plan: Annotated[Path | None, typer.Option(help="Also keep the plan, one safetensors file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in --out.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Foretell seconds and memory from one batch; write nothing.")
+        bool, typer.Option("--dry-run", help="Foretell seconds and memory from two batches; write nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

@@ -1,10 +1,15 @@
-"""Forecast of what an initialisation takes, from one batch and from one layer of each shape; nothing is written."""
+"""Forecast of what an initialisation takes, from two batches and from one layer of each shape; nothing is written.
+
+Seconds are those of the first batch and of one layer of each shape. Memory is counted while two batches are read: from
+the second on the sums over batches are held while the model runs.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +17,7 @@ import torch
 
 from ..data.batches import KeptBatches, default_forward, device_of, to_device, unwrapped
 from ..data.memory import Budget, readable
+from ..data.peak_memory import counted_memory
 from ..data.reading_mode import reading_mode
 from ..methods.statistics import InputEstimator, MapEstimator
 from ..model.sites import Site
@@ -22,6 +28,9 @@ from .reading import Statistics, bound_by_free, prepared
 from .site_plans import plan_sites
 from .step_size import TRIED
 
+COUNTED = 2
+"""Batches whose memory is counted."""
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -31,7 +40,8 @@ class Forecast:
         method: that will be used. sites: how many will be initialised.
         data_seconds: in the passes over the batches; seconds: in all, without loading the model.
         passes: over the batches.
-        peak: bytes of statistics and working room on the model's device, beside the forward pass.
+        peak: bytes on the model's device above the model: the statistics, the room to work in, and the forward (and
+            backward) pass.
         free: bytes that are free there; None where the system does not say.
     """
 
@@ -48,16 +58,16 @@ class Forecast:
         free = "" if self.free is None else f", of {readable(self.free)} that are free"
         return (
             f"{self.method}, {self.sites} sites: about {self.seconds:.3g} s, {self.data_seconds:.3g} s of it in "
-            f"{passes} over the batches; at most {readable(self.peak)} beside the model and its forward pass{free}"
+            f"{passes} over the batches; about {readable(self.peak)} above the model{free}"
         )
 
 
 @called_with(Request)
 def forecast(request: Request) -> Forecast:
-    """Foretell the seconds and the memory of `initialize` from the first batch.
+    """Foretell the seconds and the memory of `initialize` from the first two batches.
 
-    The batch is read as `initialize` would read it, and one site of each shape is factored; the rest is counted. Later
-    batches are taken to be like the first.
+    They are read as `initialize` would read them, and one site of each shape is factored; the rest is counted. Later
+    batches are taken to be like these.
 
     Returns:
         The forecast: `print` it.
@@ -65,41 +75,109 @@ def forecast(request: Request) -> Forecast:
     Raises:
         ValueError, TypeError: what `initialize` would raise for this model, batch and configuration.
     """
-    executor = LocalExecutor()
-    with with_method(request, executor) as (chosen, _):
+    with with_method(request, LocalExecutor()) as (chosen, _):
         config = chosen.config
         assert config is not None
-        first = None if chosen.batches is None else KeptBatches(chosen.batches, 1)
-        method: Any = config.chosen
-        if method.batch_weights is not None:
-            config = replace(config, method=replace(method, batch_weights=method.batch_weights[:1]))
-        statistics = prepared(replace(chosen, batches=first, config=replace(config, num_batches=1)), executor)
+        first = None if chosen.batches is None else KeptBatches(chosen.batches, min(COUNTED, config.num_batches))
+        chosen = replace(chosen, batches=first)
+        statistics = _some(chosen, 1)
         free = bound_by_free(statistics)
         with closing(statistics.budget):
             statistics.read(statistics.sites, "the end of its data")
-            factors = _factor_seconds(statistics)
-        passes, peak = _passes(statistics)
+            factors = _factored(statistics)
+        passes, room = _passes(statistics)
+        peak = _peak(_some(chosen, COUNTED), config.num_batches)
     reads = config.chosen.reads != "weights"
     data = passes * config.num_batches * statistics.seconds if reads else 0.0
     trials = 2 * min(TRIED, config.num_batches) * _forward_seconds(statistics) if config.chosen.finds_step_size else 0.0
     known = free if free < float("inf") else None
-    seconds = data + factors + trials
-    return Forecast(config.chosen.name, len(statistics.sites), data, seconds, passes, peak, known)
+    seconds = data + sum(layer.seconds for layer in factors) + trials
+    return Forecast(
+        config.chosen.name, len(statistics.sites), data, seconds, passes, room if peak is None else peak, known
+    )
 
 
-def _factor_seconds(statistics: Statistics) -> float:
-    """One site of each shape, times the number of such sites."""
+def _some(request: Request, batches: int) -> Statistics:
+    """The statistics of the first batches, of which none was read."""
+    config = request.config
+    assert config is not None
+    weights = config.chosen.batch_weights
+    if weights is not None:
+        method: Any = config.chosen
+        config = replace(config, method=replace(method, batch_weights=weights[:batches]))
+    return prepared(
+        replace(request, config=replace(config, num_batches=min(batches, config.num_batches))), LocalExecutor()
+    )
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """All sites of one shape: the seconds that their factors take, and the bytes of these."""
+
+    seconds: float
+    size: int
+
+
+def _factored(statistics: Statistics) -> list[_Factored]:
+    """Factor one site of each shape, and multiply by the number of such sites."""
     ready = statistics.budget.admitted if statistics.config.chosen.reads != "weights" else None
-    shapes = Counter(map(_shape, statistics.sites))
-    seconds = 0.0
-    for shape, count in shapes.items():
+    made = []
+    for shape, count in Counter(map(_shape, statistics.sites)).items():
         fit = [s for s in statistics.sites if _shape(s) == shape and (ready is None or s.name in ready)]
         fit = [s for s in fit if statistics.has_gradient(s.name)]
         if fit:
             start = time.perf_counter()
-            plan_sites(fit[:1], statistics)
-            seconds += count * (time.perf_counter() - start)
-    return seconds
+            (plan,) = plan_sites(fit[:1], statistics).values()
+            size = sum(t.numel() * t.element_size() for t in (plan.A, plan.B))
+            made.append(_Factored(count * (time.perf_counter() - start), count * size))
+    return made
+
+
+def _peak(statistics: Statistics, batches: int) -> float | None:
+    """Count the most bytes above the model while the first batches are read and one site of each shape is factored.
+
+    On the CPU one thread does all of that, since the memory of others is not counted; what several have to work in is
+    added. Sums of low rank grow with every batch that is not read here.
+    """
+    device = statistics.sites[0].device
+    bound_by_free(statistics)
+    with closing(statistics.budget), _one_thread(device) as threads:
+        with counted_memory(device) as reading:
+            statistics.read(statistics.sites, "the end of its data")
+        with counted_memory(device) as factoring:
+            factors = _factored(statistics)
+    if reading.most is None or factoring.most is None:
+        return None
+    reads = statistics.config.chosen.reads != "weights"
+    more = _growth(statistics, batches) if reads else 0
+    plans = sum(made.size for made in factors)
+    side_by_side = statistics.budget.working_room(statistics.sites)
+    others = side_by_side * (threads - 1) / threads if device.type == "cpu" else 0
+    return more + others + max(reading.most, reading.left + factoring.most + plans)
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[int]:
+    """Context in which torch has one thread on the CPU, of the number that is yielded."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _growth(statistics: Statistics, batches: int) -> int:
+    """Bytes by which the sums that are held by their rows grow up to the last batch."""
+    read, grown = max(statistics.facts.batches, 1), 0
+    for sums in statistics.estimator.accumulated:
+        for total in sums.of_low_rank():
+            rows, d = total.rank, total.terms[0].rows.shape[1]
+            last = rows * batches // read
+            size = total.terms[0].rows.element_size()
+            grown += size * d * ((last if 2 * last <= d else d) - rows)
+    return grown
 
 
 def _shape(site: Site) -> tuple[int, int]:
@@ -107,7 +185,7 @@ def _shape(site: Site) -> tuple[int, int]:
 
 
 def _passes(statistics: Statistics) -> tuple[int, float]:
-    """Count the passes over the batches that there will be, and the most bytes that one takes."""
+    """Count the passes over the batches that there will be, and the bytes that one may take beside the forward pass."""
     if statistics.config.chosen.reads == "weights":
         return 1, float(statistics.budget.working_room(statistics.sites))
     estimator, budget = statistics.estimator, statistics.budget

@@ -90,13 +90,17 @@ class SharedSums:
 
         Threads add sums in any order, and processes compare these lists.
         """
-        for rows in {id(held): held for held in self._sums.values() if isinstance(held, LowRank)}.values():
+        for rows in self.of_low_rank():
             self.put([name for name, held in self._sums.items() if held is rows], self.place(rows.dense()))
         found: dict[int, tuple[list[str], Tensor]] = {}
         for name, total in self._sums.items():
             assert isinstance(total, Tensor)
             found.setdefault(id(total), ([], total))[0].append(name)
         return sorted(found.values(), key=lambda group: min(group[0]))
+
+    def of_low_rank(self) -> list[LowRank]:
+        """The distinct sums that are held by their rows."""
+        return list({id(held): held for held in self._sums.values() if isinstance(held, LowRank)}.values())
 
     def put(self, names: Sequence[str], total: Tensor) -> None:
         """Replace the sum of all `names` by one."""

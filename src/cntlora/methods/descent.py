@@ -107,11 +107,11 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | Shifted]], Gradient
 
     def __init__(self, weight_of: WeightOf, damping: float) -> None:
         GradientSums.__init__(self)
-        InputEstimator.__init__(self, lambda gram, total, n: _of_input(gram, n, damping), self._made, by_rows=True)
+        InputEstimator.__init__(self, lambda gram, total, n: _of_input(gram, n, damping), None, by_rows=True)
         self.weight_of = weight_of
         self.accumulated = (self.sums, self.counts, self.gradients)
 
-    def _made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | Shifted]) -> Target:
+    def made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | Shifted]) -> Target:
         moment, inverse = shared
         G = self.mean_gradient(name, batches)
         W = self.weight_of(name).to(G)

@@ -81,11 +81,11 @@ class LoraDaEstimator(InputEstimator[tuple[Tensor, Tensor, float]], GradientSums
     def __init__(self, damping: float, variance: float) -> None:
         GradientSums.__init__(self)
         OutputGradientSums.__init__(self)
-        InputEstimator.__init__(self, lambda gram, total, n: (*damped_inverse(gram / n, damping), n), self._made)
+        InputEstimator.__init__(self, lambda gram, total, n: (*damped_inverse(gram / n, damping), n), None)
         self.damping, self.variance = damping, variance
         self.accumulated = (self.sums, self.counts, self.gradients, self.squares)
 
-    def _made(self, name: str, batches: int, shared: tuple[Tensor, Tensor, float]) -> Target:
+    def made(self, name: str, batches: int, shared: tuple[Tensor, Tensor, float]) -> Target:
         _, inverse, tokens = shared
         G = self.mean_gradient(name, batches).to(inverse)
         return lora_da_target(G, inverse, self.mean_square(name, tokens).to(inverse), self.damping, self.variance)

@@ -131,7 +131,7 @@ class InputEstimator(Generic[Shared]):
 
     Args:
         share: X Xᵀ (d, d), Σ x (d,), n → what does not depend on W, once for neighbours that share their input.
-        make: site name, batches in which it saw a token, and that → its target.
+        make: site name, batches in which it saw a token, and that → its target; None where `made` is another.
         totals: whether Σ x is wanted; else it is zero.
         by_rows: whether `share` takes X Xᵀ as a `LowRank` too, all weights of which are above zero.
     """
@@ -139,7 +139,7 @@ class InputEstimator(Generic[Shared]):
     def __init__(
         self,
         share: Callable[[Any, Tensor, float], Shared],
-        make: Callable[[str, int, Shared], Target],
+        make: Callable[[str, int, Shared], Target] | None,
         totals: bool = False,
         by_rows: bool = False,
     ) -> None:
@@ -172,6 +172,11 @@ class InputEstimator(Generic[Shared]):
             _, shared, rank = self._last
             if rank is not None:
                 self.facts[name].effective_rank = rank
+        return self.made(name, batches, shared)
+
+    def made(self, name: str, batches: int, shared: Shared) -> Target:
+        """The target of a site. A method, so that no estimator is held by itself, its sums after it is given up."""
+        assert self.make is not None
         return self.make(name, batches, shared)
 
     def _shared(self, name: str) -> tuple[Shared, int | None]:
