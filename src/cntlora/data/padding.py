@@ -53,11 +53,7 @@ class TokenMasks:
         return bool(self.streams or self.sites or self.reached or self.unusable or self.pad_id is not None)
 
 
-KEYS = {
-    "text": "attention_mask",
-    "decoder": "decoder_attention_mask",
-    "encoder": "encoder_attention_mask",
-}
+KEYS = {"text": "attention_mask", "decoder": "decoder_attention_mask", "encoder": "encoder_attention_mask"}
 """Stream → the key of its mask in a batch."""
 
 
