@@ -94,5 +94,6 @@ def test_demo_leaves_curves_adapter_and_record(tmp_path: Path) -> None:
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "id2label.json",
     }
     assert any("predictions equal" in line for line in lines)

@@ -228,6 +228,7 @@ def smoke(experiment: Experiment, folder: Path) -> Experiment:
         name: Override(o.learning_rates and o.learning_rates[:1], o.seeds and o.seeds[:1])
         for name, o in sweep.overrides.items()
     }
+    batches = 1 if any(parse_arm(name).data.get("unseen") for name in sweep.methods) else 4  # of those that are few
     times: dict[str, Any] = {"steps": 2, "epochs": None, "warmup": 1, "warmup_epochs": None, "save_every": 0}
     sampled = (2,) if experiment.train.sample_at else ()
     init = {key: value for key, value in experiment.init.items() if key not in ("rank_budget", "min_rank", "max_rank")}
@@ -235,7 +236,7 @@ def smoke(experiment: Experiment, folder: Path) -> Experiment:
         experiment,
         task=task_kind(experiment.task.name).tiny(experiment.task, folder),
         lora=dataclasses.replace(experiment.lora, rank=rank, alpha=experiment.lora.alpha * rank / experiment.lora.rank),
-        init={**init, "num_batches": min(4, experiment.num_batches)},
+        init={**init, "num_batches": min(batches, experiment.num_batches)},
         train=dataclasses.replace(experiment.train, eval_at=(2,), sample_at=sampled, **times),
         sweep=dataclasses.replace(sweep, overrides=overrides, **grid),
     )
