@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cntlora.cli.app import app
 from cntlora.lab.experiments import shards
-from cntlora.lab.experiments.runs import runs_of
+from cntlora.lab.experiments.runs import TRIAL, _named, runs_of
 from cntlora.lab.experiments.shards import Shard, locked
 from cntlora.lab.experiments.sweep import plan_sweep, run_sweep
 
@@ -53,6 +53,22 @@ def test_shards_fill_one_folder_and_the_sweep_finds_all(tmp_path: Path) -> None:
     assert again.total == 0 and len(again.present) == 3
     whole = run_sweep(experiment, out, run=fake_run)
     assert whole.total == 0 and len(whole.present) == 8 and set(calls(tmp_path).values()) == {1}
+
+
+@pytest.mark.slow
+def test_the_shards_of_a_trial_are_one_sweep(tmp_path: Path) -> None:
+    """Each process makes the tiny model anew, in a folder of another name."""
+    (tmp_path / "trial.toml").write_text('[sweep]\nmethods = ["lora", "self"]\n')
+    command = ["compare", str(tmp_path / "trial.toml"), "--smoke", "--jobs", "1", "--out", str(tmp_path / "out")]
+    for more, printed in ((["--shard", "1/2"], "1 finished"), (["--shard", "2/2"], "1 finished"), ([], "2 were there")):
+        done = CliRunner().invoke(app, command + more)
+        assert done.exit_code == 0 and printed in done.output, done.output
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+
+
+def test_only_the_folder_of_a_trial_is_no_part_of_a_run() -> None:
+    one, same, other = (_named(f"/tmp/{folder}/model") for folder in (f"{TRIAL}1", f"{TRIAL}2", "mine"))
+    assert one == same != other and other != _named("/tmp/yours/model")  # the control
 
 
 def test_shards_run_beside_each_other_and_beside_nothing_else(tmp_path: Path) -> None:

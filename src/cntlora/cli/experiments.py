@@ -228,13 +228,14 @@ def _tried(experiment: Experiment, options: Options) -> Iterator[Experiment]:
 
     Data that is named on the command line is checked before the trial, which does not use it.
     """
+    from ..lab.experiments.runs import TRIAL
     from ..lab.experiments.settings import smoke
     from ..lab.experiments.user_data import check_data, sets_data
 
     if not options.smoke:
         yield experiment
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=TRIAL) as folder:
         tiny = smoke(experiment, Path(folder))
         if sets_data(options.changes):
             found = check_data(experiment.task, tiny.task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -21,6 +22,9 @@ from .environment import git_state, versions, without_places
 from .sections import LoraSettings
 from .settings import Experiment
 from .tasks import make_task
+
+TRIAL = "cntlora-smoke-"
+"""What the name of a trial's folder begins with."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,14 @@ def _code_of(init: InitConfig) -> dict[str, str]:
 
 
 def _named(value: Any) -> Any:
-    """A setting; of an absolute path its last name, and a digest that tells it from others of that name."""
+    """A setting; of an absolute path its last name, and a digest that tells it from others of that name.
+
+    The folder of a trial (`--smoke`) has another name each time, and what lies in it is always the same.
+    """
     if not isinstance(value, str) or not Path(value).expanduser().is_absolute():
         return value
-    return f"{Path(value).name} ({hashlib.sha256(value.encode()).hexdigest()[:8]})"
+    path = re.sub(rf".*[/\\]{TRIAL}[^/\\]*", "", value)
+    return f"{Path(value).name} ({hashlib.sha256(path.encode()).hexdigest()[:8]})"
 
 
 def runs_of(experiment: Experiment) -> list[Run]:
