@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shown = executed(path, tmp_path, tiny=True)
     assert all(cell["execution_count"] for cell in shown.cells if cell["cell_type"] == "code")
     before = json.loads(path.read_text(encoding="utf-8"))
+    assert not [path for path in tmp_path.rglob("*") if path.name == "log.txt" and "\x1b" in path.read_text()]
     assert [cell["source"] for cell in shown.cells] == ["".join(cell["source"]) for cell in before["cells"]]
 
 
@@ -67,6 +69,22 @@ def test_it_opens_on_colab_and_installs_what_it_needs(path: Path) -> None:
     assert extras is not None
     known = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(re.search(rf"^{extra} = ", known, re.MULTILINE) for extra in extras[1].split(","))
+
+
+@BY_NAME
+def test_its_badge_and_installation_follow_from_the_address_in_pyproject(path: Path) -> None:
+    import nbformat
+    from benchmarks.notebooks import linked, repository
+
+    read = partial(nbformat.read, path, as_version=4)
+    assert linked(read(), path.stem, repository()) == read()
+    public = linked(read(), path.stem, "https://github.com/someone/lora.git")
+    first, install = (cell.source for cell in public.cells[:2])
+    (opened,) = re.findall(r"\(https://colab\.research\.google\.com/github/someone/lora/blob/main/([^)]+)\)", first)
+    assert (ROOT / opened).samefile(path) and '] @ git+https://github.com/someone/lora"' in install
+    assert public.cells[2:] == read().cells[2:] and linked(public, path.stem, repository()) == read()
+    with pytest.raises(ValueError, match="Repository: expected https://github.com/OWNER/NAME"):
+        linked(read(), path.stem, "https://example.org/lora")
 
 
 @BY_NAME
