@@ -12,6 +12,7 @@ from tests.tiny import adapted, base_model, text_batches, train
 from torch import Tensor
 
 from cntlora import InitConfig, compute_plan, freeze_offset, initialize
+from cntlora.messages import counted
 from cntlora.report import far_cure
 
 SELF = InitConfig(method="self")
@@ -77,6 +78,11 @@ def test_a_plan_is_shown_in_a_line() -> None:
 def test_a_report_counts_one_batch_as_one() -> None:
     for count, word in ((1, "1 batch ·"), (2, "2 batches ·")):
         assert word in str(initialize(adapted(), text_batches(count), SELF))
+
+
+def test_one_thing_is_counted_as_one() -> None:
+    assert [counted(number, "batch") for number in (0, 1, 1200)] == ["0 batches", "1 batch", "1,200 batches"]
+    assert (counted(1, "row"), counted(2, "row")) == ("1 row", "2 rows")
 
 
 def test_the_advice_of_a_far_start_is_not_the_tolerance_it_has() -> None:

@@ -93,6 +93,12 @@ def in_short(text: object, most: int = 300) -> str:
     return f"{line[:head]} … {line[head + 3 - most :]}"
 
 
+def counted(number: int, word: str) -> str:
+    """A number of things: "1 batch", "1,200 batches"."""
+    plural = f"{word}{'es' if word.endswith('ch') else 's'}"
+    return f"{number:,} {word if number == 1 else plural}"
+
+
 def quoted(value: Any) -> str:
     """A value that was given, for a message: of a tensor or a model no more than its kind."""
     shape = getattr(value, "shape", None)

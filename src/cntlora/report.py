@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from .messages import counted
 from .methods.method import option_names
 from .site_plan import FAR
 
@@ -94,8 +95,9 @@ class InitReport:
         c = self.config
         start = f"base {c.effective_base}" if c.effective_base == c.stated_base else "B = 0"
         total = sum(site["rank"] for name, site in self.sites.items() if name not in self.shared)
+        sites, read = counted(len(self.sites), "site"), counted(self.batches, "batch")
         return (
-            f"{c.chosen.name} · {start} · {len(self.sites)} sites · total rank {total} · {_counted(self.batches)} · "
+            f"{c.chosen.name} · {start} · {sites} · total rank {total} · {read} · "
             f"{self.seconds:.2f} s ({self.forward_seconds:.2f} s reading data)"
         )
 
@@ -132,15 +134,13 @@ def _far_line(far: Mapping[str, float], config: InitConfig) -> str:
     return f"! further out than {FAR:g}·‖W‖, which trained adapters never reach: {names}; {far_cure(config)}"
 
 
-def _counted(batches: int) -> str:
-    return f"{batches} batch{'es' if batches != 1 else ''}"
-
-
 def _step_line(step: Mapping[str, float]) -> str:
     """The step that the start takes, and what it does to the loss."""
     losses = ""
     if "loss_before" in step:
-        losses = f"; loss {step['loss_before']:.4f} → {step['loss_after']:.4f} on {_counted(int(step['batches']))}"
+        losses = (
+            f"; loss {step['loss_before']:.4f} → {step['loss_after']:.4f} on {counted(int(step['batches']), 'batch')}"
+        )
     return f"step: ‖s·B·A‖/‖W‖ is {step['size']:.3g} at the site where it is largest{losses}"
 
 

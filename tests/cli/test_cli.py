@@ -239,7 +239,7 @@ REALS = "".join(f"the film,{0.37 * i + 0.013:.3f}\n" for i in range(48))
         (REALS, ["has 48 different numbers in 48 rows", "regression: --task regression"]),
         ("".join(f"the film,id-{i}\n" for i in range(48)), ["has 48 different values in 48 rows"]),
         ("a,0\nb,1\n" * 5 + "a,nan\nb,\n", ["2 rows (11, 12) of 12 have nothing in column 'label' but 'nan'"]),
-        ("a,1\nb,1.0\nc,2\n", ["one number in two ways, '1' (1 rows) and '1.0' (1 rows)"]),
+        ("a,1\nb,1.0\nc,2\n", ["one number in two ways, '1' (1 row) and '1.0' (1 row)"]),
     ],
 )
 def test_init_refuses_labels_that_are_no_classes(tmp_path: Path, rows: str, says: list[str]) -> None:

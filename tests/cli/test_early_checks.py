@@ -43,6 +43,8 @@ def test_mistakes_are_found_before_torch_is_imported(run_fresh: RunFresh, tmp_pa
     rows.write_text("review;stars\nfine;1\ndull;0\n")
     latin = tmp_path / "latin.csv"
     latin.write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
+    control = tmp_path / "control.csv"  # with a byte that Windows-1252, and so iconv, does not know
+    control.write_bytes("text,label\ncaf\xe9 \x9d,1\n".encode("latin-1"))
     bare, empty = tmp_path / "bare", tmp_path / "empty"
     bare.mkdir()
     model_folder(empty)
@@ -63,6 +65,7 @@ def test_mistakes_are_found_before_torch_is_imported(run_fresh: RunFresh, tmp_pa
         (other("--plan", tmp_path), "is a folder; expected the name of a file"),
         (other("--data", tmp_path / "absent.csv"), "there is no such file"),
         (other("--data", latin), "iconv -f WINDOWS-1252 -t UTF-8 latin.csv"),
+        (other("--data", control), "iconv -f ISO-8859-1 -t UTF-8 control.csv"),
         (other("--text", "body"), "there is no column 'body'; its columns are: review, stars"),
         (other("--task", "poetry"), "'poetry' is not known"),
         (["init", str(tmp_path / "typo"), *good[2:]], "there is no such folder"),

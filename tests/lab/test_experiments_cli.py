@@ -178,6 +178,17 @@ def test_the_files_own_records_are_no_obstacle_to_your_data(file: Path) -> None:
     assert call("run", file, "--data", "mine.csv", "--out", "results/trial").exit_code == 1  # the control
 
 
+def test_a_report_of_your_data_does_not_have_the_name_of_ours(file: Path, tmp_path: Path) -> None:
+    """The study is called by the data, its command by the file; without other data both are the file's."""
+    Path("mine.csv").write_text("text,label\na,1\nb,2\n")
+    for more, name in ((["--data", "mine.csv"], "trial-mine"), ([], "trial")):
+        folder = tmp_path / name
+        assert call("run", file, *more, "--out", folder).exit_code == 0
+        records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        assert {record["experiment"] for record in records} == {name}
+        assert all(record["command"].startswith("cntlora compare studies/trial.toml ") for record in records)
+
+
 def test_smoke_looks_at_the_data_that_is_named(file: Path) -> None:
     Path("mine.csv").write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(20)))
     good = call("run", file, "--smoke", "--data", "mine.csv", "--set", "task.eval_size=4")

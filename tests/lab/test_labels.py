@@ -157,8 +157,8 @@ def test_names_that_differ_in_case_or_blanks_are_told(tmp_path: Path) -> None:
 
 
 def test_a_number_in_two_spellings_is_refused_and_of_two_kinds_is_one(tmp_path: Path) -> None:
-    assert "'1' (2 rows) and '1.0' (1 rows)" in refused(table(tmp_path, ["1", "1.0", "2", "1"], "rows.csv"))
-    assert "'001' (1 rows) and '1' (1 rows)" in refused(table(tmp_path, ["001", "1", "2"], "rows.csv"))
+    assert "'1' (2 rows) and '1.0' (1 row)" in refused(table(tmp_path, ["1", "1.0", "2", "1"], "rows.csv"))
+    assert "'001' (1 row) and '1' (1 row)" in refused(table(tmp_path, ["001", "1", "2"], "rows.csv"))
     kinds = read_table(table(tmp_path, [1, "1", 1.0, 2]), label="label")
     assert (kinds.names, kinds.labels) == (["1", "2"], [0, 0, 0, 1])
     floats = read_table(table(tmp_path, [3.0, 1.0, 10.0], "rows.parquet"), label="label")

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from cntlora import InitConfig, initialize, save_adapter
-from cntlora.lab.recipes.loading import load_classifier
+from cntlora.lab.recipes.loading import load_classifier, load_tokenizer
 from cntlora.lab.recipes.text.classification import RECIPES, PairsSettings, SequenceTask, TextSettings
 from cntlora.lab.recipes.text.scores import SCORES, evaluate_sequences
 from cntlora.lab.recipes.text.tiny import tiny_encoder
@@ -182,7 +182,7 @@ def test_all_that_is_new_in_a_classifier_is_saved(tmp_path: Path, kind: str) -> 
     make, new = CHECKPOINTS[kind]
     tiny_encoder("bert", tmp_path / kind, ["a good day"])
     make().save_pretrained(tmp_path / kind)
-    built, found = load_classifier(str(tmp_path / kind), ["a", "b", "c"], 0)
+    built, found = load_classifier(str(tmp_path / kind), ["a", "b", "c"], 0, load_tokenizer(str(tmp_path / kind))[1])
     assert found == new
     batch = {"input_ids": torch.tensor([[5, 7, 9, 11]])}
     for name, saved in (("whole", new), ("without", ())):

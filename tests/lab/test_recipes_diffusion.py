@@ -15,6 +15,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from cntlora import InitConfig, initialize
+from cntlora.lab.experiments.sections import LoraSettings, SweepSettings
+from cntlora.lab.experiments.settings import Experiment
+from cntlora.lab.experiments.user_data import check_model
 from cntlora.lab.recipes.diffusion import small_pictures as sp
 from cntlora.lab.recipes.diffusion import tiny
 from cntlora.lab.recipes.diffusion.data import as_pixels, class_files, generate, open_photo, photo_files
@@ -56,6 +59,32 @@ def adapted(task: DreamboothTask, rank: int = 2) -> Any:
 def most(a: list[Image.Image], b: list[Image.Image]) -> int:
     """The largest difference of two lists of images, in 1/255."""
     return max(int(np.abs(np.asarray(x, np.int16) - np.asarray(y, np.int16)).max()) for x, y in zip(a, b, strict=True))
+
+
+# --- before anything is loaded
+
+
+def test_a_rank_above_the_smallest_layer_needs_no_pipeline(task: DreamboothTask) -> None:
+    """Found by the headers of the files; the tiny pipeline that is loaded says that it is the smallest layer."""
+    layers = [layer for layer in adapted(task).modules() if hasattr(layer, "lora_A")]
+    smallest = min(min(layer.base_layer.weight.shape) for layer in layers)
+    fresh = DreamboothTask(task.settings)
+
+    def check(rank: int, *methods: str) -> None:
+        sweep = SweepSettings(methods=methods or ("lora", "descent"))
+        check_model(Experiment(task=task.settings, lora=LoraSettings(rank=rank), sweep=sweep), fresh)
+
+    check(smallest)
+    with pytest.raises(ValueError, match=rf"rank: {smallest + 1} is above min\(in, out\) = {smallest} of \S+"):
+        check(smallest + 1)
+    with pytest.raises(ValueError, match=r"is above min\(in, out\)/2"):  # it takes twice as many directions
+        check(smallest, "lora_ga")
+    check(smallest + 1, "self+vas")  # its ranks fit by themselves
+    check(smallest + 1, "full")
+    elsewhere = Experiment(task=dataclasses.replace(task.settings, model="./nowhere"), sweep=SweepSettings())
+    with pytest.raises(ValueError, match="there is no such folder"):
+        check_model(elsewhere, fresh)
+    assert "_pipeline" not in vars(fresh) and "_pipeline" in vars(task)  # the control: what is loaded stays there
 
 
 # --- the loss and the batches

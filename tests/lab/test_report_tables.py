@@ -20,6 +20,7 @@ from cntlora.lab.report.batches_read import steps_on_read_batches
 from cntlora.lab.report.curves import loss_curve, metric_curve, smooth, steps_to_reach
 from cntlora.lab.report.formats import BEST, SECOND, Cell, Column, Row, Table
 from cntlora.lab.report.methods import GROUNDS, LEGIBLE, PEERS, contrast, ordered, styles
+from cntlora.lab.report.sentences import glance, summary
 from cntlora.lab.report.study import Estimate, Study
 from cntlora.lab.report.tables import (
     all_tables,
@@ -246,7 +247,8 @@ class TestNumbers:
             *(".3f", ".3f", ".4f", ".4f", ".5f", ".8f")
         ]
         assert number_spec([Estimate.of([]), Estimate.of([0.0])]) == ".3f"
-        small = [cases.record(m, 0.001, 0, mean_loss=loss) for m, loss in (("lora", 0.0312), ("self", 0.0309))]
+        losses = (("lora", 0.0312), ("self", 0.0309))
+        small = [cases.record(m, 0.001, seed, mean_loss=loss) for m, loss in losses for seed in (0, 1)]
         table = main_table(studies(small)[0])
         assert marked(table, column_of(table, "mean training loss")) == {BEST: [1], SECOND: [0]}
         assert table.body(1, column_of(table, "against LoRA"))[0] == "−0.0003"
@@ -273,6 +275,17 @@ class TestMarks:
         table = table_of([None, 2.0, None])
         assert marked(table) == {BEST: [1], SECOND: []}
         assert table.body(0, 1) == ("–", "")
+
+    def test_one_seed_has_no_best(self) -> None:
+        """A difference between single runs may be chance: nothing is bold, on the page no method is named as best."""
+        one = [run for run in cases.few() if run["seed"] == 0]
+        single, several = studies(one)[0], studies(cases.few())[0]
+        for table in all_tables(single):
+            assert not table.marks and "±" not in table.caption, table.slug
+        assert "so no best is marked" in main_table(single).to_text() and "*" not in main_table(single).to_markdown()
+        assert glance(single, main_table(single)) == [] and "chance" in summary(single)
+        assert main_table(several).marks and "chance" not in main_table(several).caption  # the control
+        assert glance(several, main_table(several)) and "chance" not in summary(several)
 
     def test_marks_in_every_format(self) -> None:
         table = table_of([1.0, 2.0, 3.0])

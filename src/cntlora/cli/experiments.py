@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import one_line_errors
+from ..messages import counted
 from .places import Address, Cpus, Engine, Gpus, Places, ShardText
 
 if TYPE_CHECKING:
@@ -200,13 +201,15 @@ def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: O
     with one_line_errors("a comparison of methods", "lab"):
         options.places.check()
         from ..lab.experiments.settings import load_experiment, replaced
+        from ..lab.experiments.user_data import own_name
 
         given = {name: _listed(name, text, kind) for name, (text, kind) in grid.items()}
         experiment = replaced(load_experiment(path, options.changes), **given)
         if options.report_to is not None:  # no change of the file's settings: it has no effect on the records
             names = _listed("report_to", options.report_to, str) or ()
             experiment = replace(experiment, train=replace(experiment.train, report_to=tuple(names)))
-        with _tried(experiment, options) as experiment, _folder(experiment, options) as out:
+        experiment, folder = own_name(experiment, options.changes)
+        with _tried(experiment, options) as experiment, _folder(folder, options) as out:
             if options.dry_run:
                 _list(experiment, out, options)
                 return
@@ -261,13 +264,11 @@ def _listed(name: str, text: str | None, kind: type) -> list[Any] | None:
 
 
 @contextmanager
-def _folder(experiment: Experiment, options: Options) -> Iterator[Path]:
-    """Return the folder of the records: --out, else a folder under results; a temporary one for a trial."""
-    from ..lab.experiments.user_data import default_folder
-
+def _folder(default: Path, options: Options) -> Iterator[Path]:
+    """Return the folder of the records: --out, else the default; a temporary one for a trial."""
     temporary = tempfile.TemporaryDirectory() if options.smoke and options.out is None else nullcontext()
     with temporary as folder:
-        yield Path(folder) if folder else options.out or default_folder(experiment, options.changes)
+        yield Path(folder) if folder else options.out or default
 
 
 def _list(experiment: Experiment, out: Path, options: Options) -> None:
@@ -285,7 +286,7 @@ def _list(experiment: Experiment, out: Path, options: Options) -> None:
         return
     for name in names:
         typer.echo(f"{'to run' if name in pending else 'present':8} {name}")
-    typer.echo(f"{len(names)} runs: {len(todo.present)} present in {out}, {len(pending)} to run")
+    typer.echo(f"{counted(len(names), 'run')}: {len(todo.present)} present in {out}, {len(pending)} to run")
     if todo.later:
         best = experiment.sweep.best
         typer.echo(f"and up to {todo.later} of the other seeds, at each method's {best} best rates of the first")
@@ -328,7 +329,7 @@ def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:
 
 def _to_do(sweep: Sweep) -> str:
     """Say how many runs there are before the first one begins."""
-    return f"{sweep.total} run{'s' * (sweep.total != 1)} to do, {len(sweep.present)} there already"
+    return f"{counted(sweep.total, 'run')} to do, {len(sweep.present)} there already"
 
 
 def _line(sweep: Sweep, record: Mapping[str, Any]) -> str:
@@ -340,8 +341,9 @@ def _line(sweep: Sweep, record: Mapping[str, Any]) -> str:
     metric = record["main_metric"]
     final = record["evaluations"][-1][metric] if record["evaluations"] else None
     shown = "" if final is None else f", {metric} {final:.3f}"
-    times = f"{record['init_seconds']:.1f} + {record['train_seconds']:.1f} s"
-    return f"{head}mean loss {record['mean_loss']:.4f}{shown}, {times}; {_left(sweep)}"
+    times = f"initialisation {record['init_seconds']:.1f} s, training {record['train_seconds']:.1f} s"
+    left = f"; {_left(sweep)}" if len(sweep.records) < sweep.total else ""
+    return f"{head}mean loss {record['mean_loss']:.4f}{shown}, {times}{left}"
 
 
 def _left(sweep: Sweep) -> str:
@@ -365,12 +367,9 @@ def _tell(sweep: Sweep, out: Path, options: Options) -> None:
                 typer.echo(shown.to_text())
     counts = ", ".join(f"{sweep.count(status)} {status}" for status in ("finished", "diverged", "failed"))
     place = "" if options.smoke and options.out is None else f"; records in {out}"
-    runs = (
-        f"{sweep.total} runs"
-        if not options.places.shard
-        else f"shard {options.places.shard}: {len(sweep.records)} runs"
-    )
-    typer.echo(f"{runs} in {sweep.elapsed:.0f} s: {counts}; {len(sweep.present)} were there before{place}")
+    shard = options.places.shard
+    told = f"shard {shard}: {counted(len(sweep.records), 'run')}" if shard else counted(sweep.total, "run")
+    typer.echo(f"{told} in {sweep.elapsed:.0f} s: {counts}; {len(sweep.present)} were there before{place}")
     if sweep.later:
         typer.echo(
             f"about {sweep.later} more of this shard depend on the first seed of other shards; "

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..console import one_line_errors
+from ..messages import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -55,4 +56,4 @@ def export(
             typer.echo(json.dumps({"file": str(out), "format": format, "sites": parts}, indent=2))
             return
         told = ", ".join(f"{part} {count}" for part, count in parts.items())
-        typer.echo(f"{sum(parts.values())} sites ({told}) written to {out}, format {format}")
+        typer.echo(f"{counted(sum(parts.values()), 'site')} ({told}) written to {out}, format {format}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..messages import warn_caller
+from ..messages import counted, warn_caller
 from ..methods.estimator import GradientReader
 from ..model.checks import check_any_left, report_missing
 
@@ -36,13 +36,12 @@ def _without_tokens(statistics: Statistics) -> dict[str, str]:
     if statistics.config.chosen.reads == "weights":
         return {}
     found, facts = {}, statistics.facts
+    read = counted(facts.batches, "batch")
     for site in statistics.sites:
         if not facts[site.name].calls:
-            found[site.name] = f"its layer was not called in any of {facts.batches} batches; does this data reach it?"
+            found[site.name] = f"its layer was not called in any of {read}; does this data reach it?"
         elif not facts[site.name].batches:
-            found[site.name] = (
-                f"it saw no token that counts in {facts.batches} batches; read more batches or check the masks"
-            )
+            found[site.name] = f"it saw no token that counts in {read}; read more batches or check the masks"
     return found
 
 

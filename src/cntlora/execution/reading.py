@@ -20,7 +20,7 @@ from ..data.gradients import weight_gradients
 from ..data.memory import Budget, parse_limits
 from ..data.reach import has_loss, is_watched, unreached
 from ..linalg.moments import Moments
-from ..messages import quoted
+from ..messages import counted, quoted
 from ..methods.estimator import GradientReader, InputReader, OutputGradientReader
 from ..methods.facts import Facts
 from ..methods.statistics import GradientSums
@@ -146,7 +146,8 @@ class Statistics:
             )  # fmt: skip
         if method.batch_weights is not None and len(method.batch_weights) != facts.batches:
             raise ValueError(
-                f"batch_weights: expected one for each of {facts.batches} batches, got {len(method.batch_weights)}"
+                f"batch_weights: expected one for each of {counted(facts.batches, 'batch')}, "
+                f"got {len(method.batch_weights)}"
             )
 
     def _absorb(self, facts: Facts, index: int, groups: Groups) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..messages import counted
 from ..model.kinds import kind_of
 from .public_names import hub_name
 
@@ -108,7 +109,7 @@ def _data(start: Start) -> str:
     tokens = f"{most:,}" if least == most else f"{least:,} to {most:,}"
     what = "losses and gradients" if start.reads == "gradients" else "inputs"
     digest = f"fingerprint of the statistics `sha256:{start.fingerprint[:16]}`"
-    return f"{what} of {start.batches} batches, {tokens} tokens a site; {digest}"
+    return f"{what} of {counted(start.batches, 'batch')}, {tokens} tokens a site; {digest}"
 
 
 def _file(saved: SavedSites, versions: Mapping[str, str]) -> list[tuple[str, str]]:

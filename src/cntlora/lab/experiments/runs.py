@@ -209,7 +209,7 @@ def frame(run: Run, machine: Mapping[str, Any]) -> RunRecord:
 def command_of(run: Run) -> str:
     """Return the command that makes this run again, where the file says what `config` says."""
     grid = f"--methods {run.method} --learning-rates {run.learning_rate:g} --seeds {run.seed}"
-    return f"cntlora compare studies/{run.experiment.name}.toml {grid}"
+    return f"cntlora compare studies/{run.experiment.file or run.experiment.name}.toml {grid}"
 
 
 def failed(run: Run, machine: Mapping[str, Any], error: str, traceback: str | None = None) -> RunRecord:

@@ -43,6 +43,7 @@ class Experiment:
         lora, train, sweep: see there.
         init: options of `cntlora.InitConfig` for all arms of cntlora; what an arm's name says comes on top.
         smoke: sections as above with values that hold for `--smoke` only.
+        file: its name without suffix, where `name` says the user's data too.
     """
 
     name: str = "experiment"
@@ -53,6 +54,7 @@ class Experiment:
     train: TrainSettings = field(default_factory=TrainSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     smoke: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:

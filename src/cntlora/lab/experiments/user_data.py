@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..recipes.model_folder import check_rank, find_folder
+from ..recipes.task import Task
+from .arms import parse_arm
 from .settings import Experiment
 from .tasks import make_task
 
@@ -34,9 +37,45 @@ def default_folder(experiment: Experiment, changes: Sequence[str]) -> Path:
     return root / f"{experiment.name}-{name or 'changed'}"
 
 
+def own_name(experiment: Experiment, changes: Sequence[str]) -> tuple[Experiment, Path]:
+    """Return the experiment, named NAME-DATA where other data is put over the file, and its `default_folder`.
+
+    Reports show the name, and the file's own says what the file's data is.
+    """
+    folder = default_folder(experiment, changes)
+    if _sets(changes, "task.data"):
+        experiment = dataclasses.replace(experiment, name=folder.name, file=experiment.name)
+    return experiment, folder
+
+
 def sets_data(changes: Sequence[str]) -> bool:
     """Return whether the changes name data."""
     return _sets(changes, "task.data") or _sets(changes, "task.eval_data")
+
+
+def check_model(experiment: Experiment, task: Task) -> None:
+    """Check a model in a folder without loading it: that it is there, and the rank against the sizes of its layers.
+
+    Adaptive ranks fit by themselves; of a model of the hub, or of layers that PEFT chooses, nothing is known yet.
+
+    Args:
+        experiment: names the model.
+        task: of the experiment; knows the layers, unless the experiment names others.
+
+    Raises:
+        ValueError: for a path that is no folder, or a rank that is too large; names the layer.
+    """
+    name = getattr(experiment.task, "model", "")
+    folder = find_folder(name) if name else None
+    arms = [parse_arm(method) for method in experiment.sweep.methods]
+    if folder is None or all(arm.full for arm in arms):
+        return
+    settings = [config for config in (experiment.init_config(arm, 0) for arm in arms) if config is not None]
+    fixed = [config for config in settings if not config.adaptive_ranks]
+    if len(fixed) < len(settings) and not fixed:
+        return
+    widths = [config.method.width for config in fixed if config.method is not None]
+    check_rank(folder, experiment.lora.rank, experiment.lora.targets or task.targets, max(widths, default=1))
 
 
 def check_data(task: Any, tiny: Any) -> str | None:

@@ -61,9 +61,10 @@ def read_frame(source: str | PathLike[str], *, quoted: bool = True) -> pd.DataFr
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     """Describe another encoding: which byte, and the command that converts the file."""
-    with path.open("rb") as opened:
-        wide = opened.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    name = "UTF-16" if wide else "WINDOWS-1252"
+    content = path.read_bytes()
+    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    # iconv stops at the five bytes that Windows-1252 leaves without a meaning
+    name = "UTF-16" if wide else "ISO-8859-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", content) else "WINDOWS-1252"
     found = "UTF-16" if wide else f"not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x})"
     command = f"iconv -f {name} -t UTF-8 {path.name} > utf8{path.suffix}"
     return f"{found}; save it as UTF-8, {command} if it is {'that' if wide else 'in a Western European encoding'}"

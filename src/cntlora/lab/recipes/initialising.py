@@ -152,7 +152,7 @@ def initialise(
     batches = None if source.data is None else _batches(source, table, resolved, tokenizer, settings)
     if lora.targets is None:
         _check_rank(folder, lora, _default_targets(config.model_type), settings)
-    model, new = load_model(name, resolved, table, settings.seed)
+    model, new = load_model(name, resolved, table, settings.seed, tokenizer)
     model = add_lora(model, resolved, lora, settings.seed, new)
     if dry_run:
         from ...execution.forecast import forecast
@@ -255,7 +255,9 @@ def _language_batches(source: Source, tokenizer: Any, most: int, seed: int) -> R
     return RowBatches(rows, source.batch_size, tokenizer.pad_token_id)
 
 
-def load_model(name: str, task: str, table: Table | None, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
+def load_model(
+    name: str, task: str, table: Table | None, seed: int, tokenizer: Any
+) -> tuple[nn.Module, tuple[str, ...]]:
     """Load the model (float32 or the checkpoint's dtype), and what is new in a classifier.
 
     Raises:
@@ -266,7 +268,7 @@ def load_model(name: str, task: str, table: Table | None, seed: int) -> tuple[nn
     from .loading import load_classifier, load_language_model, load_pretrained
 
     if task in ("classification", "regression"):
-        return load_classifier(name, table.names if table and task == "classification" else None, seed)
+        return load_classifier(name, table.names if table and task == "classification" else None, seed, tokenizer)
     if task == "causal-lm":
         return load_language_model(name), ()
     return load_pretrained(AutoModel, name, seed, {}), ()

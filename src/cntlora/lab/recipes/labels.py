@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...messages import warn_caller
+from ...messages import counted, warn_caller
 
 SHOWN = 20  # classes or rows that a message names
 
@@ -99,7 +99,7 @@ def rows_of(rows: Sequence[int]) -> str:
     """ "row 3", or "3 rows (2, 17, 40)"; the first ten where there are more."""
     if len(rows) == 1:
         return f"row {rows[0]}"
-    return f"{len(rows)} rows ({', '.join(map(str, rows[:10]))}{', …' if len(rows) > 10 else ''})"
+    return f"{counted(len(rows), 'row')} ({', '.join(map(str, rows[:10]))}{', …' if len(rows) > 10 else ''})"
 
 
 def _text(value: Any, row: int, column: str, where: object) -> str:
@@ -142,8 +142,9 @@ def _check_spelling(numbers: dict[str, float], counts: Counter[str], column: str
         other = first.setdefault(number, name)
         if other != name:
             raise ValueError(
-                f"{where}: column {column!r} writes one number in two ways, {other!r} ({counts[other]} rows) and "
-                f"{name!r} ({counts[name]} rows), which would be two classes; write it in one way"
+                f"{where}: column {column!r} writes one number in two ways, {other!r} "
+                f"({counted(counts[other], 'row')}) and {name!r} ({counted(counts[name], 'row')}), which would be two "
+                "classes; write it in one way"
             )
 
 

@@ -59,7 +59,9 @@ def load_tokenizer(name: str) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def load_classifier(name: str, names: Sequence[str] | None, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
+def load_classifier(
+    name: str, names: Sequence[str] | None, seed: int, tokenizer: Any
+) -> tuple[nn.Module, tuple[str, ...]]:
     """A sequence classifier with a new head drawn under `seed`; its configuration names the classes.
 
     A head for another number of classes that the checkpoint may have is replaced.
@@ -68,6 +70,7 @@ def load_classifier(name: str, names: Sequence[str] | None, seed: int) -> tuple[
         name: hub name, folder or sample of the model.
         names: of the classes, in the order of the logits; None for a regressor, which has one logit.
         seed: of the head.
+        tokenizer: of the model; knows the padding token where the configuration does not.
 
     Returns:
         The model, and the modules that its checkpoint lacks beside the head that PEFT saves by itself, such as the
@@ -78,7 +81,6 @@ def load_classifier(name: str, names: Sequence[str] | None, seed: int) -> tuple[
     """
     from transformers import AutoModelForSequenceClassification
 
-    _, tokenizer = load_tokenizer(name)
     options: dict[str, Any] = {"ignore_mismatched_sizes": True}
     if names is None:
         options |= {"num_labels": 1, "problem_type": "regression"}

@@ -76,7 +76,8 @@ def _table(columns: Mapping[Any, Sequence[Study]], key: str, metric: str | None)
     what = metric_name(metrics.pop()) if len(metrics) == 1 else "main metric"
     name = f"by-{slug(key)}-{slug(metric or 'main')}"
     title = f"{what[0].upper()}{what[1:]} by {key}"
-    return Table(name, title, (Column("Method"), *heads), tuple(rows), _caption(columns, rows, averaged))
+    caption, ranked = _caption(columns, rows, averaged), any(study.repeated for study in every)
+    return Table(name, title, (Column("Method"), *heads), tuple(rows), caption, ranked=ranked)
 
 
 def _estimate(same: Sequence[Study], method: str, metric: str | None) -> Estimate:

@@ -96,20 +96,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that knows its best values. `slug` names it in links and labels, `caption` says how it was made."""
+    """A table that knows its best values.
+
+    Attributes:
+        slug: its name in links and labels.
+        title, columns, rows: what it shows.
+        caption: how it was made.
+        ranked: whether the best of a column is marked; not where every difference may be chance.
+    """
 
     slug: str
     title: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     caption: str = ""
+    ranked: bool = True
 
     @cached_property
     def marks(self) -> dict[tuple[int, int], str]:
         """(row, column) → "best" or "second", by what is printed: values that print alike share the mark."""
         found: dict[tuple[int, int], str] = {}
         for j, column in enumerate(self.columns):
-            if column.direction is None:
+            if not self.ranked or column.direction is None:
                 continue
             values = {i: c.mean for i, c in ((i, r.cells[j]) for i, r in enumerate(self.rows)) if c.competes}
             known = {i: (column.number(v), v) for i, v in values.items() if v is not None}

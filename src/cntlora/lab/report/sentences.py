@@ -6,16 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ...messages import counted
 from ..record import RunRecord
 from .formats import BEST, Table
 from .study import Study
-from .tables import criterion_words, metric_name
+from .tables import ONE_SEED, criterion_words, metric_name
 
 
 def lead(found: Sequence[Study]) -> str:
     """One line for the top of a report."""
     runs = sum(len(study.runs) for study in found)
-    return f"{', '.join(study.name for study in found)}: {_count(runs, 'run')}, mean ± standard deviation over seeds."
+    spread = ", mean ± standard deviation over seeds" if any(study.repeated for study in found) else ""
+    return f"{', '.join(study.name for study in found)}: {counted(runs, 'run')}{spread}."
 
 
 def summary(study: Study) -> str:
@@ -23,9 +25,10 @@ def summary(study: Study) -> str:
     broken = sum(len(group.runs) - len(group.finished) for group in study.groups)
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     seeds = ", ".join(map(str, study.seeds))
-    ending = f"{_count(broken, 'run')} did not finish; see Failures." if broken else "All runs finished."
-    methods, runs = _count(len(study.best), "method"), _count(len(study.runs), "run")
-    return f"{methods} at learning rates {rates}, seeds {seeds}: {runs}. {ending}"
+    ending = f"{counted(broken, 'run')} did not finish; see Failures." if broken else "All runs finished."
+    methods, runs = counted(len(study.best), "method"), counted(len(study.runs), "run")
+    chance = "" if study.repeated else f" {ONE_SEED}"
+    return f"{methods} at learning rates {rates}, seeds {seeds}: {runs}. {ending}{chance}"
 
 
 def glance(study: Study, main: Table) -> list[tuple[str, str]]:
@@ -72,13 +75,9 @@ def provenance(records: Iterable[RunRecord]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
 def _counted(values: Iterable[str]) -> list[str]:
     counts = sorted(Counter(values).items())
-    return [value if len(counts) == 1 else f"{value} ({_count(count, 'run')})" for value, count in counts]
+    return [value if len(counts) == 1 else f"{value} ({counted(count, 'run')})" for value, count in counts]
 
 
 def _listed(values: Mapping[str, Any] | None) -> str:

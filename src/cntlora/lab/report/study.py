@@ -116,6 +116,11 @@ class Study:
         """All seeds that any method was run with, rising."""
         return tuple(sorted({run["seed"] for run in self.runs}))
 
+    @property
+    def repeated(self) -> bool:
+        """Return whether there are several seeds, without which a difference may be chance."""
+        return len(self.seeds) > 1
+
     def way(self, key: str) -> str:
         """Return whether less ("min") or more ("max") of the mean training loss or of a held-out metric is better."""
         return "min" if key == MEAN_LOSS else self.metrics.get(key, "min")

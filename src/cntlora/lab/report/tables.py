@@ -20,7 +20,7 @@ _NAMES = {
 }
 _WORDS = {"f1": "F1", "dino": "DINO", "clip": "CLIP"}
 _RUN_COLUMNS = (Column("Method"), Column("lr", spec="g"), Column("seed", spec="d"))
-_SEEDS = "Mean ± sample standard deviation over seeds."
+ONE_SEED = "One seed: a difference may be chance, so no best is marked."
 _BROKEN_NOTE = f" {BROKEN} a seed diverged or failed: mean over the others, not ranked."
 
 
@@ -65,7 +65,9 @@ def main_table(study: Study, loss: float | None = None) -> Table:
     columns += [Column("init s", spec=".1f"), Column("train s", spec=".1f"), Column("peak MiB", spec=",d")]
     columns += [Column("trainable", spec=",d")]
     rows = [_row(study, group, _main_cells(study, group, loss)) for group in study.best.values()]
-    caption = f"Chosen by the {criterion_words(study)}. {_SEEDS} Held-out metrics are of the last evaluation."
+    caption = (
+        f"Chosen by the {criterion_words(study)}. {_over_seeds(study)} Held-out metrics are of the last evaluation."
+    )
     if "lora" in study.best:
         caption += (
             " Against LoRA: difference of the mean training loss of runs with the same seed, head, data and order. "
@@ -91,8 +93,10 @@ def sensitivity_table(study: Study, metric: str) -> Table:
         rows.append(_row(study, best, cells))
     name = metric_name(metric)
     title = f"{name[0].upper()}{name[1:]} at every learning rate"
-    caption = f"{'Lower' if way == 'min' else 'Higher'} is better. {_SEEDS} {CHOSEN} the method's best learning rate "
-    caption += f"({criterion_words(study)}). In brackets how many seeds finished where some did not; not ranked."
+    caption = f"{'Lower' if way == 'min' else 'Higher'} is better. {_over_seeds(study)} {CHOSEN} the method's best "
+    caption += (
+        f"learning rate ({criterion_words(study)}). In brackets how many seeds finished where some did not; not ranked."
+    )
     return _table(study, f"rates-{metric}", title, columns, rows, caption + _broken(study))
 
 
@@ -114,7 +118,9 @@ def drift_table(study: Study, cosine: str = "cosine") -> Table:
             rows.append(_row(study, group, [Cell.of(v, competes=group.whole) for v in values]))
     of = "products B·A" if product else "adapters"
     title = f"Initial against final {of}"
-    caption = f"Mean over sites, then over seeds, at the best learning rate (Das et al. 2025, table 2). {_SEEDS}"
+    caption = (
+        f"Mean over sites, then over seeds, at the best learning rate (Das et al. 2025, table 2). {_over_seeds(study)}"
+    )
     return _table(study, f"drift-{cosine.replace('_', '-')}", title, columns, rows, caption + _broken(study))
 
 
@@ -135,7 +141,7 @@ def start_table(study: Study) -> Table:
     caption += (
         "appendix B); s·B·A is of the directions that train. The loss is of the first training batch, before and "
     )
-    caption += f"after the initialisation. {_SEEDS}"
+    caption += f"after the initialisation. {_over_seeds(study)}"
     return _table(study, "start", "Gradients and distance at step 0", columns, rows, caption + _broken(study))
 
 
@@ -242,7 +248,12 @@ def _run_row(study: Study, run: RunRecord, *cells: Cell) -> Row:
 
 
 def _table(study: Study, name: str, title: str, columns: Sequence[Column], rows: Sequence[Row], caption: str) -> Table:
-    return Table(f"{slug(study.name)}-{slug(name)}", title, tuple(columns), tuple(rows), caption)
+    name = f"{slug(study.name)}-{slug(name)}"
+    return Table(name, title, tuple(columns), tuple(rows), caption, ranked=study.repeated)
+
+
+def _over_seeds(study: Study) -> str:
+    return "Mean ± sample standard deviation over seeds." if study.repeated else ONE_SEED
 
 
 def _broken(study: Study) -> str:

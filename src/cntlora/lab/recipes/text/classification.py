@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from ....messages import unknown_name
+from ....messages import counted, unknown_name
 from ..loading import load_classifier, load_tokenizer
 from ..task import Defaults, Recipe
 from ..values import at_least, check_held_out, one_of
@@ -151,11 +151,13 @@ class SequenceTask(Defaults):
 
     def describe(self) -> str:
         """The index of each class with its training rows, or the range of the numbers."""
-        return f"{label_line(self.tables[0])}; {len(self.tables[1])} rows held out"
+        return f"{label_line(self.tables[0])}; {counted(len(self.tables[1]), 'row')} held out"
 
     def build_model(self, seed: int) -> nn.Module:
         """The model in float32 with a new head, the names of its classes in its configuration."""
-        model, new = load_classifier(self.model, None if self.regression else self.tables[0].names, seed)
+        model, new = load_classifier(
+            self.model, None if self.regression else self.tables[0].names, seed, self.tokenizer
+        )
         self._new[:] = [new]
         return model.float()
 
@@ -236,7 +238,7 @@ def hold_out(table: Table, where: str, eval_size: int, seed: int, *, apart: str 
     except ValueError as error:
         counts = {name: table.labels.count(i) for i, name in enumerate(table.names)}
         rarest = min(counts, key=counts.__getitem__, default=None)
-        hint = "" if rarest is None else f" Its rarest class is {rarest!r} with {counts[rarest]} rows."
+        hint = "" if rarest is None else f" Its rarest class is {rarest!r} with {counted(counts[rarest], 'row')}."
         raise ValueError(f"{where}: task.{error}.{hint} Change task.eval_size, or add or remove such rows") from error
 
 

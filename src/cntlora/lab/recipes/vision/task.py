@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ....files.public_names import is_local, public_name
+from ....messages import counted
 from ..labels import describe_classes
 from ..scoring import CLASSIFIER_METRICS, classifier_metrics
 from ..task import Defaults, Recipe
@@ -111,7 +112,7 @@ class VisionTask(Defaults):
         """The index of each class with its training images."""
         train, held_out = self.images
         classes = describe_classes(train.names, train.labels, "images")
-        return f"classes: {classes}; {len(held_out)} images held out"
+        return f"classes: {classes}; {counted(len(held_out), 'image')} held out"
 
     def build_model(self, seed: int) -> nn.Module:
         """The pretrained model in float32 with a new head, drawn under `seed`."""
