@@ -157,6 +157,29 @@ def test_one_row_is_enough() -> None:
     assert reach.first_row(packed) is packed
 
 
+def test_the_first_tokens_are_enough_where_all_sites_are_reached() -> None:
+    """A text that is long is run from its start; where that leaves a site open, the whole row tells."""
+    lengths: list[int] = []
+
+    def call(model: nn.Module, batch: Any) -> Any:
+        lengths.append(batch["input_ids"].shape[1])
+        return model(**batch)
+
+    def found(targets: list[str]) -> list[str]:
+        model = get_peft_model(Tagger(), LoraConfig(r=2, target_modules=targets))
+        ids = torch.arange(40).reshape(2, 20)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2])}
+        return reach.unreached(model, find_sites(model)[0], call, batch)
+
+    assert found(["query"]) == [] and lengths == [16]
+    lengths.clear()
+    assert found(["query", "dense"]) == ["bert.pooler.dense"] and lengths == [16, 20]  # the control
+    row = {"input_ids": torch.zeros(1, 20), "labels": torch.zeros(1)}
+    assert reach.first_tokens(row)["input_ids"].shape == (1, 16) and reach.first_tokens(row)["labels"] is row["labels"]
+    for other in ({**row, "decoder_input_ids": torch.zeros(1, 9)}, {**row, "pixels": torch.zeros(1, 3, 20, 20)}):
+        assert reach.first_tokens(other) is other
+
+
 def test_the_plan_is_the_one_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the model draws in that pass, the others draw the same as before."""
 

@@ -59,9 +59,11 @@ def test_sums_by_rows_give_the_weight_of_sums_that_are_formed(
         assert isinstance(T, Tensor)  # control: the other way was taken
         whole.add(["site"], T, w)
     ours, theirs = held.held("site"), whole.held("site")
-    assert isinstance(ours, LowRank) and isinstance(theirs, Tensor) and ours.rank == 12
+    assert isinstance(ours, LowRank) and isinstance(theirs, Tensor)
+    plain = ours.terms[0].weights is None  # whose rows are added, of two batches of 5 and 7 tokens
+    assert ours.rank == (7 if plain else 12)
     M, expected = combine_map(W, ours, 2, initial), combine(W, W @ theirs, 2, initial)
-    assert isinstance(M, Updated)
+    assert isinstance(M, Tensor if plain else Updated)
     bound = 1e-10  # float64, and conditions of about 10
     size = relative_error(formed(M), expected)
     assert size < bound and relative_error(held.get("site"), theirs) < bound
@@ -113,9 +115,10 @@ def test_a_term_with_zeros_below_is_its_rows_and_zeros() -> None:
 def test_singular_triplets_come_without_forming_the_matrix(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     k, d = 300, 400
     W = (draw(0, k, d) * torch.logspace(0, -2, d, dtype=torch.float64)).to(dtype)
-    T = low_rank((draw(1, 60, d) / 20).to(dtype), None)
+    T = low_rank((draw(1, 60, d) / 20).to(dtype), torch.linspace(0, 1, 60, dtype=dtype))
     assert isinstance(T, LowRank)
     M = updated(-0.5, W, T, 0.5)
+    assert isinstance(M, Updated)
     whole = M.dense()
     exact = spectrum(whole, 8, exact=True)
     monkeypatch.setattr(Updated, "dense", lambda self: pytest.fail("formed"))

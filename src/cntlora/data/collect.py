@@ -175,6 +175,7 @@ def collect(
     step: Callable[[], None] = lambda: None,
     inputs: bool = True,
     totals: bool = False,
+    single: bool = False,
     admits: Admits = lambda site, known, tokens: True,
     by_loss: bool = False,
     facts: Facts | None = None,
@@ -189,7 +190,7 @@ def collect(
         on_first: receives the first batch and what the model gave for it, in the mode of reading.
         inputs: whether the moments of the inputs are taken; else their tokens are only counted.
         step: called after each batch (progress).
-        totals: whether the moments hold Σ x too.
+        totals: whether the moments hold Σ x too. single: whether float32 will do for those of float32.
         admits: which sites are read, see `memory.Budget`; the tokens of the others are counted.
         facts: to which those of these batches are added; None for new ones.
 
@@ -203,7 +204,7 @@ def collect(
     anatomy = Anatomy(model)
 
     def new(site: Site) -> Stats:
-        return Moments(site.in_features, gram, totals=totals) if inputs else TokenCount()
+        return Moments(site.in_features, gram, totals=totals, single=single) if inputs else TokenCount()
 
     with reading_mode(model, sites, batches), torch.set_grad_enabled(on_output is not None):
         for index, batch in enumerate(first_batches(batches, num_batches)):

@@ -38,13 +38,26 @@ def unreached(model: nn.Module, sites: Iterable[Site], call: Forward, batch: Any
 
     To what a layer gives a zero is added that can have a gradient; where the graph of the loss has no such zero of a
     site, that does not train. Sites that give no tensor are left out. The model and all random states are as found.
+    Where the first tokens of a text call all sites and the loss depends on each, the rest of the row is not run.
 
     Returns:
         The names; none where it cannot be told: the output has no loss, no gradient, or the pass fails.
     """
-    zeros: dict[str, list[Tensor]] = {}
     if torch.is_inference_mode_enabled():
         return []
+    sites, row = list(sites), first_row(batch)
+    short = first_tokens(row)
+    if short is not row:
+        depends = _dependence(model, sites, call, short)
+        if sites and len(depends) == len(sites) and all(depends.values()):
+            return []
+    depends = _dependence(model, sites, call, row)
+    return [name for name, does in depends.items() if not does] if any(depends.values()) else []
+
+
+def _dependence(model: nn.Module, sites: Iterable[Site], call: Forward, batch: Any) -> dict[str, bool]:
+    """Tell of each site that is called and gives tensors whether the loss depends on it; empty where the pass fails."""
+    zeros: dict[str, list[Tensor]] = {}
     try:
         with ExitStack() as stack:
             stack.enter_context(as_found(model, ()))
@@ -53,11 +66,29 @@ def unreached(model: nn.Module, sites: Iterable[Site], call: Forward, batch: Any
             for site in sites:
                 handle = site.layer.register_forward_hook(_adding(zeros.setdefault(site.name, [])))
                 stack.callback(handle.remove)
-            found = _leaves(loss_in(call(model, first_row(batch)), 0))
+            found = _leaves(loss_in(call(model, batch), 0))
     except (RuntimeError, ValueError):  # no loss of one row, or operations that want what is not kept
-        return []
-    depends = {name: any(id(zero) in found for zero in used) for name, used in zeros.items() if used}
-    return [name for name, does in depends.items() if not does] if any(depends.values()) else []
+        return {}
+    return {name: any(id(zero) in found for zero in used) for name, used in zeros.items() if used}
+
+
+FIRST_TOKENS = 16
+"""Tokens of a text that are run first."""
+
+
+def first_tokens(row: Any) -> Any:
+    """The first tokens of a text, where all tensors of a batch of one row are (1, n) of one n, or (1,); else the row
+    itself."""
+    if not isinstance(row, Mapping):
+        return row
+    tensors = [value for value in row.values() if isinstance(value, Tensor) and value.dim() > 0]
+    lengths = {value.shape[1:] for value in tensors if value.dim() > 1}
+    if len(lengths) != 1 or len(length := lengths.pop()) != 1 or length[0] <= FIRST_TOKENS:
+        return row
+    return {
+        name: value[:, :FIRST_TOKENS] if isinstance(value, Tensor) and value.dim() > 1 else value
+        for name, value in row.items()
+    }
 
 
 def first_row(batch: Any) -> Any:

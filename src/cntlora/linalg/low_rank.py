@@ -79,8 +79,16 @@ class LowRank:
         )
 
     def plus(self, other: LowRank) -> LowRank:
-        """The sum of two."""
-        return LowRank(self.terms + other.terms)
+        """The sum of two; of terms without weights, which stand above zeros, the rows are added."""
+        both = self.terms + other.terms
+        weighted = tuple(term for term in both if term.weights is not None)
+        plain = sorted((term.rows for term in both if term.weights is None), key=len, reverse=True)
+        if not plain:
+            return LowRank(weighted)
+        total = plain[0].clone() if len(plain) > 1 else plain[0]
+        for rows in plain[1:]:
+            total[: len(rows)] += rows
+        return LowRank((*weighted, Term(total, None)))
 
     def dense(self) -> Tensor:
         """The (d, d) matrix."""
@@ -142,14 +150,16 @@ class Updated:
         return torch.add(self.Y @ self.R, self.W, alpha=self.a)
 
 
-def updated(a: float, W: Tensor, T: LowRank, share: float) -> Updated:
-    """a·W + share·W·T (k, d)."""
+def updated(a: float, W: Tensor, T: LowRank, share: float) -> Matrix:
+    """a·W + share·W·T (k, d), formed where T has terms without weights: its norm alone would cost as much."""
     left, inner = [], 0.0
+    forms = any(weights is None for _, weights in T.terms)
     for rows, weights in T.terms:
-        product = W @ rows.mT  # (k, n)
-        left.append(share * (W[:, : len(rows)] if weights is None else product * weights))
-        inner += float((product * left[-1]).sum(dtype=torch.float64))
-    return Updated(a, W, torch.cat(left, dim=1), torch.cat([term.rows for term in T.terms]), inner)
+        product = W[:, : len(rows)] if weights is None else W @ rows.mT  # (k, n)
+        left.append(product * share if weights is None else share * (product * weights))
+        inner += 0.0 if forms else float((product * left[-1]).sum(dtype=torch.float64))
+    Y, R = torch.cat(left, dim=1), torch.cat([term.rows for term in T.terms])
+    return torch.addmm(W, Y, R, beta=a) if forms else Updated(a, W, Y, R, inner)
 
 
 @dataclass(frozen=True)
@@ -159,14 +169,14 @@ class Shifted:
     a: float
     T: LowRank
 
-    def after(self, M: Tensor, scale: float = 1.0) -> Updated:
+    def after(self, M: Tensor, scale: float = 1.0) -> Matrix:
         """scale·M·(a·I + T) of M (k, d)."""
         return updated(scale * self.a, M, self.T.to(M.dtype, M.device), scale)
 
 
 def times(M: Tensor, right: Tensor | Shifted) -> Tensor:
     """M·right (k, d) of a thin M, in the precision of `right` where that is formed."""
-    return right.after(M).dense() if isinstance(right, Shifted) else M.to(right) @ right
+    return formed(right.after(M)) if isinstance(right, Shifted) else M.to(right) @ right
 
 
 def root_rows(T: LowRank, shift: Tensor | float = 0.0) -> Tensor:

@@ -25,18 +25,32 @@ from .pseudo_inverse import (
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """The part of G = P D Pᵀ that the tolerance keeps: `P` (d, n), `D` (n,) descending, signs fixed."""
+    """The part of G = P D Pᵀ that the tolerance keeps: `rows` (n, d) = Pᵀ, `D` (n,) descending, signs fixed."""
 
-    P: Tensor
+    rows: Tensor
     D: Tensor
 
+    @property
+    def P(self) -> Tensor:
+        """P (d, n)."""
+        return self.rows.mT
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+
+SINGLE_BELOW = 1e6
+"""Largest condition of G at which P = X V D^(-½) comes as precisely in float32, whose rounding enters √condition-fold:
+1e-4 of the last direction at most."""
+
+
+def accumulation_dtype(dtype: torch.dtype, single: bool = False) -> torch.dtype:
     """float64 for inputs of float32 or float64, float32 for those of half precision, whose products it holds exactly.
 
     G of a network's inputs has condition numbers of 1e5 and more, and float32 sums would lose its small eigenvalues.
+
+    Args:
+        single: whether those are dropped anyway, so that float32 will do for inputs of float32.
     """
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
+    half = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half or (single and dtype == torch.float32) else torch.float64
 
 
 class Moments:
@@ -47,14 +61,17 @@ class Moments:
         gram: "sum" for G = X Xᵀ as printed in the paper, "mean" for G / b.
         dtype: dtype of accumulation and of everything returned; None for `accumulation_dtype` of the first tokens.
         totals: whether Σ x is wanted besides.
+        single: see `accumulation_dtype`.
 
     Attributes:
         seen_dtype: of the tokens, float32 at least: the precision that a result is worth.
         precision: the coarsest dtype that the tokens came in or are multiplied in; None before the first.
     """
 
-    def __init__(self, dim: int, gram: str = "sum", dtype: torch.dtype | None = None, totals: bool = False) -> None:
-        self.dim, self.kind, self.totals = dim, gram, totals
+    def __init__(
+        self, dim: int, gram: str = "sum", dtype: torch.dtype | None = None, totals: bool = False, single: bool = False
+    ) -> None:
+        self.dim, self.kind, self.totals, self.single = dim, gram, totals, single
         self._dtype = dtype
         self.seen_dtype = torch.float64
         self.precision: torch.dtype | None = None
@@ -62,6 +79,7 @@ class Moments:
         self._rows: list[Tensor] = []  # as they came, until there are more than d
         self._gram: Tensor | None = None
         self._total: Tensor | None = None
+        self._share: Tensor | None = None  # ‖X‖_F²/σ_max², once eigenvalues are known
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +94,7 @@ class Moments:
 
     def empty(self) -> Moments:
         """A new one of the same kind."""
-        return Moments(self.dim, self.kind, self._dtype, self.totals)
+        return Moments(self.dim, self.kind, self._dtype, self.totals, self.single)
 
     def update(self, rows: Tensor, precision: torch.dtype | None = None) -> None:
         """Add `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards.
@@ -84,7 +102,7 @@ class Moments:
         Args:
             precision: that the layer casts them to, where it is another than theirs (autocast).
         """
-        self._dtype = self._dtype or accumulation_dtype(rows.dtype)
+        self._dtype = self._dtype or accumulation_dtype(rows.dtype, self.single)
         if rows.shape[0]:
             self.precision = coarser(coarser(self.precision, rows.dtype), precision or rows.dtype)
         self.seen_dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -100,8 +118,8 @@ class Moments:
             self._rows.append(rows.clone())
 
     def _add_gram(self, parts: list[Tensor]) -> None:
-        """X Xᵀ of all parts, converted d tokens at a time."""
-        for rows in (block for part in parts for block in part.split(max(self.dim, 256))):
+        """X Xᵀ of all parts, converted d tokens at a time, 1,024 at least: a small copy, and few products."""
+        for rows in (block for part in parts for block in part.split(max(self.dim, 1024))):
             product = symmetric_product(rows.to(self.dtype))
             self._gram = product if self._gram is None else self._gram.add_(product)
 
@@ -129,7 +147,7 @@ class Moments:
         return torch.zeros(self.dim, dtype=self.dtype) if self._total is None else self._total
 
     def _kept(self) -> Tensor:
-        return torch.cat(self._rows).to(self.dtype)
+        return (self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)).to(self.dtype)
 
     def finite(self) -> Tensor:
         """Return whether every token seen so far is free of NaN and Inf (and small enough to square); boolean ()."""
@@ -137,7 +155,8 @@ class Moments:
             return torch.isfinite(self._gram.diagonal().sum())
         if not self._rows:
             return torch.tensor(True)
-        return torch.isfinite(torch.linalg.vector_norm(self._kept()).square())
+        norms = [torch.linalg.vector_norm(rows, dtype=self.dtype) for rows in self._rows]
+        return torch.isfinite(sum(norms[1:], start=norms[0]).square())
 
     @property
     def scale(self) -> float:
@@ -180,23 +199,33 @@ class Moments:
             return None
         return self._kept() if self.scale == 1.0 else self._kept() * self.scale**0.5
 
-    def eigenpairs(self, rtol: float, noise: float = 0.0) -> Eigenpairs:
+    def eigenpairs(self, rtol: float, noise: float = 0.0, dtype: torch.dtype | None = None) -> Eigenpairs:
         """P and D of G = P D Pᵀ with D > rtol·max D and D > noise²·Σ D (`linalg.kept`), by the b×b dual where b ≤ d
-        (P = X V D^(-½))."""
+        (P = X V D^(-½)).
+
+        Args:
+            dtype: that P is wanted in; None for that of the sums.
+        """
         rows = self.rows()
-        if rows is None:
-            D, P = eigh_descending(self.gram())
-        else:
-            D, V = eigh_descending(rows @ rows.mT)
+        D, V = eigh_descending(self.gram() if rows is None else rows @ rows.mT)
         keep = kept(D, rtol, noise)
-        D = D[keep]
-        P = P[:, keep] if rows is None else (rows.mT @ V[:, keep]) / D.sqrt()
-        return Eigenpairs(P * fix_signs(P), D)
+        count, condition = torch.stack([keep.sum(), D.amax() / torch.where(keep, D, torch.inf).amin()]).tolist()
+        self._share = torch.where(D[0] > 0, D.sum() / D[0], 1.0)
+        D, P = D[: int(count)], V[:, : int(count)].mT
+        if rows is not None:
+            precise = dtype if dtype is not None and condition <= SINGLE_BELOW else self.dtype
+            P = (P / D.sqrt()[:, None]).to(precise) @ rows.to(precise)
+        P = P.to(dtype or self.dtype)
+        return Eigenpairs(P * fix_signs(P.mT)[:, None], D)
 
     def noise_rtol(self) -> Tensor:
         """`noise` over σ_max(X) and not over ‖X‖_F, at least the tolerance of the sums, as a tolerance on singular
-        values of X; (). σ_max by eight steps of power iteration: from below, within a few percent on real inputs.
-        """
+        values of X; ()."""
+        share = self._power_iteration() if self._share is None else self._share
+        return (self.noise**2 * share).clamp_min(self.rtol).sqrt()
+
+    def _power_iteration(self) -> Tensor:
+        """‖X‖_F²/σ_max² () where no eigenvalues are known: from above, within a few percent on real inputs."""
         rows = self.rows()
         S = self.gram() if rows is None else rows
         energy = S.diagonal().sum() if rows is None else S.square().sum()
@@ -207,8 +236,7 @@ class Moments:
             image = S @ v
             largest = torch.maximum(largest, v @ image if rows is None else image @ image)
             v = image if rows is None else S.mT @ image
-        share = torch.where(largest > 0, energy / largest, torch.ones_like(energy))
-        return (self.noise**2 * share).clamp_min(self.rtol).sqrt()
+        return torch.where(largest > 0, energy / largest, torch.ones_like(energy))
 
     def numerical_rank(self, rtol: float) -> int:
         """Number of eigenvalues of G above rtol·λ_max: the directions that the data determine."""

@@ -71,9 +71,11 @@ class InputReader(Estimator, Protocol):
 
     Attributes:
         totals: whether it needs Σ x of the inputs.
+        single: whether float32 will do for X Xᵀ of inputs of float32.
     """
 
     totals: bool
+    single: bool
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
         """The quick way, and the numbers (m,) float64 that tell whether it holds; None where it always does."""

@@ -62,7 +62,7 @@ class Self(Method):
     initial_weight: Literal["pretrained", "zero"] = "pretrained"
 
     def estimator(self, weight_of: WeightOf, settings: Settings) -> Estimator:
-        map = partial(self_map, root=self.root, rtol=self.rtol)
+        map = partial(self_map, root=self.root, rtol=self.rtol, rounded=True)
         quick = partial(self_quick, rtol=self.rtol) if self.root == "cholesky" else None
         noise = Moments.noise_rtol if self.rtol is None else None
         return MapEstimator(weight_of, map, quick, noise, self.initial_weight)
@@ -74,7 +74,9 @@ class Self(Method):
         return None if self.rtol is None else self.rtol or default_rtol(d, tokens, torch.float64)
 
 
-def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tuple[Tensor | LowRank, int]:
+def self_map(
+    X: Moments, root: str = "paper", rtol: float | None = None, rounded: bool = False
+) -> tuple[Tensor | LowRank, int]:
     """T = (P D^½)† of eq. 12, W_tar = W (P D^½)†, from equal output covariances and X_src X_srcᵀ = I.
 
     Args:
@@ -89,17 +91,21 @@ def self_map(X: Moments, root: str = "paper", rtol: float | None = None) -> tupl
               noise of that size.
             - A number: those at or under rtol times the largest; a number under the limit of 0 acts as 0.
 
+        rounded: T in the precision of the inputs, which its sum over batches has, and not in that of G.
+
     Returns:
         T (d, d) and the numerical rank of G.
     """
-    pairs = X.eigenpairs(_root_rtol(X, rtol), _root_noise(X, rtol))
-    half = (pairs.P / pairs.D.sqrt()).mT  # (n, d) = D^(−½) Pᵀ
+    dtype = X.seen_dtype if rounded else X.dtype
+    pairs = X.eigenpairs(_root_rtol(X, rtol), _root_noise(X, rtol), None if root == "cholesky" else dtype)
+    P, S = pairs.rows, pairs.D.sqrt().to(pairs.rows)[:, None]
     if root == "symmetric":
-        return low_rank(pairs.P.mT, pairs.D.rsqrt()), pairs.D.numel()
+        return low_rank(P, 1 / S[:, 0]), len(P)
+    half = P / S  # (n, d) = D^(−½) Pᵀ
     if root == "cholesky":
-        Q, R = torch.linalg.qr((pairs.P * pairs.D.sqrt()).mT)  # G = Rᵀ R, so that Rᵀ is L where G has full rank
-        half = fix_diagonal(R)[:, None] * (Q.mT @ half)
-    return low_rank(half, None), pairs.D.numel()
+        Q, R = torch.linalg.qr(P * S)  # G = Rᵀ R, so that Rᵀ is L where G has full rank
+        half = (fix_diagonal(R)[:, None] * (Q.mT @ half)).to(dtype)
+    return low_rank(half, None), len(P)
 
 
 def self_quick(X: Moments, rtol: float | None = None) -> tuple[Tensor | LowRank, Tensor, int]:

@@ -84,6 +84,7 @@ class ShiftEstimator:
     """
 
     totals = False
+    single = False
 
     def __init__(
         self,

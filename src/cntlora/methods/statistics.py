@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..linalg.low_rank import LowRank, Updated, has_root, root_rows, symmetric_product, updated
+from ..linalg.low_rank import LowRank, Matrix, has_root, root_rows, symmetric_product, updated
 from ..linalg.moments import Moments
 from ..linalg.pseudo_inverse import default_rtol, full_rank, numerical_rank, rounding_noise
 from ..linalg.sums import SharedSums
@@ -42,7 +42,7 @@ def combine(W: Tensor, W_tar_sum: Tensor, batches: int, initial: str = "pretrain
     return (W_0 + W_tar_sum) / (batches + 1) - W
 
 
-def combine_map(W: Tensor, T: Tensor | LowRank, batches: int, initial: str = "pretrained") -> Tensor | Updated:
+def combine_map(W: Tensor, T: Tensor | LowRank, batches: int, initial: str = "pretrained") -> Matrix:
     """`combine` where W_tar,j = W·T_j: ΔW from Σ_j w_j T_j (d, d), which is not formed where it is held by its rows."""
     if isinstance(T, Tensor):
         return combine(W, W @ T.to(W), batches, initial)
@@ -58,6 +58,7 @@ class MapEstimator:
         quick: T, whether it holds, and the rank: tried first, where there is one.
         rtol: the tolerance of † (), where it follows from the inputs; None where it is given.
         initial_weight: W_0 of eq. 18.
+        single: whether float32 will do for X Xᵀ of inputs of float32.
     """
 
     totals = False
@@ -69,8 +70,9 @@ class MapEstimator:
         quick: QuickMap | None = None,
         rtol: Callable[[Moments], Tensor] | None = None,
         initial_weight: str = "pretrained",
+        single: bool = False,
     ) -> None:
-        self.initial_weight = initial_weight
+        self.initial_weight, self.single = initial_weight, single
         self.weight_of, self.map, self.quick, self.rtol = weight_of, map, quick, rtol
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
@@ -135,6 +137,8 @@ class InputEstimator(Generic[Shared]):
         totals: whether Σ x is wanted; else it is zero.
         by_rows: whether `share` takes X Xᵀ as a `LowRank` too, all weights of which are above zero.
     """
+
+    single = False
 
     def __init__(
         self,
