@@ -13,7 +13,7 @@ from cntlora.linalg.factors import spectrum, svd_factors
 from cntlora.linalg.low_rank import LowRank, Shifted, Updated, formed, has_root, low_rank, root_rows, times
 from cntlora.linalg.moments import Moments
 from cntlora.methods.corda import Corda
-from cntlora.methods.descent import Descent
+from cntlora.methods.descent import Descent, descent_target
 from cntlora.methods.estimator import absorb_batch
 from cntlora.methods.eva import Eva
 from cntlora.methods.target import Target
@@ -125,6 +125,22 @@ def test_few_tokens_give_the_factors_of_the_formed_matrix(
     bound = 1e-8 if dtype == torch.float64 else 1e-3
     assert relative_error(by_rows, product(whole)) < bound
     assert relative_error(other, product(whole)) > 10 * bound  # control: another weight of the second batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_in_the_span_of_the_tokens_is_factored_there(dtype: torch.dtype) -> None:
+    Y = (draw(1, 9, D) * torch.logspace(0, -2, D, dtype=torch.float64)).to(dtype)
+    C = damped_rows(Y.double(), DAMPING)
+    G = draw(2, K, 9).to(dtype) @ Y
+    small = descent_target(G, C, 2.0)
+    assert isinstance(small.M, Tensor) and small.M.shape == (K, 9) and isinstance(small.right, Tensor)
+    whole = descent_target(G, whitening(Y.double().mT @ Y.double(), DAMPING), 2.0)
+    bound = 1e-8 if dtype == torch.float64 else 1e-3
+    assert relative_error(product(small), product(whole)) < bound
+    outside = G + 0.1 * draw(3, K, D).to(dtype)  # control: not all of it is there
+    other = descent_target(outside, C, 2.0)
+    assert isinstance(other.M, Updated) and isinstance(other.right, Shifted)
+    assert relative_error(product(other), product(whole)) > 10 * bound
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -79,7 +79,7 @@ def _site_spectrum(site: Site, statistics: Statistics, r: int) -> _SiteSpectrum:
     width = config.chosen.width
     target = statistics.target(site)
     known = _spectrum(site, target, width * r, config.exact_svd)
-    most = min(site.in_features, site.out_features) // width
+    most = min(site.in_features, site.out_features, *(() if target.M is None else target.M.shape)) // width
     variances = known.relative_variance().tolist()[:most]
     statistics.facts[site.name].seconds += time.perf_counter() - start
     ranked = RankFacts((site.out_features, site.in_features), variances, target.importance)

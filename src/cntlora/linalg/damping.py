@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .low_rank import LowRank, Shifted, Term
 from .pseudo_inverse import default_rtol, eigh_descending, triangular_inverse
+from .truncated_svd import TOLERANCE
 
 
 def damped(C: Tensor, damping: float) -> Tensor:
@@ -68,6 +69,23 @@ class DampedRows:
     def power(self, p: float) -> Shifted:
         """C̃^p."""
         return Shifted(self.mu**p, LowRank((Term(self.U, (self.s + self.mu) ** p - self.mu**p),)))
+
+    def within(self, G: Tensor) -> tuple[Tensor, Tensor] | None:
+        """N (k, m) and R (m, d) = (s + μ)^(−½)·U with G·C̃^(−½) = N·U and so G·C̃⁻¹ = N·R, for G (k, d) in the span of U.
+
+        The gradient of a layer by its weight is: its rows are sums of the tokens that it saw.
+
+        Returns:
+            None where a part of G outside of U, which μ^(−½) magnifies, is more of the result than the tolerance of its
+            triplets: by four random directions, whose images have the norm of that part within some tens of percent.
+        """
+        U, root = self.U.to(G), (self.s + self.mu).rsqrt().to(G)
+        inside = G @ U.mT
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(G.shape[1], 4, generator=generator, dtype=torch.float64).to(G)
+        outside = torch.linalg.matrix_norm(G @ drawn - inside @ (U @ drawn)) / (2 * self.mu**0.5)
+        N = inside * root
+        return (N, root[:, None] * U) if bool(outside <= TOLERANCE[G.dtype] * torch.linalg.matrix_norm(N)) else None
 
 
 def damped_rows(Y: Tensor, damping: float) -> DampedRows:

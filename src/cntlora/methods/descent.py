@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.damping import damped_rows, whitening
-from ..linalg.low_rank import LowRank, Shifted, root_rows
+from ..linalg.damping import DampedRows, damped_rows, whitening
+from ..linalg.low_rank import LowRank, root_rows
 from .estimator import Estimator
 from .factors import product_factors
 from .method import Method, Settings, WeightOf
@@ -68,17 +68,23 @@ def mean_square(W: Tensor, C: Tensor) -> Tensor:
     return ((W @ C) * W).sum() / W.shape[0]
 
 
-def descent_target(G: Tensor, inverse: Tensor | Shifted, eta: Tensor | float = 1.0) -> Target:
+def descent_target(G: Tensor, inverse: Tensor | DampedRows, eta: Tensor | float = 1.0) -> Target:
     """M = −η G L⁻ᵀ: B·A = [M]_r L⁻¹ is, of rank r, the nearest to ΔW = −η G C⁻¹ in ‖(ΔW − B·A) X‖_F.
 
     ‖D X‖_F² / n = ‖D L‖_F² for C = L Lᵀ, and ΔW L = −η G L⁻ᵀ: its truncated SVD times L⁻¹ is the best of that rank.
 
     Args:
-        inverse: L⁻¹ of `whitening`, or C̃^(−½) of `damped_rows`.
+        inverse: L⁻¹ of `whitening`; or C̃ of `damped_rows`, for which C̃^(−½) stands for L⁻¹. Of a G in the span of the
+            tokens M is then (k, m), with m of them.
         eta: of this site, up to a factor that is common to all.
     """
-    M = inverse.after(G, -float(eta)) if isinstance(inverse, Shifted) else -eta * (G @ inverse.to(G).mT)
-    return Target(M=M, right=inverse, is_product=True)
+    if isinstance(inverse, Tensor):
+        return Target(M=-eta * (G @ inverse.to(G).mT), right=inverse, is_product=True)
+    if (found := inverse.within(G)) is not None:
+        N, R = found
+        return Target(M=-eta * N, right=R, is_product=True)
+    root = inverse.power(-0.5)
+    return Target(M=root.after(G, -float(eta)), right=root, is_product=True)
 
 
 def descent_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,16 +93,16 @@ def descent_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return (B @ U) * (S / ROW_NORM), ROW_NORM * Vh
 
 
-def _of_input(gram: Tensor | LowRank, tokens: float, damping: float) -> tuple[Tensor, Tensor | Shifted]:
-    """Return what all sites that see an input share: C and L⁻¹; or Y (n, d) with C = YᵀY, and C̃^(−½)."""
+def _of_input(gram: Tensor | LowRank, tokens: float, damping: float) -> tuple[Tensor, Tensor | DampedRows]:
+    """Return what all sites that see an input share: C and L⁻¹; or Y (n, d) with C = YᵀY, and C̃."""
     if isinstance(gram, Tensor):
         C = gram / tokens
         return C, whitening(C, damping)
     Y = root_rows(gram) / tokens**0.5
-    return Y, damped_rows(Y, damping).power(-0.5)
+    return Y, damped_rows(Y, damping)
 
 
-class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | Shifted]], GradientSums):
+class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | DampedRows]], GradientSums):
     """X Xᵀ and n of all inputs together, and ∂L/∂W, its mean over batches.
 
     Args:
@@ -111,11 +117,11 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | Shifted]], Gradient
         self.weight_of = weight_of
         self.accumulated = (self.sums, self.counts, self.gradients)
 
-    def made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | Shifted]) -> Target:
+    def made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | DampedRows]) -> Target:
         moment, inverse = shared
         G = self.mean_gradient(name, batches)
         W = self.weight_of(name).to(G)
-        if isinstance(inverse, Shifted):
+        if isinstance(inverse, DampedRows):
             eta = (W @ moment.to(G).mT).square().sum() / W.shape[0]
         else:
             eta = mean_square(W, moment.to(G))

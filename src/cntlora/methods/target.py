@@ -18,7 +18,8 @@ class Target:
     """The matrix, or its spectrum, that the factors of one site are made from.
 
     Attributes:
-        M: matrix (k, d) to be factored: ΔW, or what stands for it; None where `known` gives all that is needed.
+        M: matrix (k, d) to be factored: ΔW, or what stands for it, and then also (k, m) where `right` is (m, d); None
+            where `known` gives all that is needed.
         right: (d, d) that A is multiplied with after the factorisation of M; None for the identity.
         known: the first q singular triplets, where the method has its own way to them.
         is_delta: whether M is ΔW itself, so that its norm may be compared with that of W.

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..linalg.damping import DampedRows
 from ..linalg.low_rank import Shifted, times
 from .descent import DescentEstimator, descent_target
 from .estimator import Estimator
@@ -56,16 +57,18 @@ class Whitened(Method):
         return zero_up(site.scale * self.motion / math.sqrt(site.r) * A, site.shape[0])
 
 
-def whitened_target(G: Tensor, inverse: Tensor | Shifted, eta: Tensor | float = 1.0) -> Target:
+def whitened_target(G: Tensor, inverse: Tensor | DampedRows, eta: Tensor | float = 1.0) -> Target:
     """M = −η G L⁻ᵀ as in descent, whose Vᵀ are the directions, and √η·L⁻¹ that A is multiplied with.
 
     Args:
-        inverse: L⁻¹ of `whitening`, or C̃^(−½) of `damped_rows`.
+        inverse: L⁻¹ of `whitening`, or C̃ of `damped_rows`.
         eta: σ², the mean square of the site's outputs.
     """
-    root = float(eta) ** 0.5
-    right = Shifted(root * inverse.a, inverse.T.scaled(root)) if isinstance(inverse, Shifted) else root * inverse
-    return replace(descent_target(G, inverse, eta), right=right, is_product=False)
+    target, root = descent_target(G, inverse, eta), float(eta) ** 0.5
+    half = target.right
+    assert half is not None
+    right = Shifted(root * half.a, half.T.scaled(root)) if isinstance(half, Shifted) else root * half
+    return replace(target, right=right, is_product=False)
 
 
 class WhitenedEstimator(DescentEstimator):
