@@ -40,12 +40,42 @@ def installed(name: str, *requirements: str) -> Path:
     return home
 
 
+def environment(name: str, requirement: str) -> Path:
+    """The Python of an environment with a trainer and the versions that it asks for, beside the torch of this one.
+
+    Packages of torch that are not built for this torch (PyPI has those of its CUDA build only) are taken out. An empty
+    torchaudio stands in where a trainer imports it; no audio is read.
+    """
+    home = Path(os.environ.get("CNTLORA_TRAINERS") or tempfile.gettempdir()) / f"cntlora-env-{name}"
+    python, stamp = home / "bin" / "python", home / "installed"
+    if not stamp.exists() or stamp.read_text() != requirement:
+        _done([sys.executable, "-m", "venv", "--clear", home])
+        _done([python, "-m", "pip", "install", "--quiet", requirement, f"torch=={torch.__version__.split('+')[0]}"])
+        for module in ("torchvision", "torchaudio"):
+            if subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode:
+                _done([python, "-m", "pip", "uninstall", "--quiet", "--yes", module])
+        (packages,) = home.glob("lib/python*/site-packages")
+        if not (packages / "torchaudio").is_dir():
+            (packages / "torchaudio.py").write_text("")
+        stamp.write_text(requirement)
+    return python
+
+
+def _done(command: list[Any]) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @dataclass
 class Workplace:
-    """A folder with a tiny model and data, where trainers run in processes of their own."""
+    """A folder with a tiny model and data, where trainers run in processes of their own.
+
+    `packages` go before those of this environment; `python` is that of another one, in which nothing else is found.
+    """
 
     folder: Path
     packages: Path | None = None
+    python: Path = Path(sys.executable)
 
     def __post_init__(self) -> None:
         made = tokenizer()
@@ -60,9 +90,10 @@ class Workplace:
             **os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(self.folder / "home"), "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
             "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "disabled",
+            "MODELSCOPE_CACHE": str(self.folder / "home"),
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=self.folder,
+            [str(self.python), *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=self.folder,
             timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0 or not check, (done.stdout + done.stderr)[-6000:]
