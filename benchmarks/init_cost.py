@@ -3,11 +3,13 @@
     python benchmarks/init_cost.py                                  # every workload; benchmarks/records/<workload>.json
     python benchmarks/init_cost.py --workloads minilm,dinov2 --rows self,eva,"PEFT eva"
     python benchmarks/init_cost.py --device cuda --workloads llama-7b --out benchmarks/records/gpu
+    python benchmarks/init_cost.py --peaks --threads 1              # peak memory alone; benchmarks/records/peaks.json
     python benchmarks/init_cost.py --table                          # the tables of the records that are there
 
 A workload runs in one process with the same model, batches and threads, rows interleaved in rounds, so that ratios (to
 the forward pass of the same round) can be trusted on a noisy machine. Peak memory is measured in a process of its own
-for each row, above the model after its own forward pass; on a GPU it is what the allocator counted. A row that fails or
+for each row (a fork of one that has loaded the model), above the model after a forward pass; on a GPU it is what the
+allocator counted. A row that fails or
 is left out is reported with its reason.
 """
 
@@ -26,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from benchmarks.machine import RESULTS, describe
-from benchmarks.measure import measure, own_peak
+from benchmarks.measure import measure, peaks_above_model, peaks_here
 from benchmarks.rows import ROWS
 from benchmarks.tables import markdown, overview, read_records
 from benchmarks.workloads import WORKLOADS
@@ -69,6 +71,20 @@ def run(workload: str, rows: list[str], options: argparse.Namespace) -> None:
     write_atomically(options.out / f"{workload}.json", json.dumps(record, indent=1).encode())
 
 
+def run_peaks(workload: str, rows: list[str], options: argparse.Namespace) -> None:
+    """Measure peak memory alone, and put it in the record of all workloads."""
+    path = options.out / "peaks.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record[workload] = {
+        "about": WORKLOADS[workload].about,
+        "machine": describe(options.threads),
+        "rows": peaks_above_model(workload, rows, options.threads),
+    }
+    print(json.dumps(record[workload]["rows"], indent=1), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1).encode())
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,7 +100,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process for each row)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--table", action="store_true", help="only print the tables of the records in --out")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--peaks", action="store_true", help="peak memory alone; peaks.json in --out")
+    parser.add_argument("--peaks-here", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -101,11 +118,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if options.peak_of:
-        print(own_peak(workloads[0], options.peak_of))
+    if options.peaks_here:
+        print(json.dumps(peaks_here(workloads[0], rows)))
         return
     for workload in workloads:
-        run(workload, rows, options)
+        (run_peaks if options.peaks else run)(workload, rows, options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmarks.machine import gpu_held, gpu_peak, memory_mib, reset_peak, wait_for
+from benchmarks.machine import gpu_held, gpu_peak, memory_mib, reset_peak, trim, wait_for
 from benchmarks.rows import BACKWARD, FLOOR, Bench, Job
 from benchmarks.tables import number
 from benchmarks.workloads import WORKLOADS, forward_pass
@@ -129,40 +131,81 @@ def measure(
             if device.type == "cuda":
                 table[name]["peak_mib"] = peaks[name]
             elif memory:
-                table[name] |= peak_of(workload_name, name)
+                table[name] |= peak_of(workload_name, name, torch.get_num_threads())
     return table
 
 
-def peak_of(workload: str, row: str) -> Record:
-    """Peak memory, or why it could not be measured: hours of timing are not thrown away for it."""
+def peak_of(workload: str, row: str, threads: int) -> Record:
+    """Peak memory of one row, or why it could not be measured: hours of timing are not thrown away for it."""
     try:
-        return {"peak_mib": peak_above_model(workload, row)}
+        return peaks_above_model(workload, [row], threads)[row]
     except RuntimeError as error:
         return {"peak_failed": reason(error)}
 
 
-def peak_above_model(workload: str, row: str) -> float:
-    """MiB by which one row raises the peak of a process that has loaded the model and run one batch.
+def peaks_above_model(workload: str, rows: Sequence[str], threads: int = 1) -> dict[str, Record]:
+    """Row → the MiB by which it raises the peak of a process that has loaded the model and run one batch; or a reason.
+
+    The C library is told to give each freed block of 128 KiB or more back at once, so that memory that is free but
+    kept by the allocator does not count.
 
     Raises:
         RuntimeError: if that process fails, with the last line that it printed.
     """
     script = Path(__file__).with_name("init_cost.py")
-    command = [sys.executable, "-W", "ignore", str(script), "--peak-of", row, "--workloads", workload]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    options = ["--peaks-here", "--rows", ",".join(rows), "--workloads", workload, "--threads", str(threads)]
+    command = [sys.executable, "-W", "ignore", str(script), *options]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"peak memory of {row} on {workload}: the process failed: {last}")
-    return float(done.stdout.split()[-1])
+        raise RuntimeError(f"peak memory on {workload}: the process failed: {last}")
+    found: dict[str, Record] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def own_peak(workload: str, row: str) -> float:
-    """The same in this process, which should have done nothing else."""
-    bench = Bench(WORKLOADS[workload], CPU)
-    job = bench.job(row)
+def peaks_here(workload_name: str, rows: Sequence[str]) -> dict[str, Record]:
+    """The same in this process, which should have done nothing else, and which is forked for each row.
+
+    A row first runs on a tiny model: libraries that it loads and threads that it starts do not count.
+    """
+    workload = WORKLOADS[workload_name]
+    tiny, bench = Bench(WORKLOADS["tiny"], CPU), Bench(workload, CPU)
+    for model in (tiny.adapted, tiny.base, bench.base):
+        assert model is not None  # made before the process is forked
+    forward_pass(bench.adapted, bench.batches[:1])
+    found: dict[str, Record] = {}
+    for row in rows:
+        found[row] = {"skipped": workload.skip[row]} if row in workload.skip else _forked(tiny, bench, row)
+        print(f"{row}: {found[row]}", file=sys.stderr, flush=True)
+    return found
+
+
+def _forked(tiny: Bench, bench: Bench, row: str) -> Record:
+    """Peak memory of one row in a copy of this process."""
+    receive, send = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            result = {"peak_mib": _own_peak(tiny, bench, row)}
+        except Exception as error:  # whatever a row raises is its result
+            result = {"peak_failed": reason(error)}
+        os.write(send, json.dumps(result).encode())
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as answer:
+        text = answer.read()
+    os.waitpid(process, 0)
+    return json.loads(text) if text else {"peak_failed": "the process was killed"}
+
+
+def _own_peak(tiny: Bench, bench: Bench, row: str) -> float:
+    warm, job = tiny.job(row), bench.job(row)
+    warm.run(warm.prepare())
     prepared = job.prepare()
-    forward_pass(prepared, bench.batches[:1])
+    forward_pass(prepared, bench.batches[:1])  # pages of files are not there after a fork before they are looked at
     gc.collect()
+    trim()
     before = memory_mib("VmRSS")
     reset_peak()  # the peak of loading the model does not count
     job.run(prepared)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,74 @@ class StableDiffusionAttention(nn.Module):
             block(states[f"latents_{width}"], encoder_hidden_states=text)
             for width, block in zip(self.widths, self.blocks, strict=True)
         ]
+
+
+class StableDiffusion(nn.Module):
+    """UNet and text encoder of SD 1.5 (or smaller ones), with random weights; the VAE takes no LoRA and is left out."""
+
+    def __init__(self, unet: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        self.unet = UNet2DConditionModel(**unet)
+        self.text_encoder = CLIPTextModel(CLIPTextConfig(**text))
+
+    def forward(
+        self, input_ids: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, noised: bool = False
+    ) -> Tensor:
+        """Return the predicted noise (n, 4, h, w) of the clean latents at time step 0, or of noised ones."""
+        if noised:
+            kept = (1.0 - timesteps / 1000.0).view(-1, 1, 1, 1)  # stands in for the share of a schedule
+            latents = kept.sqrt() * latents + (1.0 - kept).sqrt() * noise
+        states = self.text_encoder(input_ids)[0]
+        return self.unet(latents, timesteps if noised else timesteps * 0, encoder_hidden_states=states).sample
+
+
+SD15_UNET: Mapping[str, Any] = {
+    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 768,
+}  # fmt: skip
+SD15_TEXT: Mapping[str, Any] = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "projection_dim": 768,
+}  # fmt: skip
+
+
+def stable_diffusion() -> nn.Module:
+    return random_model(lambda: StableDiffusion(SD15_UNET, SD15_TEXT))
+
+
+def tiny_stable_diffusion() -> nn.Module:
+    unet = {**SD15_UNET, "sample_size": 8, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32,
+            "layers_per_block": 1, "attention_head_dim": 4}  # fmt: skip
+    text = {**SD15_TEXT, "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    return random_model(lambda: StableDiffusion(unet, text))
+
+
+def prompted_latents(count: int, side: int, vocabulary: int) -> list[dict[str, Tensor]]:
+    """One clean latent (1, 4, side, side) a batch with a prompt of 77 tokens, and the noise and time step of training.
+
+    Latents are smooth and of unit variance, as those of photos are roughly.
+    """
+    g = torch.Generator().manual_seed(0)
+    batches = []
+    for ids in random_ids(vocabulary, count, 1, 77):
+        coarse = torch.randn(1, 4, side // 4, side // 4, generator=g)
+        smooth = nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
+        latents = smooth / smooth.std() + 0.1 * torch.randn(1, 4, side, side, generator=g)
+        noise = torch.randn(1, 4, side, side, generator=g)
+        timesteps = torch.randint(1, 1000, (1,), generator=g)
+        batches.append({"input_ids": ids, "latents": latents, "noise": noise, "timesteps": timesteps})
+    return batches
+
+
+def predicted_noise(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of training: the mean square of what the prediction of the noise is off by."""
+    return nn.functional.mse_loss(model(**batch, noised=True), batch["noise"])
 
 
 def coloured(rows: int, tokens: int, width: int, generator: torch.Generator) -> Tensor:

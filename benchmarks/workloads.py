@@ -16,12 +16,16 @@ from benchmarks.shapes import (
     dinov2_giant,
     labelled_ids,
     llama,
+    predicted_noise,
+    prompted_latents,
     random_ids,
     random_images,
     random_model,
     roberta_large,
     seeded,
     squared_output,
+    stable_diffusion,
+    tiny_stable_diffusion,
 )
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -92,6 +96,7 @@ BERT_TARGETS = ("query", "key", "value", "attention.output.dense")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DINOV2_TARGETS = (*BERT_TARGETS, "q_proj", "k_proj", "v_proj", "o_proj")
 """The same four layers under the names that older and newer transformers give them."""
+SD15_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 
 
 # --- real models and data -------------------------------------------------------------------------------------
@@ -220,6 +225,17 @@ WORKLOADS: dict[str, Workload] = {
             "4 × 512 tokens, d = 4096 and 11008, 224 sites",
             lambda: _llama_7b(32), lambda: _language_batches(8, 4, 512, 32000),
             _lora(LLAMA_TARGETS, rank=16, task_type="CAUSAL_LM"), output_loss, hidden=True,
+        ),
+        Workload(
+            "sd15", "UNet and text encoder of SD 1.5 (random weights), all attention at rank 128: 5 batches of one "
+            "latent of 64 × 64 (an image of 512 × 512) with a prompt of 77 tokens, d = 320 to 1280, 176 sites",
+            stable_diffusion, lambda: prompted_latents(5, 64, 49408), _lora(SD15_TARGETS, rank=128), predicted_noise,
+            hidden=True,
+        ),
+        Workload(
+            "sd15-tiny", "the same at tiny shapes, for tests",
+            tiny_stable_diffusion, lambda: prompted_latents(2, 8, 100), _lora(SD15_TARGETS, rank=4), predicted_noise,
+            hidden=True,
         ),
         Workload(
             "tiny", "a Llama of 2 layers, d = 32 (random weights), for tests",

@@ -24,11 +24,12 @@ from benchmarks import (
     scaling,
     standin,
     starts,
+    table4,
     tables,
     workloads,
 )
 from benchmarks.peers import rows_alone
-from benchmarks.rows import FLOOR, ROWS, Bench, Job
+from benchmarks.rows import BACKWARD, FLOOR, ROWS, Bench, Job
 from tests import reference
 from tests.bounds import eps
 from torch import Tensor, nn
@@ -153,9 +154,26 @@ def test_the_command_writes_a_record_and_prints_it_again(tmp_path: Path, capsys:
 
 @pytest.mark.slow
 def test_peak_memory_comes_from_a_process_of_its_own() -> None:
-    assert 0.0 <= measure.peak_above_model("tiny", "self") < 200.0
-    with pytest.raises(RuntimeError, match="peak memory of nothing on tiny"):
-        measure.peak_above_model("tiny", "nothing")
+    found = measure.peaks_above_model("tiny", ["self", "PEFT eva"])
+    assert list(found) == ["self", "PEFT eva"]
+    assert all(0.0 <= row["peak_mib"] < 200.0 for row in found.values())
+    with pytest.raises(RuntimeError, match="peak memory on tiny"):
+        measure.peaks_above_model("tiny", ["nothing"])
+
+
+@pytest.mark.slow
+def test_table_4_is_resumed_and_has_the_shares(tmp_path: Path) -> None:
+    out = tmp_path / "table4.json"
+    table4.main(["--workload", "sd15-tiny", "--rows", "cross", "--out", str(out)])
+    first = json.loads(out.read_text())
+    assert list(first["rows"]) == [FLOOR, BACKWARD, "cross"] and len(first["steps"]) == 3
+    table4.main(["--workload", "sd15-tiny", "--rows", "cross,pissa", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert {row: record["rows"][row] for row in first["rows"]} == first["rows"] and "pissa" in record["rows"]
+    record |= {"steps": [2.0, 1.0, 3.0], "rows": {"eva": {"seconds": 20.0}, "self": {"failed": "no memory"}}}
+    assert table4.share(record, "eva") == 1.0 and table4.share(record, "self") is None
+    assert "| eva | 20.0 | 1.00 % | 1.71 % | 0.34 % |" in table4.markdown(record)
+    assert "| self | failed | – |" in table4.markdown(record)
 
 
 # --- workloads ------------------------------------------------------------------------------------------------
