@@ -212,6 +212,14 @@ def test_the_package_runs_as_a_module() -> None:
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == VERSION
 
 
+def test_inspect_says_that_a_folder_is_not_there(tmp_path: Path) -> None:
+    """The control is a folder that is there and has no adapter."""
+    (tmp_path / "empty").mkdir()
+    for name, says in (("nowhere", "nowhere: there is no such folder"), ("empty", "empty: no adapter_config.json")):
+        code, _, told = cntlora("inspect", tmp_path / name)
+        assert code == 1 and says in told and len(told.splitlines()) == 1
+
+
 def test_inspect_refuses_what_is_no_adapter(model_folder: Path, data: Path, tmp_path: Path) -> None:
     code, _, err = cntlora("inspect", tmp_path)
     assert code == 1 and "adapter_config.json" in err

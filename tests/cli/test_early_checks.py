@@ -65,6 +65,7 @@ def test_mistakes_are_found_before_torch_is_imported(run_fresh: RunFresh, tmp_pa
         (other("--plan", tmp_path), "is a folder; expected the name of a file"),
         (other("--data", tmp_path / "absent.csv"), "there is no such file"),
         (other("--data", latin), "iconv -f WINDOWS-1252 -t UTF-8 latin.csv"),
+        (other("--data", f"{tmp_path}/nowhere/"), "nowhere/: there is no such folder"),
         (other("--data", control), "iconv -f ISO-8859-1 -t UTF-8 control.csv"),
         (other("--text", "body"), "there is no column 'body'; its columns are: review, stars"),
         (other("--task", "poetry"), "'poetry' is not known"),

@@ -81,6 +81,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: if a file is missing or cut short, or the configuration is not that of a LoRA.
     """
     config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not folder.exists():
+        raise ValueError(f"{folder}: there is no such folder; expected that of a PEFT adapter")
     if folder.suffix == ".safetensors" or ((folder / DIFFUSERS_FILE).is_file() and not config_file.is_file()):
         raise ValueError(
             f"{folder}: a file of diffusers has no {config_file.name}; expected the folder of a PEFT adapter. `cntlora "

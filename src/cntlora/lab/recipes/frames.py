@@ -46,6 +46,8 @@ def read_frame(source: str | PathLike[str], *, quoted: bool = True) -> pd.DataFr
         reader is None and not path.exists() and _may_be_published(str(source))
     ):
         return _from_hub(str(source))
+    if str(source).endswith("/"):
+        raise FileNotFoundError(f"{source}: there is no such folder")
     if reader is None:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(_READERS)}")
     if not path.is_file():
