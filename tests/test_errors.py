@@ -263,7 +263,7 @@ def branches() -> Any:
 @pytest.mark.parametrize("options", [{}, {"adaptive_ranks": True}])
 def test_a_site_that_never_fires(options: dict[str, Any]) -> None:
     rows, config = [torch.randn(9, 6)], InitConfig.from_dict({"method": "self", **options})
-    refuses(branches(), rows, "site idle", "not called in any of 1 batches", "on_missing='warn'", config=config)
+    refuses(branches(), rows, "site idle", "not called in any of 1 batch", "on_missing='warn'", config=config)
     model = branches()
     with pytest.warns(UserWarning, match="site idle cannot be initialised.*left as plain LoRA") as caught:
         report = initialize(model, rows, config, on_missing="warn")

@@ -195,4 +195,4 @@ def test_inspect_and_export_need_the_command_line_alone(run_fresh: RunFresh, tmp
     script = HIDE.format(names=hidden) + "from cntlora.__main__ import main\nmain()\n"
     assert "unet.down.to_q" in run_fresh(script, "inspect", adapter)
     out = tmp_path / "lora.safetensors"
-    assert "1 sites" in run_fresh(script, "export", adapter, "--out", out) and out.is_file()
+    assert "1 site (" in run_fresh(script, "export", adapter, "--out", out) and out.is_file()

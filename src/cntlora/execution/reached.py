@@ -39,7 +39,7 @@ def _without_tokens(statistics: Statistics) -> dict[str, str]:
     read = counted(facts.batches, "batch")
     for site in statistics.sites:
         if not facts[site.name].calls:
-            found[site.name] = f"its layer was not called in any of {read}; does this data reach it?"
+            found[site.name] = f"its layer was not called in any of {read}; give batches that reach it"
         elif not facts[site.name].batches:
             found[site.name] = f"it saw no token that counts in {read}; read more batches or check the masks"
     return found
