@@ -29,6 +29,7 @@ from benchmarks.machine import RESULTS as RECORDS
 from benchmarks.overview import ROOT, RUNS, starts, study_of
 
 from cntlora.atomic import write_atomically
+from cntlora.lab.experiments.arms import LABELS
 from cntlora.lab.report import load_records, studies, study_tables
 from cntlora.lab.report.batches_read import later_against
 from cntlora.lab.report.formats import Cell, Column, Row, Table
@@ -86,15 +87,25 @@ def filled(template: Path, runs: Path = RUNS, records: Path = RECORDS) -> str:
 
     text = TABLE.sub(table, template.read_text(encoding="utf-8"))
     text = RATES.sub(lambda match: rates.TABLES[match[1]](runs), text)
-    if "<!-- starts -->" in text:
+    with_starts = "<!-- starts -->" in text
+    if with_starts:
         text = text.replace("<!-- starts -->", starts(records / "starts.json"))
-    elif used:
+    text = _with_names(text)
+    if used and not with_starts:
         text = f"{text.rstrip()}\n\n{_sources(used)}"
     if len(text.splitlines()) > MOST_LINES or "<!--" in text:
         raise ValueError(
             f"{template}: expected at most {MOST_LINES} lines and no directive but table, rates and starts"
         )
     return text
+
+
+def _with_names(text: str) -> str:
+    """The page, with the methods that our labels in its tables stand for before its first question."""
+    labels = {label: name for name, label in LABELS.items() if label.startswith("CNTLoRA-")}
+    found = [f"{label} is `{name}`" for label, name in labels.items() if re.search(rf"{label}\b", text)]
+    head, question, rest = text.partition("\n## ")
+    return f"{head}\nIn the tables {', '.join(found)}.\n{question}{rest}" if found else text
 
 
 def _markdown(study: Study, methods: list[str], names: list[str], rate: float | None) -> str:

@@ -11,6 +11,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+CODE = re.compile(r"<pre.*?</pre>|<code>.*?</code>", re.DOTALL)
+OPTION = re.compile(r"(?<![\w-])--\w[\w-]*")
 TO_RESULTS = re.compile(r"\[([^\]]+)\]\((?:\.\./)*(results/[^)#]*)(#[^)]*)?\)")
 
 
@@ -42,3 +44,12 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> st
         return link[0] if found is not None and found.inclusion.is_included() else link[1]
 
     return TO_RESULTS.sub(kept, markdown.replace("](../notebooks/", "](notebooks/"))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keeps options such as --out on one line, which browsers break behind a hyphen; code blocks do not break."""
+
+    def kept(code: re.Match[str]) -> str:
+        return code[0] if code[0].startswith("<pre") else OPTION.sub(r'<span class="option">\g<0></span>', code[0])
+
+    return CODE.sub(kept, html)

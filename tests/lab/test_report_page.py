@@ -213,13 +213,33 @@ addEventListener("load", async () => {
 """
 
 
-def browse(text: str, folder: Path, extra: str = "") -> tuple[dict[str, Any], list[str]]:
+# The start of printing, of which a page hears before it is laid out on paper.
+PRINTING = """
+<script>
+addEventListener("load", async () => {
+  const boxes = [...document.querySelectorAll(".plot")];
+  const drawn = () => boxes.filter((box) => box.querySelector("svg.main-svg")).length;
+  await new Promise((done) => setTimeout(done, 1000));
+  const before = drawn();
+  dispatchEvent(new Event("beforeprint"));
+  const out = document.createElement("pre");
+  out.id = "found";
+  out.textContent = JSON.stringify({ before, drawn: drawn(), boxes: boxes.length });
+  document.body.append(out);
+});
+</script>
+"""
+
+
+def browse(
+    text: str, folder: Path, extra: str = "", probe: str = PROBE, height: int = 12000
+) -> tuple[dict[str, Any], list[str]]:
     """Open a page in a headless browser without network: what the probe found, and the console's messages."""
-    (folder / "page.html").write_text(text.replace("</body>", extra + PROBE + "</body>"))
+    (folder / "page.html").write_text(text.replace("</body>", extra + probe + "</body>"))
     # the window is as tall as the page: plots are drawn when they come near it, and nothing scrolls without frames
     options = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     options += " --disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=60000"
-    command = [str(BROWSER), *options.split(), "--window-size=1280,12000", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command = [str(BROWSER), *options.split(), f"--window-size=1280,{height}", "--host-resolver-rules=MAP * ~NOTFOUND"]
     command += [f"--user-data-dir={folder / 'profile'}", "--dump-dom", (folder / "page.html").as_uri()]
     # on a crowded machine the virtual clock may run out before the first frame, without which no plot is drawn
     for _ in range(5):
@@ -276,6 +296,10 @@ class TestBrowser:
         assert (first, up, down, last) == (None, "ascending", "descending", None)
         numbers = [float(value) for value in rising]
         assert numbers == sorted(numbers) and falling == rising[::-1] and end == start != falling
+
+    def test_printing_draws_the_plots_that_nobody_scrolled_to(self, tmp_path: Path) -> None:
+        found, messages = browse(build_page(cases.few()), tmp_path, probe=PRINTING, height=600)
+        assert messages == [] and found["before"] < found["drawn"] == found["boxes"]
 
     def test_plots_follow_the_theme(self, seen: tuple[dict[str, Any], list[str]]) -> None:
         light, dark = seen[0]["inks"]

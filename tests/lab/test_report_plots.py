@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("plotly", reason="the plots need the extra `report`")
 
 from tests import report_cases as cases
 
+from cntlora.lab.report.curves import MOST_LABELS, rate_labels
 from cntlora.lab.report.figures import save_figures
 from cntlora.lab.report.methods import styles
 from cntlora.lab.report.plots import Plot, all_plots
@@ -130,6 +133,25 @@ def test_learning_rates_at_which_a_seed_broke_are_left_out(plots: dict[str, Plot
     found = lines(plots["Mean training loss against learning rate"])
     assert list(found["rslora"].x) == [0.0003, 0.001, 0.003]
     assert list(found["lora"].x) == [0.0003, 0.001, 0.003, 0.01]
+
+
+def test_labels_of_learning_rates_do_not_run_into_each_other() -> None:
+    rates = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 6e-3, 0.01, 0.02, 0.03, 0.05, 0.1]  # those of the tweets
+    found = rate_labels(rates)
+    kept = [math.log10(rate) for rate, label in zip(rates, found, strict=True) if label]
+    assert "0.002" not in found and found[0] == "1e-05" and found[-1] == "0.1"
+    assert min(np.diff(kept)) >= 4 / MOST_LABELS > min(np.diff(np.log10(rates)))  # the last is the control
+    assert rate_labels([0.001, 0.002, 0.003, 0.01]) == ["0.001", "0.002", "0.003", "0.01"]
+    assert rate_labels([0.001]) == ["0.001"] and rate_labels([]) == []
+
+
+def test_a_spectrum_within_a_decade_has_ticks_too(plots: dict[str, Plot]) -> None:
+    runs = [cases.record("self", 0.001, 0)]
+    for site in runs[0]["sites"].values():
+        site["singular_values"] = [0.0038, 0.002, 0.0014]
+    flat = {plot.title: plot for plot in all_plots(studies(runs)[0])}["Singular values, query"]
+    assert flat.figure.layout.yaxis.type == "log" and flat.figure.layout.yaxis.dtick is None
+    assert plots["Singular values, query"].figure.layout.yaxis.dtick == 1  # many decades: a tick each
 
 
 def test_a_label_cannot_bring_markup(study: Study) -> None:

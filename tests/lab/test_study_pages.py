@@ -73,6 +73,17 @@ def test_numbers_are_those_of_the_runs(made: Path) -> None:
     assert f"−{-difference.mean():.3f} ± {difference.std():.3f}" in plain_row
 
 
+def test_a_page_says_which_methods_its_labels_stand_for(made: Path) -> None:
+    """Before its first question; a page without such labels says nothing."""
+    told = {}
+    for path in made.glob("*.md"):
+        head, _, rest = path.read_text().partition("\n## ")
+        told[path.name] = re.findall(r"(CNTLoRA-\w+) is `", head)
+        assert set(re.findall(r"^\| (CNTLoRA-\w+)", rest, re.MULTILINE)) <= set(told[path.name]), path.name
+    assert told["tweets_300.md"] == ["CNTLoRA-D", "CNTLoRA-W"] and told["index.md"] == []
+    assert "CNTLoRA-S" not in told["tweets_tolerance.md"]  # its rows are those of CNTLoRA-Sh
+
+
 def test_another_run_makes_another_page(made: Path, tmp_path: Path) -> None:
     shutil.copytree(overview.RUNS, tmp_path / "runs")
     edited(overview.RUNS / "pairs.parquet", tmp_path / "runs", "descent", 0.001)

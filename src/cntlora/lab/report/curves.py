@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from ..record import RunRecord
 from .study import Estimate, Group, Study, finite
 
 WINDOWS = 20  # the smoothing window is a run's length divided by this
+MOST_LABELS = 9  # of learning rates, such as 0.0001, that fit side by side under a plot
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,18 @@ def rates_curve(study: Study, group: Group, key: str) -> Curve:
     values = [(g.learning_rate, g.value(key)) for g in found]
     known = [(x, e.mean, e.spread) for x, e in values if e.mean is not None]
     return Curve(tuple(k[0] for k in known), tuple(k[1] for k in known), tuple(k[2] for k in known))
+
+
+def rate_labels(rates: Sequence[float]) -> list[str]:
+    """Labels of rising learning rates at a logarithmic axis; "" for one that would run into the label before it."""
+    labels: list[str] = []
+    last = -math.inf
+    room = math.log10(rates[-1] / rates[0]) / MOST_LABELS if rates else 0.0
+    for rate in rates:
+        near = math.log10(rate) - last < room
+        labels.append("" if near else f"{rate:g}")
+        last = last if near else math.log10(rate)
+    return labels
 
 
 def epochs_a_step(study: Study) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic import write_atomically
-from .curves import Curve, loss_curve, metric_curve, rates_curve, stretched
+from .curves import Curve, loss_curve, metric_curve, rate_labels, rates_curve, stretched
 from .methods import BANDS, Style, styles
 from .plots import abscissa
 from .ranks import RankMap, adaptive, rank_maps
@@ -75,7 +75,7 @@ def _figures(study: Study, drawn: Mapping[str, Style]) -> dict[str, Any]:
         )
     rates = _lines(study, drawn, lambda g: rates_curve(study, g, MEAN_LOSS), "learning rate", "mean training loss")
     rates.axes[0].set_xscale("log")
-    rates.axes[0].set_xticks(study.learning_rates, [f"{rate:g}" for rate in study.learning_rates])
+    rates.axes[0].set_xticks(study.learning_rates, rate_labels(study.learning_rates))
     rates.axes[0].minorticks_off()
     figures |= {"learning-rates": rates, "init-time": _init(study, drawn)}
     maps = [(study.labels[m], found) for m in drawn if adaptive(study.best[m]) for found in rank_maps(study.best[m])]

@@ -48,6 +48,10 @@
     }
   }, { rootMargin: "600px" });
   document.querySelectorAll(".plot").forEach((box) => near.observe(box));
+  addEventListener("beforeprint", () => document.querySelectorAll(".plot").forEach((box) => {
+    near.unobserve(box);
+    if (!drawn.has(box)) draw(box);
+  }));
   const recolour = () => drawn.forEach((box) => Plotly.relayout(box, themed(box.layout)));
 
   // The filter: rows, plots of one method, and traces.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .curves import Curve, epochs_a_step, loss_curve, metric_curve, rates_curve, stretched, thin
+from .curves import Curve, epochs_a_step, loss_curve, metric_curve, rate_labels, rates_curve, stretched, thin
 from .methods import Style, styles
 from .ranks import RankMap, adaptive, rank_maps
 from .study import MEAN_LOSS, Estimate, Group, Study, finite, kinds, sites_of
@@ -71,7 +71,7 @@ def rates_plot(study: Study, drawn: Mapping[str, Style], key: str) -> Plot:
     traces = _curves(study, drawn, lambda group: rates_curve(study, group, key), markers=True)
     plot = _plot(study, RATES, f"{name[0].upper()}{name[1:]} against learning rate", traces, "learning rate", name)
     ticks = [float(f"{rate:g}") for rate in study.learning_rates]
-    plot.figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    plot.figure.update_xaxes(type="log", tickvals=ticks, ticktext=rate_labels(ticks), tickangle=0)
     return plot
 
 
@@ -148,7 +148,9 @@ def spectrum_plot(study: Study, drawn: Mapping[str, Style], kind: str) -> Plot:
 
     traces = _curves(study, drawn, curve)
     plot = _plot(study, SPECTRA, f"Singular values, {kind}", traces, "index", "singular value")
-    plot.figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    values = [y for trace in traces for y in trace.y]
+    decades = bool(values) and max(values) >= 100 * min(values)  # over fewer, a tick a decade may be no tick at all
+    plot.figure.update_yaxes(type="log", exponentformat="power", dtick=1 if decades else None)
     return plot
 
 
