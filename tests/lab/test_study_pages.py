@@ -36,6 +36,13 @@ def test_every_study_is_on_a_page_and_every_page_in_the_index(made: Path) -> Non
     assert sorted(listed) == sorted(pages)
 
 
+def test_what_study_files_refer_to_is_there() -> None:
+    files = sorted((study_pages.ROOT / "studies").rglob("*.toml"))
+    named = {name for file in files for name in re.findall(r"\b(?:docs|studies)/[\w/.-]*\w", file.read_text())}
+    assert "studies/pages" in named
+    assert not [name for name in named if not (study_pages.ROOT / name).exists()]
+
+
 def test_every_page_can_be_read(made: Path) -> None:
     """Questions as headings, a table of at most six rows each, two sentences or so before it."""
     for path in made.glob("*.md"):
