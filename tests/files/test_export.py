@@ -149,7 +149,7 @@ def test_a_text_model_is_no_part_of_a_pipeline(tmp_path: Path) -> None:
     model = adapted()
     initialize(model, text_batches(), progress=False, config=InitConfig(method="self"))
     save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"name the part with --component .*: unet, transformer, text_encoder"):
+    with pytest.raises(ValueError, match=r"the part with --component .*: unet, transformer, .*needs no export"):
         export_adapter(tmp_path / "adapter", tmp_path / "a.safetensors")
     for part in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior"):
         with pytest.raises(ValueError, match="this is no adapter of a text-to-image model"):

@@ -213,9 +213,10 @@ def test_a_shorter_training_fits_what_the_file_says_of_it(tmp_path: Path) -> Non
     path = written(tmp_path, FILE)
     with pytest.warns(UserWarning) as told:
         train = load_experiment(path, ["train.steps=20"]).train
-    assert (train.steps, train.eval_at, train.sample_at, train.warmup) == (20, (10, 20), (), 2)
+    assert (train.steps, train.eval_at, train.sample_at, train.warmup) == (20, (10, 20), (20,), 2)
     said = " ".join(str(warning.message) for warning in told)
     assert "train.eval_at=[10, 20, 40] became [10, 20] with train.steps=20" in said and "train.warmup=30" in said
+    assert "train.sample_at=[40] became [20] with train.steps=20" in said  # or a short trial would show no sample
     train = load_experiment(path, ["train.steps=80"]).train  # the control: nothing to change, nothing said
     assert (train.eval_at, train.warmup) == ((10, 20, 40), 30)
     with pytest.warns(UserWarning, match="warmup=10 became 0"):  # the default's, which no file has to name
@@ -239,4 +240,7 @@ def test_what_is_put_over_a_file_is_checked_and_not_fitted(tmp_path: Path) -> No
 def test_epochs_for_steps_leave_no_moment_in_the_other_unit(tmp_path: Path) -> None:
     path = written(tmp_path, FILE.replace("warmup = 30", "warmup = 5"))
     with pytest.warns(UserWarning, match=r"eval_at=\[10, 20, 40\] became \[\]"):
-        assert load_experiment(path, ["train.epochs=50"]).train.eval_at == ()
+        train = load_experiment(path, ["train.epochs=50"]).train
+    assert (train.eval_at, train.sample_at) == ((), (50,))
+    with pytest.warns(UserWarning, match=r"sample_at=\[40\] became \[\]"):  # no whole number of epochs names this end
+        assert load_experiment(path, ["train.epochs=1.5"]).train.sample_at == ()

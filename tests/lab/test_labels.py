@@ -56,6 +56,7 @@ def test_a_column_of_real_numbers_is_no_column_of_classes(tmp_path: Path, name: 
     kept = read_table(tmp_path / name, label="label", regression=True)  # the cure
     assert kept.values == pytest.approx(REALS) and not kept.labels
     assert label_line(kept) == "labels: numbers from 0.013 to 21.843 (60 rows)"
+    assert label_line(kept.take([0])) == "labels: numbers from 0.013 to 0.013 (1 row)"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def smoke_task(model: str, folder: Path) -> CaptioningTask:
 
 def own_task(data: Path, **options: Any) -> CaptioningTask:
     """A task on the user's files; the model is not needed until the prompt is checked."""
-    options = {"model": "none", "prompt": "<image> Describe it.", "eval_size": 2, **options}
+    options = {"model": "none", "prompt": "<image> Describe it.", "eval_size": 2, "sentences": "", **options}
     return CaptioningTask(CaptioningSettings(data=str(data), **options))
 
 
@@ -208,6 +208,13 @@ def test_sentsim_is_one_for_the_same_text_and_ignores_padding(one: CaptioningTas
     assert torch.allclose(sentences.embed(texts)[0], sentences.embed(texts[:1])[0], atol=1e-5)
 
 
+def test_sentsim_can_be_left_out(one: CaptioningTask) -> None:
+    bare = dataclasses.replace(one, settings=dataclasses.replace(one.settings, sentences="", concept=None))
+    assert (list(bare.metrics), bare.main_metric) == (["loss"], "loss")
+    assert set(bare.evaluate(bare.build_model(0), bare.eval_batches())) == {"loss"}
+    assert one.main_metric == "sentsim" and "sentsim" in one.metrics  # the control
+
+
 def test_evaluate_gives_the_metrics_and_leaves_everything(task: CaptioningTask) -> None:
     model = task.build_model(0).train()
     state = torch.random.get_rng_state()
@@ -279,6 +286,7 @@ def test_the_prompt_is_filled_from_the_columns(captions: Path) -> None:
         ({}, {"identifier": "<sks>"}, r"'<sks>' is in no caption in all 6 training rows"),
         ({}, {"eval_size": 8}, r"captions.jsonl: 8 rows, so task.eval_size=8 leaves .*--set task.eval_size=1"),
         ({}, {"prompt": "What?"}, r"expected a place for the image, '<image>'"),
+        ({}, {"sentences": "./none"}, r"^task.sentences, which scores captions: .*none.*; \"\" leaves this score out"),
     ],
 )
 def test_one_clear_error_before_training(

@@ -187,15 +187,21 @@ def test_diffusers_reads_what_save_writes(task: DreamboothTask, method: str, tmp
     assert most(ours, pristine) > 20
 
 
-def test_class_pictures_are_made_once_and_completed(sd: DreamboothTask, tmp_path: Path) -> None:
+def test_class_pictures_are_made_once_and_completed(
+    sd: DreamboothTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline = load_pipeline(sd.settings.model)
     options: dict[str, Any] = {"steps": 1, "guidance": 1.0, "batch_size": 2}
     files = class_files(pipeline, "a dog", 3, tmp_path, **options)
     before = [open_photo(path) for path in files]
+    assert "generating 3 images of the class for 'a dog', once; they are kept in" in capsys.readouterr().err
     marked = Image.new("RGB", before[0].size, "red")
     marked.save(files[0])
     files[1].unlink()
     again = [open_photo(path) for path in class_files(pipeline, "a dog", 3, tmp_path, **options)]
+    assert "generating 1 image of the class" in capsys.readouterr().err
+    class_files(pipeline, "a dog", 3, tmp_path, **options)
+    assert capsys.readouterr().err == ""  # nothing to wait for
     assert most([again[0]], [marked]) == 0  # kept
     assert most(again[1:], before[1:]) == 0  # the missing one is drawn again as it was
     assert most([before[0]], [before[1]]) > 0

@@ -199,5 +199,6 @@ def _part_of(name: str, component: str | None) -> tuple[str, str]:
             return part, name
     raise ValueError(
         f"site {name}: its name does not tell which part of a text-to-image pipeline it is of; if the adapter is of "
-        f"one, name the part with --component (component= in Python): {', '.join(PARTS)}"
+        f"one, name the part with --component (component= in Python): {', '.join(PARTS)}; the adapter of another model "
+        "needs no export, its folder loads with PeftModel.from_pretrained"
     )

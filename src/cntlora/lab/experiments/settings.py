@@ -165,8 +165,12 @@ def _fit(train: dict[str, Any], before: Mapping[str, Any], keys: set[str]) -> It
         if f"train.{name}" in keys or not isinstance(at, list) or not all(isinstance(moment, int) for moment in at):
             continue
         train[name] = [] if other_unit else [moment for moment in at if moment <= end]
-        if train[name] != at:
-            yield f"train.{name}={at} became {train[name]} with train.{length}={end}; the end is always among them"
+        if train[name] == at:
+            continue
+        if name == "sample_at" and end == int(end) and end not in train[name]:
+            train[name].append(int(end))  # the end is always scored, but samples are made only where they are asked for
+        also = "; the end is always scored" if name == "eval_at" else ""
+        yield f"train.{name}={at} became {train[name]} with train.{length}={end}{also}"
     warmup: Any = train.get("warmup", None if "warmup_epochs" in train else TrainSettings().warmup)
     fixed = "train.warmup" in keys or length != "steps" or not isinstance(warmup, int)
     if not fixed and warmup > end:

@@ -14,7 +14,7 @@ from .arms import parse_arm
 from .settings import Experiment
 from .tasks import make_task
 
-_OF_THE_MODEL = ("model", "feature_layer", "size", "prompt")
+_OF_THE_MODEL = ("model", "feature_layer", "size", "prompt", "sentences")
 _LONG = 2**20
 
 

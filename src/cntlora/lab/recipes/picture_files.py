@@ -177,7 +177,7 @@ def said_of_dark(where: object, dark: Sequence[object], count: int) -> str | Non
         return None
     return (
         f"{where}: {len(dark)} of {count} images are almost black (nothing is brighter than {DARK} of 255), such as "
-        f"{dark[0]}; values of 10 or 12 bits in a file of 16 have to be scaled to its full range when you save them"
+        f"{dark[0]}; values of 10 or 12 bits in a file of 16 have to be scaled to its full range: times 64 or 16"
     )
 
 

@@ -38,6 +38,22 @@ class Sentences:
         with quiet_transformers(), torch.random.fork_rng():  # what the file lacks, such as a pooler, is drawn
             return tokenizer, AutoModel.from_pretrained(resolve_model(self.model)).eval()
 
+    def check(self) -> None:
+        """Find the model, whose first use is after a training.
+
+        Raises:
+            ValueError: if it cannot be found; names what to set instead.
+        """
+        from ..loading import load_tokenizer
+
+        try:
+            load_tokenizer(self.model)
+        except ValueError as error:
+            raise ValueError(
+                f'task.sentences, which scores captions: {error}; "" leaves this score out, "sample:minilm" is a model '
+                "that comes in a package"
+            ) from error
+
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (n, hidden), each of length 1."""
@@ -90,11 +106,11 @@ def score_captions(
     batches: Iterable[Mapping[str, Tensor]],
     tokenizer: Any,
     *,
-    sentences: Sentences,
+    sentences: Sentences | None,
     concepts: Sequence[str],
     max_tokens: int,
 ) -> dict[str, float]:
-    """Loss (nats a token), sentsim and, if there are concepts, recall and wrong_concept.
+    """Loss (nats a token), sentsim if there is a model for it and, if there are concepts, recall and wrong_concept.
 
     Raises:
         ValueError: if there is no batch.
@@ -112,7 +128,9 @@ def score_captions(
         truth += captions_of(batch, tokenizer)
     if not truth:
         raise ValueError("batches: expected at least one batch, got none")
-    scores = {"loss": total / tokens, "sentsim": sentences.similarity(said, truth)}
+    scores = {"loss": total / tokens}
+    if sentences:
+        scores["sentsim"] = sentences.similarity(said, truth)
     if concepts:
         scores["recall"], scores["wrong_concept"] = recall(said, truth, concepts)
     return scores

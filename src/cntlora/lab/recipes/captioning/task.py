@@ -63,7 +63,7 @@ class CaptioningSettings:
         eval_size: held-out rows, at random under `split_seed`; not used by sample:concepts.
         batch_size: images a batch.
         max_caption: tokens of a caption; longer ones are cut, and no more are generated.
-        sentences: model of the sentence embeddings of SentSim, or "sample:minilm".
+        sentences: model of the sentence embeddings of SentSim, or "sample:minilm"; "" leaves SentSim out.
         shown: held-out images whose captions `sample` writes.
         dtype: of the frozen weights, "float32" or "bfloat16".
     """
@@ -105,14 +105,19 @@ class CaptioningTask(Defaults):
     """Captions of images; the same split for every seed of training."""
 
     settings: CaptioningSettings
-    main_metric: ClassVar[str] = "sentsim"
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
 
     @property
     def metrics(self) -> Mapping[str, str]:
-        """SentSim, loss, and Recall and the share of wrong names where there are concepts."""
+        """SentSim unless it is left out, loss, and Recall and the share of wrong names where there are concepts."""
+        similarity = {"sentsim": "max"} if self.settings.sentences else {}
         concepts = {"recall": "max", "wrong_concept": "min"} if self.settings.has_concepts else {}
-        return {"sentsim": "max", **concepts, "loss": "min"}
+        return {**similarity, **concepts, "loss": "min"}
+
+    @property
+    def main_metric(self) -> str:
+        """SentSim, or the first of what is measured without it."""
+        return next(iter(self.metrics))
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -150,10 +155,10 @@ class CaptioningTask(Defaults):
         return split_rows(rows, s.eval_size, s.split_seed, s.data)
 
     def check(self) -> None:
-        """Read all rows, decode up to 2,000 images of each part, and lay out a prompt.
+        """Read all rows, decode up to 2,000 images of each part, lay out a prompt, and find SentSim's model.
 
         Raises:
-            ValueError: for rows, images, concepts or a prompt that cannot be used.
+            ValueError: for rows, images, concepts, a prompt or a model of sentences that cannot be used.
         """
         s = self.settings
         for rows in self.rows:
@@ -162,6 +167,8 @@ class CaptioningTask(Defaults):
             what = f"column {s.concept!r} is empty" if s.concept else f"{s.identifier!r} is in no caption"
             raise ValueError(f"{s.data}: {what} in all {len(self.rows[0])} training rows; Recall needs a concept")
         full_prompt(self.processor, self.rows[0][0].prompt)
+        if self._sentences:
+            self._sentences.check()
 
     def build_model(self, seed: int) -> nn.Module:
         """The pretrained model; nothing in it is new."""
@@ -183,7 +190,7 @@ class CaptioningTask(Defaults):
         return CaptionBatches(self.processor, rows, self.settings.batch_size, self.settings.max_caption, seed)
 
     def evaluate(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Loss (nats a token), SentSim in [−1, 1], Recall and wrong names as shares of the rows."""
+        """Loss (nats a token), SentSim in [−1, 1] unless left out, Recall and wrong names as shares of the rows."""
         return score_captions(
             model,
             batches,
@@ -194,8 +201,8 @@ class CaptioningTask(Defaults):
         )
 
     @cached_property
-    def _sentences(self) -> Sentences:
-        return Sentences(self.settings.sentences)
+    def _sentences(self) -> Sentences | None:
+        return Sentences(self.settings.sentences) if self.settings.sentences else None
 
     def sample(self, model: nn.Module, step: int, folder: Path) -> list[Sample]:
         """Captions of some held-out images, spread evenly, and the images beside them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ....messages import warn_caller
+from ....messages import counted, warn_caller
 from ..picture_files import SUFFIXES, left_out, open_picture
 from ..samples.downloads import cache_dir
 from .denoisers import encode_pictures, family_of, noise_scheduler, side_of, training_target
@@ -92,10 +93,15 @@ def class_files(
     """Images of a class that the pretrained pipeline makes of its prompt, each once: those in `folder` are kept.
 
     Image i is drawn under seed i, and written under another name first, so an interrupted call goes on where it was.
+    With a large model this takes longer than the training, so a line on stderr says what is going on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:04d}.png" for i in range(count)]
     missing = [i for i in range(count) if not files[i].is_file()]
+    if missing:
+        images = counted(len(missing), "image")
+        sys.stderr.write(f"generating {images} of the class for {prompt!r}, once; they are kept in {folder}\n")
+        sys.stderr.flush()
     for start in range(0, len(missing), batch_size):
         rows = missing[start : start + batch_size]
         pictures = generate(pipeline, [prompt] * len(rows), rows, steps=steps, guidance=guidance)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from ....messages import counted
 from ..frames import column, names_of, numbers, raw_column, read_frame
 from ..labels import REGRESSION, class_column, describe_classes, known_classes
 
@@ -87,7 +88,7 @@ class Table:
 def label_line(table: Table) -> str:
     """One line about the labels: the index of each class with its rows, or the range of the numbers."""
     if table.values:
-        return f"labels: numbers from {min(table.values):g} to {max(table.values):g} ({len(table)} rows)"
+        return f"labels: numbers from {min(table.values):g} to {max(table.values):g} ({counted(len(table), 'row')})"
     return f"classes: {describe_classes(table.names, table.labels)}"
 
 
