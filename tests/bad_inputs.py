@@ -27,7 +27,7 @@ from cntlora import (
 )
 from cntlora.files.inspection import inspect_adapter
 from cntlora.lab.experiments.settings import load_experiment
-from cntlora.lab.recipes.picture_files import open_picture
+from cntlora.lab.recipes.image_files import open_image
 from cntlora.lab.recipes.text.tables import read_table
 from cntlora.model.sites import find_sites
 
@@ -183,7 +183,7 @@ def _table(rows: str, **columns: Any) -> Call:
 
 def _picture(folder: Path) -> object:
     Image.new("F", (4, 4), 300.0).save(folder / "scan.tif")
-    return open_picture(folder / "scan.tif")
+    return open_image(folder / "scan.tif")
 
 
 WRONG: dict[str, Call] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cntlora.lab.recipes.picture_files import left_out
+from cntlora.lab.recipes.image_files import left_out
 from cntlora.messages import warn_caller
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 import cntlora
 from cntlora.files.class_names import read_names
-from cntlora.lab.recipes.vision.images import LabelledImages, open_picture, read_images
+from cntlora.lab.recipes.vision.images import LabelledImages, open_image, read_images
 from cntlora.lab.recipes.vision.models import ImageClassifier, build_classifier, new_modules, tiny_backbone
 from cntlora.lab.recipes.vision.pixels import IMAGENET_MEAN, IMAGENET_STD, ImageBatches, Pixels
 from cntlora.lab.recipes.vision.settings import VisionSettings, VtabSettings
@@ -122,7 +122,7 @@ def test_a_published_data_set(monkeypatch: pytest.MonkeyPatch, photos: Path, nam
     assert asked == [("some/pets", "small", "train"), ("some/pets", "small", "test")]
     assert held_out is not None
     assert train.names == held_out.names == ("cat", "dog") and list(held_out.labels) == [1, 0]
-    expected = np.asarray(open_picture(images.sources[5]))
+    expected = np.asarray(open_image(images.sources[5]))
     assert np.array_equal(np.asarray(held_out.load(held_out.sources[0], 8)), expected)
     with pytest.raises(ValueError, match="no column 'image'; its columns are: img, label"):
         read_images("some/pets")
@@ -132,13 +132,13 @@ def test_pictures_are_upright_and_white_where_transparent(tmp_path: Path) -> Non
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.putpixel((0, 0), (255, 0, 0, 255))
     clear.save(tmp_path / "clear.png")
-    pixels = np.asarray(open_picture(tmp_path / "clear.png"))
+    pixels = np.asarray(open_image(tmp_path / "clear.png"))
     assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[1, 1].tolist() == [255, 255, 255]
     lying = Image.new("RGB", (6, 3))
     exif = lying.getexif()
     exif[0x0112] = 6  # turned by a quarter
     lying.save(tmp_path / "lying.jpg", exif=exif)
-    assert open_picture(tmp_path / "lying.jpg").size == (3, 6)
+    assert open_image(tmp_path / "lying.jpg").size == (3, 6)
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -253,7 +253,7 @@ class Counter:
 
     def __call__(self, source: Any, size: int) -> Image.Image:
         self.opened.append(source)
-        return open_picture(source, size)
+        return open_image(source, size)
 
 
 def batches_of(photos: Path, seed: int | None = 0, cache_mib: int = 1, **options: Any) -> tuple[ImageBatches, Counter]:

@@ -19,7 +19,7 @@ from cntlora.lab.report import load_records, write_report
 from cntlora.lab.report.gallery import caption_tables, gallery_part
 from cntlora.lab.report.grids import save_grids
 from cntlora.lab.report.page import build_page
-from cntlora.lab.report.sample_images import SIDE, data_uri, read_picture
+from cntlora.lab.report.sample_images import SIDE, data_uri, read_image
 from cntlora.lab.report.samples import Sample, gallery_of, spread_over
 from cntlora.lab.report.study import Study, studies
 
@@ -85,7 +85,7 @@ class TestChoice:
 class TestPictures:
     def test_a_thumbnail_is_bounded_and_keeps_its_shape(self, tmp_path: Path) -> None:
         Image.new("RGB", (1024, 512), "red").save(tmp_path / "a.png")
-        found = read_picture(Sample("image", tmp_path / "a.png", None, tmp_path))
+        found = read_image(Sample("image", tmp_path / "a.png", None, tmp_path))
         assert isinstance(found, Image.Image) and found.size == (SIDE, SIDE // 2)
         uri = data_uri(found)
         back = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
@@ -93,7 +93,7 @@ class TestPictures:
 
     def test_small_and_transparent_pictures_stay_exact(self, tmp_path: Path) -> None:
         Image.new("RGBA", (300, 300), (1, 2, 3, 0)).save(tmp_path / "a.png")
-        found = read_picture(Sample("image", tmp_path / "a.png", None, tmp_path))
+        found = read_image(Sample("image", tmp_path / "a.png", None, tmp_path))
         assert isinstance(found, Image.Image) and data_uri(found).startswith("data:image/png;") and found.mode == "RGBA"
 
     def test_what_cannot_be_shown_is_said(self, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ class TestPictures:
             Path("/etc/hostname"): "hostname lies outside the folder of the records",
             None: "no image recorded",
         }
-        assert {path: read_picture(Sample("image", path, None, inside)) for path in words} == words
+        assert {path: read_image(Sample("image", path, None, inside)) for path in words} == words
 
 
 class TestPage:

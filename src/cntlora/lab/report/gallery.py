@@ -7,7 +7,7 @@ from typing import Any
 
 from .formats import DASH, Cell, Column, Row, Table
 from .methods import group_of
-from .sample_images import data_uri, read_picture
+from .sample_images import data_uri, read_image
 from .samples import Gallery, Sample, gallery_of, seed_words
 from .study import Study
 from .tables import slug
@@ -62,7 +62,7 @@ def _cell(sample: Sample | None) -> dict[str, str | None]:
 
 
 def _picture(sample: Sample) -> dict[str, str | None]:
-    found = read_picture(sample)
+    found = read_image(sample)
     return {"missing": found} if isinstance(found, str) else {"image": data_uri(found)}
 
 

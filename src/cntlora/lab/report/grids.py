@@ -10,7 +10,7 @@ from typing import Any
 
 from ...atomic import write_atomically
 from .formats import DASH
-from .sample_images import read_picture
+from .sample_images import read_image
 from .samples import Gallery, Sample, gallery_of
 from .study import Study
 from .tables import slug
@@ -42,7 +42,7 @@ class _Sheet:
 
     def draw(self, x: float, y: float, side: float, sample: Sample | None) -> None:
         """A sample's image in a square, or the reason why there is none."""
-        found = DASH if sample is None else read_picture(sample, _PIXELS)
+        found = DASH if sample is None else read_image(sample, _PIXELS)
         if isinstance(found, str):
             self.write(x + side / 2, y + side / 2, found, 26, fontsize=5, ha="center", va="center", color=_SOFT)
             return

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 SIDE = 256  # pixels of the longer side of a thumbnail
 
 
-def read_picture(sample: Sample, side: int = SIDE) -> Image | str:
+def read_image(sample: Sample, side: int = SIDE) -> Image | str:
     """The image of a sample, at most `side` pixels in each direction, RGB or RGBA; or why there is none, in words."""
-    from ..recipes.picture_files import open_layered
+    from ..recipes.image_files import open_layered
 
     if sample.path is None:
         return "no image recorded"

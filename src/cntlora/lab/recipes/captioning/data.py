@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 
 from ....messages import warn_caller
 from ..frames import column, raw_column, read_frame
-from ..picture_files import CHECKED, SUFFIXES, is_dark, open_picture, said_of_dark
+from ..image_files import CHECKED, SUFFIXES, dark_warning, is_dark, open_image
 from ..values import check_held_out, one_of
 from .scenes import Scene
 
@@ -45,9 +45,9 @@ class CaptionRow:
         if isinstance(self.image, Scene):
             return self.image.draw()
         if isinstance(self.image, bytes):
-            return open_picture(self.image, name=self.where)
+            return open_image(self.image, name=self.where)
         try:
-            return open_picture(self.image)
+            return open_image(self.image)
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from error
 
@@ -173,7 +173,7 @@ def check_pictures(rows: Sequence[CaptionRow]) -> None:
         ValueError: for the first that is missing or broken.
     """
     dark = [row.where for row in rows[:CHECKED] if is_dark(row.open())]
-    if said := said_of_dark("the images of the captions", dark, len(rows[:CHECKED])):
+    if said := dark_warning("the images of the captions", dark, len(rows[:CHECKED])):
         warn_caller(said)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..picture_files import open_layered
+from ..image_files import open_layered
 
 SIZE = 112
 COLOURS = {

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ....messages import counted, warn_caller
-from ..picture_files import SUFFIXES, left_out, open_picture
+from ..image_files import SUFFIXES, left_out, open_image
 from ..samples.downloads import cache_dir
 from .denoisers import encode_pictures, family_of, noise_scheduler, side_of, training_target
 from .small_pictures import SUBJECTS, subject_photos
@@ -49,8 +49,8 @@ def photo_files(data: str) -> list[Path]:
 
 
 def open_photo(path: Path) -> Image.Image:
-    """An image as RGB, see `cntlora.lab.recipes.picture_files.open_picture`."""
-    return open_picture(path)
+    """An image as RGB, see `cntlora.lab.recipes.image_files.open_image`."""
+    return open_image(path)
 
 
 def as_pixels(pictures: Sequence[Image.Image], side: int) -> Tensor:

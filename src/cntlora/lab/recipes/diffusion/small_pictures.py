@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..picture_files import open_layered
+from ..image_files import open_layered
 from ..samples.pictures import emoji, stamps
 
 Colour = tuple[int, int, int]
@@ -51,7 +51,6 @@ SUBJECTS: Mapping[str, str] = {
     "whitestar-petunia": "flower",
     "double_decker_bus": "bus",
 }
-LIVING = ("bird", "fish", "dog")
 # folder of a stamp → what it is, so that class words ("a bird") have many images
 _NOUNS = {
     "birds": "bird", "fish": "fish", "insects": "insect", "dogs": "dog", "cats": "cat", "bears": "bear",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ....data.batches import to_device
 from ....messages import warn_caller
 from ...record import Sample
-from ..picture_files import is_dark, said_of_dark
+from ..image_files import dark_warning, is_dark
 from ..scoring import modes
 from ..task import Defaults, Recipe
 from .data import (
@@ -70,7 +70,7 @@ class DreamboothTask(Defaults):
         """
         files = photo_files(self.settings.data)
         dark = [path for path in files if is_dark(open_photo(path))]
-        if said := said_of_dark(self.settings.data, dark, len(files)):
+        if said := dark_warning(self.settings.data, dark, len(files)):
             warn_caller(said)
 
     @cached_property

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from ..picture_files import layered, open_layered
+from ..image_files import layered, open_layered
 from .downloads import packaged_file
 
 WHITE = (255, 255, 255)

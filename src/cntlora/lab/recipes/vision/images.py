@@ -17,8 +17,8 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from ....messages import first_line, warn_caller
+from ..image_files import CHECKED, SUFFIXES, dark_warning, is_dark, left_out, opaque, open_image
 from ..labels import class_column, known_classes, listed, warn_alike
-from ..picture_files import CHECKED, SUFFIXES, is_dark, left_out, opaque, open_picture, said_of_dark
 from ..text.tables import read_table
 from ..values import check_held_out
 
@@ -28,7 +28,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 def _open_file(source: Any, size: int) -> Image.Image:
-    return open_picture(source, size)
+    return open_image(source, size)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class LabelledImages:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             found = list(pool.map(lambda row: is_dark(self.load(self.sources[row], 64)), rows))
         dark = [self.sources[row] for row, is_so in zip(rows, found, strict=True) if is_so]
-        if said := said_of_dark(self.where, dark, len(found)):
+        if said := dark_warning(self.where, dark, len(found)):
             warn_caller(said)
 
 

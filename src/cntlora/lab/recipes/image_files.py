@@ -41,7 +41,7 @@ class _Unusable(ValueError):
     """An image that can be decoded, but not turned into brightness without a guess."""
 
 
-def open_picture(file: File | bytes, size: int | None = None, *, name: object = None) -> Image.Image:
+def open_image(file: File | bytes, size: int | None = None, *, name: object = None) -> Image.Image:
     """An image file as 8-bit RGB, upright as its EXIF entry says, transparent parts white.
 
     Args:
@@ -57,7 +57,7 @@ def open_picture(file: File | bytes, size: int | None = None, *, name: object = 
 
 
 def open_layered(file: File | bytes, size: int | None = None, *, name: object = None) -> Image.Image:
-    """Open an image as `open_picture`, but as RGBA where it has transparent parts."""
+    """Open an image as `open_image`, but as RGBA where it has transparent parts."""
     named = file if name is None and not isinstance(file, bytes) else name
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -165,7 +165,7 @@ def is_dark(image: Image.Image) -> bool:
     return max(high for _, high in image.getextrema()) <= DARK  # type: ignore[misc,union-attr]
 
 
-def said_of_dark(where: object, dark: Sequence[object], count: int) -> str | None:
+def dark_warning(where: object, dark: Sequence[object], count: int) -> str | None:
     """Return a warning where at least half of the images are almost black; None where they are not.
 
     Args:

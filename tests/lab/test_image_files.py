@@ -15,10 +15,10 @@ from PIL import Image
 
 from cntlora.lab.recipes.captioning.data import CaptionRow, check_pictures
 from cntlora.lab.recipes.diffusion.data import open_photo
-from cntlora.lab.recipes.picture_files import is_dark, opaque, open_layered, open_picture
+from cntlora.lab.recipes.image_files import is_dark, opaque, open_image, open_layered
 from cntlora.lab.recipes.samples.pictures import Pictures
 from cntlora.lab.recipes.vision.images import LabelledImages, _open_row, read_images
-from cntlora.lab.report.sample_images import read_picture
+from cntlora.lab.report.sample_images import read_image
 from cntlora.lab.report.samples import Sample
 
 RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
@@ -61,7 +61,7 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def pixels(content: bytes) -> Any:
-    image = open_picture(content, name="it")
+    image = open_image(content, name="it")
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -166,7 +166,7 @@ def test_an_animation_gives_its_first_frame_and_a_tiff_of_pages_is_refused() -> 
         assert pixels(content)[0, 0].tolist() == [255, 0, 0]
     stack = saved(red, "TIFF", save_all=True, append_images=[blue, red])
     with pytest.raises(ValueError, match=r"^it: it has 3 pages, expected one; save the page"):
-        open_picture(stack, name="it")
+        open_image(stack, name="it")
     small = red.resize((2, 2))
     small.encoderinfo = {"tiffinfo": {254: 1}}  # a smaller copy of the first page
     content = saved(red, "TIFF", save_all=True, append_images=[small])
@@ -188,7 +188,7 @@ def test_an_animation_gives_its_first_frame_and_a_tiff_of_pages_is_refused() -> 
 )
 def test_values_without_a_known_range_are_refused(content: bytes, parts: list[str]) -> None:
     with pytest.raises(ValueError, match="^it: [^\n]*$") as error:
-        open_picture(content, name="it")
+        open_image(content, name="it")
     assert all(part in str(error.value) for part in parts)
 
 
@@ -202,7 +202,7 @@ def test_every_recipe_and_the_report_see_the_same(tmp_path: Path) -> None:
             (tmp_path / "data" / name / f"{row}.png").write_bytes(DEEP["PNG of 16 bits"])
     path = tmp_path / "data" / "cat" / "0.png"
     images, _ = read_images(str(tmp_path / "data"))
-    shown = read_picture(Sample("image", path, None))
+    shown = read_image(Sample("image", path, None))
     assert not isinstance(shown, str)
     found = [
         images.load(images.sources[0], 8),
