@@ -1,4 +1,6 @@
-"""Finds the optimizers and DDP wrappers that hold the parameters of an adapter, which is too late to replace them.
+"""Finds what else holds the parameters of a model: optimizers, DDP wrappers, other adapters, other modules.
+
+An optimizer or a wrapper that holds those of an adapter makes it too late to replace them.
 
 PyTorch keeps no list of its optimizers, so that the only way to find one is a look at every Python object: 0.1 to 0.7 s
 beside transformers. The reference count of a parameter says at once whether anything but its module holds it. Nothing
@@ -16,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .lora_layers import factor_of, factor_slots
-from .sharded import check_rank
+from .lora_layers import adapters_of, factor_of, factor_slots
+from .sharded import address, check_rank
 
 if TYPE_CHECKING:
     from ..plan import InitPlan
@@ -104,3 +106,29 @@ def _check_wrapper(wrapper: nn.Module, ours: dict[int, str], resized: set[int]) 
             f"site {name}: the model is already wrapped in {type(wrapper).__name__}, which would not synchronise its "
             "new parameters, of another rank; initialise first, then wrap (base='paired' keeps the rank)"
         )
+
+
+def check_alone(model: nn.Module, sites: list[Site]) -> None:
+    """Check that nothing else stands on the weights, which base "subtract" changes.
+
+    Raises:
+        ValueError: names another adapter of a layer, or another module that has its weight.
+    """
+    for site in sites:
+        others = sorted(adapters_of(site.layer) - {site.adapter})
+        if others:
+            raise ValueError(
+                f"site {site.name}: it also has adapter {others[0]!r}, and base 'subtract' changes the weight that "
+                "both stand on; use base='offset', which leaves it alone"
+            )
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(address(parameter), []).append(path)
+    for site in sites:
+        shared = owners.get(address(site.stored), [])
+        if len(shared) > 1:
+            raise ValueError(
+                f"site {site.name}: its weight is shared with another module ({', '.join(shared)}), so base "
+                "'subtract' would change that too; use base='offset' or leave it out of target_modules"
+            )

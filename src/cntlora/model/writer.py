@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..interrupts import interrupts_deferred
 from .checks import check_fresh, check_writable
 from .freezing import freeze_sites, unmask
-from .holders import check_holders
+from .holders import check_alone, check_holders
 from .layouts import shaped_like, weight_matrix, write_matrix
 from .lora_layers import adapters_of, factor_of, factor_slots
 from .peft_config import as_integer, sync_config
@@ -40,8 +40,7 @@ def write_plan(model: nn.Module, plan: InitPlan, adapter_name: str = "default") 
     tied = {t.site.name: t for t in tied_as_planned(groups(model, usable, adapter_name), plan)}
     check_holders(usable, plan, {name for name, t in tied.items() if not t.shares_memory})
     if plan.config.effective_base == "subtract":
-        _check_alone(usable)
-        _check_untied(model, usable)
+        check_alone(model, usable)
     with interrupts_deferred():  # Ctrl-C waits until the model is whole again
         with torch.no_grad():
             for site in sorted(usable, key=lambda site: site.name in tied):  # those that others follow come first
@@ -181,30 +180,6 @@ def _put(owner: Any, name: str, value: Tensor) -> None:
     else:
         value = shaped_like(old, value)
         setattr(owner, name, nn.Parameter(value.clone(), requires_grad=old.requires_grad))
-
-
-def _check_alone(sites: list[Site]) -> None:
-    for site in sites:
-        others = sorted(adapters_of(site.layer) - {site.adapter})
-        if others:
-            raise ValueError(
-                f"site {site.name}: it also has adapter {others[0]!r}, and base 'subtract' changes the weight that "
-                "both stand on; use base='offset', which leaves it alone"
-            )
-
-
-def _check_untied(model: nn.Module, sites: list[Site]) -> None:
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(address(parameter), []).append(path)
-    for site in sites:
-        shared = owners.get(address(site.stored), [])
-        if len(shared) > 1:
-            raise ValueError(
-                f"site {site.name}: its weight is shared with another module ({', '.join(shared)}), so base "
-                "'subtract' would change that too; use base='offset' or leave it out of target_modules"
-            )
 
 
 def _remove_empty(model: nn.Module, adapter: str, sites: list[Site]) -> None:
