@@ -9,10 +9,14 @@ from torch import Tensor
 
 from .low_rank import Matrix, formed, frobenius
 from .pseudo_inverse import eigh_descending, fix_signs
-from .truncated_svd import TOLERANCE, leading_triplets
+from .truncated_svd import TOLERANCE, gram_triplets, leading_triplets
 
 EXACT_BELOW = 256
 """Up to so many rows or columns all singular values are computed; beyond, the leading ones alone."""
+
+
+GRAM_BELOW = 640
+"""Up to so many rows or columns one eigendecomposition in float32 is cheaper than the iteration."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,19 @@ class Spectrum:
 def spectrum(M: Matrix, q: int, exact: bool = False, product: bool = False) -> Spectrum:
     """The first q singular triplets of M (k, d), signs fixed by the rows of Vᵀ, and at least so many singular values.
 
-    Where M is large and q small, they come in the precision of M from a block Krylov iteration with an error bound
-    (`truncated_svd`). ‖M‖_F, which eq. 19 divides by, costs no SVD. Else, or with `exact`, from float64.
+    Where M is large and q small, they come in the precision of M: from its smaller Gram matrix, or from a block Krylov
+    iteration with an error bound (`truncated`) where that is cheaper. ‖M‖_F, which eq. 19 divides by, costs no SVD.
+    Else, or with `exact`, from float64.
 
     Args:
         product: the product of the factors is what counts, see `leading_triplets`.
     """
     q = min(q, *M.shape)
     if not exact and _pays(M, q):
+        small = isinstance(M, Tensor) and M.dtype == torch.float32 and min(M.shape) <= GRAM_BELOW
         norm = frobenius(M)
-        found = leading_triplets(M, q, norm=norm if product else None)
+        of_gram = gram_triplets(formed(M), q) if small else None
+        found = of_gram or leading_triplets(M, q, norm=norm if product else None)
         if found is not None:
             U, S, Vh = found
             signs = fix_signs(Vh.mT)
