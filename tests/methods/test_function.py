@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -222,6 +224,23 @@ def test_what_a_function_returns_is_checked_at_its_site() -> None:
         with pytest.raises((ValueError, RuntimeError), match=words):
             initialize(model, token_batches(SIZES), InitConfig(function), progress=False)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("function", [all_of_w, by_covariance, down_the_gradient, natural_step])
+def test_an_estimator_that_is_given_up_is_gone_with_its_sums(function: Callable[..., Any]) -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = lambda: self
+
+    estimator = cntlora.from_function(function)().estimator(lambda name: torch.eye(3), InitConfig())
+    gc.collect()
+    gc.disable()
+    try:
+        held, control = weakref.ref(estimator), weakref.ref(Cycle())
+        del estimator
+        assert held() is None and control() is not None  # what holds itself waits until Python looks for cycles
+    finally:
+        gc.enable()
 
 
 def test_options_cannot_hide_those_of_the_configuration() -> None:

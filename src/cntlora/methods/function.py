@@ -139,12 +139,13 @@ class _OfInputs(InputEstimator[dict[str, Any]]):
 
 class _OfBoth(InputEstimator[dict[str, Any]], GradientSums):
     def __init__(self, make: Callable[..., Target], totals: bool) -> None:
-        def with_gradient(name: str, batches: int, read: dict[str, Any]) -> Target:
-            return make(name, **read, G=self.mean_gradient(name, batches).double())
-
         GradientSums.__init__(self)
-        InputEstimator.__init__(self, _moments, with_gradient, totals)
+        InputEstimator.__init__(self, _moments, None, totals)
+        self.make_site = make
         self.accumulated = (self.sums, self.counts, self.gradients)
+
+    def made(self, name: str, batches: int, shared: dict[str, Any]) -> Target:
+        return self.make_site(name, **shared, G=self.mean_gradient(name, batches).double())
 
 
 def _moments(gram: Tensor, total: Tensor, tokens: float) -> dict[str, Any]:
