@@ -198,6 +198,8 @@ def _modifier(name: str, text: str) -> tuple[Modifier, Any]:
 def _check(name: str, root: str, found: list[tuple[Modifier, Any]]) -> None:
     """Modifiers that exclude each other, or that have no effect on the base."""
     seen: dict[str, Modifier] = {}
+    unchanged = root in ("full", "peft:adalora")  # which take no modifier
+    of_peft = root == "lora" or root.startswith("peft:")
     for modifier, _ in found:
         shown = f"+{modifier.example}"
         if modifier.option in seen:
@@ -205,14 +207,8 @@ def _check(name: str, root: str, found: list[tuple[Modifier, Any]]) -> None:
             what = "comes twice" if other is modifier else f"and +{other.example} both set {modifier.option}"
             raise ValueError(f"method {name!r}: {shown} {what}; keep one of them")
         seen[modifier.option] = modifier
-        if root in ("full", "peft:adalora") or (
-            modifier.of in ("init", "data") and (root == "lora" or root.startswith("peft:"))
-        ):
-            allowed = (
-                []
-                if root in ("full", "peft:adalora")
-                else [f"+{m.example}" for m in MODIFIERS if m.of in ("lora", "arm")]
-            )
+        if unchanged or (of_peft and modifier.of in ("init", "data")):
+            allowed = [] if unchanged else [f"+{m.example}" for m in MODIFIERS if m.of in ("lora", "arm")]
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}; it takes {allowed or 'no modifier'}")
         if modifier.option == "base" and root in METHODS and METHODS[root].zero_start:
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}, which starts at B = 0; leave it out")
