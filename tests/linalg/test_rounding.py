@@ -23,7 +23,6 @@ from cntlora import InitConfig
 from cntlora.linalg.moments import Moments
 from cntlora.linalg.pseudo_inverse import coarser, rounding_noise
 from cntlora.methods.cross import cross_map
-from cntlora.methods.estimator import Contribution
 from cntlora.methods.facts import Facts, SiteFacts
 from cntlora.methods.self_mode import self_map, self_quick
 from cntlora.methods.statistics import InputEstimator
@@ -160,9 +159,9 @@ def test_the_coarsest_dtype_of_a_batch_decides() -> None:
 
 def test_facts_are_put_together_over_batches_processes_and_passes() -> None:
     one, two = Facts(batches=2), Facts(batches=1)
-    one.add(["a", "b"], Contribution(rank=5, rtol=torch.tensor(1e-6), precision=torch.float32))
-    one.add(["a"], Contribution(rank=7, rtol=torch.tensor(4e-6), precision=torch.bfloat16))
-    two.add(["b"], Contribution(rank=3, rtol=torch.tensor(2e-6), precision=torch.float64))
+    one.add(["a", "b"], rank=5, rtol=torch.tensor(1e-6), precision=torch.float32)
+    one.add(["a"], rank=7, rtol=torch.tensor(4e-6), precision=torch.bfloat16)
+    two.add(["b"], rank=3, rtol=torch.tensor(2e-6), precision=torch.float64)
     one["a"].merge(SiteFacts(calls=1, batches=1, tokens=9, largest_batch=9, masks={"text (labels)"}, seconds=1.0))
     one["a"].merge(SiteFacts(calls=1, batches=0, seconds=0.5, unmasked={"no mask"}))
     two["a"].merge(SiteFacts(calls=1, batches=1, tokens=4, largest_batch=4, masks={"text (attention_mask)"}))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,11 +17,22 @@ if TYPE_CHECKING:
     from ..linalg.moments import Moments
     from ..methods.estimator import Contribution
     from ..model.sites import Site
-    from .distributed import DistributedExecutor
+
+T = TypeVar("T")
+
+
+class GathersWeights(Protocol):
+    """What is asked of the executor: a sharded weight for one process, or for all."""
+
+    def map_sharded(self, sites: Sequence[Site], make: Callable[[Site], T], owners: Mapping[str, int]) -> dict[str, T]:
+        """Return what `make` gives for each site, on the process that owns it."""
+
+    def on_all(self, site: Site, make: Callable[[Site], T] | None) -> T | Exception | None:
+        """Return what `make` gives for a site whose weight all processes gather."""
 
 
 def absorb_with_weights(
-    executor: DistributedExecutor, estimator: Any, groups: Groups, weight: float, sites: Sequence[Site]
+    executor: GathersWeights, estimator: Any, groups: Groups, weight: float, sites: Sequence[Site]
 ) -> None:
     """Hand the inputs of a batch to the estimator where weights are sharded.
 
@@ -68,7 +79,7 @@ class _Input:
         return replace(found, own=self.own)
 
 
-def _note_weights(executor: DistributedExecutor, estimator: WeightReader, sites: Sequence[Site]) -> None:
+def _note_weights(executor: GathersWeights, estimator: WeightReader, sites: Sequence[Site]) -> None:
     """Note what the weights decide, before the first batch: each on one process, told to all."""
     new = [site for site in sites if site.name not in estimator.weight_facts]
     owners = {site.name: i % world_size() for i, site in enumerate(new)}
@@ -87,7 +98,7 @@ def _prepared(estimator: WeightReader, groups: Groups) -> list[_Input]:
 
 
 def _add_own_terms(
-    executor: DistributedExecutor, estimator: WeightReader, inputs: list[_Input], sites: Sequence[Site]
+    executor: GathersWeights, estimator: WeightReader, inputs: list[_Input], sites: Sequence[Site]
 ) -> None:
     """The terms that take W: all processes gather it, those that need it use it."""
     mine = {name: one for one in inputs for name in one.apart}

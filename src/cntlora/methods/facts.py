@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..linalg.parallel import read_back
 from ..linalg.pseudo_inverse import coarser
-
-if TYPE_CHECKING:
-    from .estimator import Contribution
 
 
 @dataclass
@@ -74,12 +70,17 @@ class Facts:
         """The facts of a site; those of one that is not known yet are empty."""
         return self._sites.setdefault(name, SiteFacts())
 
-    def add(self, names: Sequence[str], contribution: Contribution) -> None:
+    def add(
+        self,
+        names: Sequence[str],
+        *,
+        rank: int | None = None,
+        rtol: Tensor | None = None,
+        precision: torch.dtype | None = None,
+    ) -> None:
         """Take in what an estimator found in the inputs of one batch, for the sites that saw them."""
         for name in names:
-            self[name].merge(
-                SiteFacts(effective_rank=contribution.rank, rtol=contribution.rtol, precision=contribution.precision)
-            )
+            self[name].merge(SiteFacts(effective_rank=rank, rtol=rtol, precision=precision))
 
     def merge(self, other: Facts) -> None:
         """Take in the facts of other batches."""

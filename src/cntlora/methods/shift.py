@@ -121,7 +121,7 @@ class ShiftEstimator:
         for name, term in contribution.own.items():
             self.own.add([name], term, weight)
         assert contribution.rank is not None
-        self.facts.add(names, contribution)
+        self.facts.add(names, rank=contribution.rank)
 
     def _rank_rtol(self, X: Moments) -> float:
         return self.rtol or X.rtol

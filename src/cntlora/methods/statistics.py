@@ -99,7 +99,7 @@ class MapEstimator:
     def add(self, names: Sequence[str], contribution: Contribution, weight: float) -> None:
         assert contribution.shared is not None and contribution.rank is not None
         self.sums.add(names, contribution.shared, weight)
-        self.facts.add(names, contribution)
+        self.facts.add(names, rank=contribution.rank, rtol=contribution.rtol)
 
     def target(self, name: str, batches: int) -> Target:
         T = self.sums.held(name)
@@ -167,7 +167,7 @@ class InputEstimator(Generic[Shared]):
         assert contribution.shared is not None and contribution.counts is not None
         self.sums.add(names, contribution.shared, weight)
         self.counts.add(names, contribution.counts, weight)
-        self.facts.add(names, contribution)
+        self.facts.add(names, precision=contribution.precision)
 
     def target(self, name: str, batches: int) -> Target:
         with self._lock:  # neighbours may be made side by side
