@@ -10,7 +10,7 @@ is a table of these methods, each at its best learning rate. `STUDY: ` before th
 one that the template is named after, `| at 0.003` behind the columns takes that learning rate, `| by loss` chooses the
 best learning rate by a held-out metric. Columns are those of `COLUMNS` and every held-out metric;
 `loss@100` is that after 100 steps, of the first seed. `<!-- rates NAME -->` is a table of `benchmarks.rates`, over all
-studies.
+studies, `<!-- lasting NAME -->` one of `benchmarks.lasting`, over those of whole trainings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import rates
+from benchmarks import lasting, rates
 from benchmarks.machine import RESULTS as RECORDS
 from benchmarks.overview import ROOT, RUNS, starts, study_of
 
@@ -40,6 +40,7 @@ PAGES, IMAGES, OUT = ROOT / "studies" / "pages", ROOT / "studies" / "images", RO
 MOST_ROWS, MOST_LINES = 6, 250
 TABLE = re.compile(r"^<!-- table (?:(\w+): )?([^|]+?) \| ([^|]+?)(?: \| (at|by) (\S+))? -->$", re.MULTILINE)
 RATES = re.compile(r"^<!-- rates (\w+) -->$", re.MULTILINE)
+LASTING = re.compile(r"^<!-- lasting (\w+) -->$", re.MULTILINE)
 
 STUDY = cache(study_of)
 Value = Callable[[Group, Study], Estimate]
@@ -87,6 +88,7 @@ def filled(template: Path, runs: Path = RUNS, records: Path = RECORDS) -> str:
 
     text = TABLE.sub(table, template.read_text(encoding="utf-8"))
     text = RATES.sub(lambda match: rates.TABLES[match[1]](runs), text)
+    text = LASTING.sub(lambda match: lasting.lasting(match[1], runs), text)
     with_starts = "<!-- starts -->" in text
     if with_starts:
         text = text.replace("<!-- starts -->", starts(records / "starts.json"))
@@ -95,7 +97,7 @@ def filled(template: Path, runs: Path = RUNS, records: Path = RECORDS) -> str:
         text = f"{text.rstrip()}\n\n{_sources(used)}"
     if len(text.splitlines()) > MOST_LINES or "<!--" in text:
         raise ValueError(
-            f"{template}: expected at most {MOST_LINES} lines and no directive but table, rates and starts"
+            f"{template}: expected at most {MOST_LINES} lines and no directive but table, rates, lasting and starts"
         )
     return text
 
