@@ -89,7 +89,7 @@ def target_of(method: str, dtype: torch.dtype, weights: tuple[float, ...] = (1.0
     W = draw(9, K, D).to(dtype)
     made = METHODS[method].estimator(lambda name: W.clone(), Settings())
     for seed, weight in enumerate(weights):
-        X = Moments(D, totals=getattr(made, "totals", False))
+        X = Moments(D, totals=getattr(made, "totals", False), unit=getattr(made, "unit", False))
         X.update((draw(seed, 9, D) * torch.logspace(0, -2, D, dtype=torch.float64)).to(dtype))
         absorb_batch(made, [(("site",), X)], weight)  # type: ignore[arg-type]
         if method in ("descent", "whitened"):

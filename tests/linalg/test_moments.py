@@ -119,6 +119,23 @@ def test_low_precision_inputs_are_accumulated_in_float32(dtype: torch.dtype) -> 
     assert relative_error(rows.mT @ rows, m.gram()) > 1e-5  # control: the inputs' own dtype would lose that
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("part", [3, 40], ids=["by rows", "by sums"])
+def test_tokens_of_unit_size_count_alike_also_the_largest_and_those_of_zeros(dtype: torch.dtype, part: int) -> None:
+    rows = (draw(0, 40, 6) * torch.logspace(-2, 4, 40, dtype=torch.float64)[:, None]).to(dtype)
+    rows[5] = 0
+    m, merged, raw = Moments(6, unit=True), Moments(6, unit=True), Moments(6)
+    for piece in rows.split(part):
+        one = m.empty()
+        one.update(piece)
+        m.update(piece)
+        merged.merge(one)
+        raw.update(piece)
+    assert one.unit and m.gram().trace().item() == pytest.approx(39 * 6, rel=2e-2)
+    assert relative_error(m.gram(), merged.gram()) < 1e-2
+    assert raw.gram().trace() > 1e6  # control: the largest are all
+
+
 def test_float32_inputs_are_accumulated_in_float64() -> None:
     rows = draw(0, 400, 6).float()
     m = Moments(6)

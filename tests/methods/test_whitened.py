@@ -22,7 +22,10 @@ from tests.cases import (
     wrapped,
 )
 
-from cntlora import InitConfig, InitPlan, Whitened, compute_plan
+from cntlora import Descent, InitConfig, InitPlan, Whitened, compute_plan
+from cntlora.linalg.moments import Moments
+from cntlora.methods.estimator import absorb_batch
+from cntlora.methods.target import Target
 
 
 def plan_of(base: Any, batches: Any, config: Any = None, **options: Any) -> InitPlan:
@@ -47,11 +50,17 @@ def test_a_is_that_of_the_equation_and_b_is_zero(dtype: torch.dtype, tolerance: 
         assert up_to_signs(array(site.A), other) > 0.3  # control: another gradient
 
 
+def units(X: list[np.ndarray]) -> np.ndarray:
+    """The tokens (d, n) of all batches, each of mean square 1."""
+    x = np.hstack(X)
+    return x / np.sqrt((x**2).mean(axis=0))
+
+
 def motions(plan: InitPlan, base: Any, batches: Any) -> list[float]:
-    """Return s·(Σ mean (A x)²)^½ / σ of every site: the relative motion of the outputs by B = ±1."""
+    """Return s·(Σ mean (A x)²)^½ / σ of every site, of x of unit size: the relative motion of the outputs by B = ±1."""
     X, found = inputs_of(base, batches), []
     for name, site in plan.sites.items():
-        x = np.hstack(X[name])
+        x = units(X[name])
         z, y = array(site.A) @ x, array(base.get_submodule(name).weight) @ x
         found.append(site.scaling * float(np.sqrt((z**2).mean(axis=1).sum() / (y**2).mean())))
     return found
@@ -60,11 +69,13 @@ def motions(plan: InitPlan, base: Any, batches: Any) -> list[float]:
 def test_the_outputs_of_every_layer_move_alike_at_any_rank_and_alpha() -> None:
     base, batches = mlp(), token_batches(SIZES)
     for rank, alpha in ((3, 6.0), (3, 60.0), (2, 1.0), (5, 10.0)):
-        plan = plan_of(mlp(), batches, lora(r=rank, alpha=alpha), damping=1e-9)
+        plan = plan_of(mlp(), batches, lora(r=rank, alpha=alpha), damping=0.5 / rank)
         assert motions(plan, base, batches) == pytest.approx([4.0] * len(plan.sites), rel=1e-5)
     plain = compute_plan(wrapped(mlp()), None, InitConfig(method="lora"), progress=False)
     assert max(motions(plain, base, batches)) > 1.05 * min(motions(plain, base, batches))  # control
-    assert motions(plan_of(mlp(), batches, motion=8.0), base, batches)[0] > 6.0
+    assert motions(plan_of(mlp(), batches, motion=8.0), base, batches) == pytest.approx(
+        [8.0] * len(plan.sites), rel=1e-5
+    )
 
 
 def test_what_goes_into_b_is_white() -> None:
@@ -72,7 +83,7 @@ def test_what_goes_into_b_is_white() -> None:
     X = inputs_of(base, batches)
     eva = compute_plan(wrapped(mlp()), batches, InitConfig(method="eva"), progress=False)
     for name, site in plan_of(mlp(), batches, damping=1e-9).sites.items():
-        x = np.hstack(X[name])
+        x = units(X[name])
         seen = [array(A) @ (x @ x.T) @ array(A).T for A in (site.A, eva.sites[name].A)]
         white, other = (relative_error(C / np.trace(C), np.eye(3) / 3) for C in seen)
         assert white < 1e-5 < 1e-2 < other  # control: EVA's directions have the variances of the inputs
@@ -80,6 +91,24 @@ def test_what_goes_into_b_is_white() -> None:
 
 def test_folded_alpha_moves_the_outputs_as_far() -> None:
     base, batches = mlp(), token_batches(SIZES)
-    config = InitConfig(method=Whitened(damping=1e-9), fold_alpha=True)
+    config = InitConfig(method=Whitened(), fold_alpha=True)
     plan = compute_plan(wrapped(mlp()), batches, config, loss=squares, progress=False)
     assert motions(plan, base, batches) == pytest.approx([4.0] * len(plan.sites), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [Whitened(), Descent()], ids=["whitened", "descent"])
+def test_a_token_counts_the_same_however_large_it_is(method: Any) -> None:
+    """As the first tokens of language models, whose activations in some layers are hundreds of times the others'."""
+    W, G, X = draw(1, 6, 5), draw(2, 6, 5), draw(3, 40, 5)
+
+    def target(factor: float) -> Target:
+        made = method.estimator(lambda name: W, None)
+        moments = Moments(5, unit=made.unit)
+        moments.update(torch.cat([X[:1] * factor, X[1:]]))
+        absorb_batch(made, [(("site",), moments)], 1.0)
+        made.add_gradient("site", G.clone(), 1.0)
+        return made.target("site", 1)
+
+    usual, large = target(1.0), target(300.0)
+    same = torch.allclose(usual.right, large.right, rtol=1e-9) and torch.allclose(usual.M, large.M, rtol=1e-9)
+    assert same == (method.name == "whitened")  # control: descent minds, as its step is one of these outputs

@@ -176,6 +176,7 @@ def collect(
     inputs: bool = True,
     totals: bool = False,
     single: bool = False,
+    unit: bool = False,
     admits: Admits = lambda site, known, tokens: True,
     by_loss: bool = False,
     facts: Facts | None = None,
@@ -191,6 +192,7 @@ def collect(
         inputs: whether the moments of the inputs are taken; else their tokens are only counted.
         step: called after each batch (progress).
         totals: whether the moments hold Σ x too. single: whether float32 will do for those of float32.
+        unit: whether they are of tokens of unit size.
         admits: which sites are read, see `memory.Budget`; the tokens of the others are counted.
         facts: to which those of these batches are added; None for new ones.
 
@@ -204,7 +206,7 @@ def collect(
     anatomy = Anatomy(model)
 
     def new(site: Site) -> Stats:
-        return Moments(site.in_features, gram, totals=totals, single=single) if inputs else TokenCount()
+        return Moments(site.in_features, gram, totals=totals, single=single, unit=unit) if inputs else TokenCount()
 
     with reading_mode(model, sites, batches), torch.set_grad_enabled(on_output is not None):
         for index, batch in enumerate(first_batches(batches, num_batches)):

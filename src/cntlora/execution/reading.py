@@ -142,7 +142,8 @@ class Statistics:
                 on_output=backward, on_first=self._look(sites),
                 step=stack.enter_context(_progress(self.config.num_batches, request.progress)), inputs=inputs,
                 totals=isinstance(self.estimator, InputReader) and self.estimator.totals,
-                single=isinstance(self.estimator, InputReader) and self.estimator.single, admits=self.budget.admits,
+                single=isinstance(self.estimator, InputReader) and self.estimator.single,
+                unit=isinstance(self.estimator, InputReader) and self.estimator.unit, admits=self.budget.admits,
                 by_loss=gradients and (loss is None or getattr(loss, "by_labels", False)), facts=facts,
             )  # fmt: skip
         if method.batch_weights is not None and len(method.batch_weights) != facts.batches:

@@ -53,6 +53,13 @@ def accumulation_dtype(dtype: torch.dtype, single: bool = False) -> torch.dtype:
     return torch.float32 if half or (single and dtype == torch.float32) else torch.float64
 
 
+def of_unit_size(rows: Tensor) -> Tensor:
+    """Tokens (n, d) in their own dtype, each scaled to a mean square of 1; a token of zeros stays one."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    size = torch.linalg.vector_norm(wide, dim=1, keepdim=True) / rows.shape[1] ** 0.5
+    return (wide / torch.where(size > 0, size, torch.ones_like(size))).to(rows.dtype)
+
+
 class Moments:
     """Accumulates the tokens that one input sees in one batch.
 
@@ -62,6 +69,7 @@ class Moments:
         dtype: dtype of accumulation and of everything returned; None for `accumulation_dtype` of the first tokens.
         totals: whether Σ x is wanted besides.
         single: see `accumulation_dtype`.
+        unit: whether every token is scaled to a mean square of 1 first, so that all count alike however large they are.
 
     Attributes:
         seen_dtype: of the tokens, float32 at least: the precision that a result is worth.
@@ -69,9 +77,15 @@ class Moments:
     """
 
     def __init__(
-        self, dim: int, gram: str = "sum", dtype: torch.dtype | None = None, totals: bool = False, single: bool = False
+        self,
+        dim: int,
+        gram: str = "sum",
+        dtype: torch.dtype | None = None,
+        totals: bool = False,
+        single: bool = False,
+        unit: bool = False,
     ) -> None:
-        self.dim, self.kind, self.totals, self.single = dim, gram, totals, single
+        self.dim, self.kind, self.totals, self.single, self.unit = dim, gram, totals, single, unit
         self._dtype = dtype
         self.seen_dtype = torch.float64
         self.precision: torch.dtype | None = None
@@ -94,7 +108,7 @@ class Moments:
 
     def empty(self) -> Moments:
         """A new one of the same kind."""
-        return Moments(self.dim, self.kind, self._dtype, self.totals, self.single)
+        return Moments(self.dim, self.kind, self._dtype, self.totals, self.single, self.unit)
 
     def update(self, rows: Tensor, precision: torch.dtype | None = None) -> None:
         """Add `rows` (n, d), one row a token; any floating dtype, n may be 0. `rows` may be edited afterwards.
@@ -107,6 +121,7 @@ class Moments:
             self.precision = coarser(coarser(self.precision, rows.dtype), precision or rows.dtype)
         self.seen_dtype = torch.promote_types(rows.dtype, torch.float32)
         self.tokens += rows.shape[0]
+        rows = of_unit_size(rows) if self.unit else rows
         if self.totals:
             self._add_total(rows.sum(dim=0, dtype=self.dtype))
         if self._gram is not None:
@@ -126,7 +141,7 @@ class Moments:
     def merge(self, other: Moments) -> None:
         """Add what `other` has seen (a module called several times in one forward pass)."""
         if other._gram is None:
-            for rows in other._rows:
+            for rows in other._rows:  # where they are of unit size, they stay so
                 self.update(rows, other.precision)
             return
         mine = self.gram_sum()

@@ -109,8 +109,6 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | DampedRows]], Gradi
         damping: of C, in units of the mean of its diagonal.
     """
 
-    target_of = staticmethod(descent_target)
-
     def __init__(self, weight_of: WeightOf, damping: float) -> None:
         GradientSums.__init__(self)
         InputEstimator.__init__(self, lambda gram, total, n: _of_input(gram, n, damping), None, by_rows=True)
@@ -118,11 +116,13 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | DampedRows]], Gradi
         self.accumulated = (self.sums, self.counts, self.gradients)
 
     def made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | DampedRows]) -> Target:
-        moment, inverse = shared
         G = self.mean_gradient(name, batches)
+        return descent_target(G, shared[1], self.mean_square(name, G, shared))
+
+    def mean_square(self, name: str, G: Tensor, shared: tuple[Tensor, Tensor | DampedRows]) -> Tensor:
+        """σ² (), the mean square of the site's outputs W x, in the precision of its gradient G."""
+        moment, inverse = shared
         W = self.weight_of(name).to(G)
         if isinstance(inverse, DampedRows):
-            eta = (W @ moment.to(G).mT).square().sum() / W.shape[0]
-        else:
-            eta = mean_square(W, moment.to(G))
-        return self.target_of(G, inverse, eta)
+            return (W @ moment.to(G).mT).square().sum() / W.shape[0]
+        return mean_square(W, moment.to(G))

@@ -72,10 +72,12 @@ class InputReader(Estimator, Protocol):
     Attributes:
         totals: whether it needs Σ x of the inputs.
         single: whether float32 will do for X Xᵀ of inputs of float32.
+        unit: whether every token is scaled to a mean square of 1 first.
     """
 
     totals: bool
     single: bool
+    unit: bool
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
         """The quick way, and the numbers (m,) float64 that tell whether it holds; None where it always does."""

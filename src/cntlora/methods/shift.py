@@ -85,6 +85,7 @@ class ShiftEstimator:
 
     totals = False
     single = False
+    unit = False
 
     def __init__(
         self,

@@ -62,6 +62,7 @@ class MapEstimator:
     """
 
     totals = False
+    unit = False
 
     def __init__(
         self,
@@ -139,6 +140,7 @@ class InputEstimator(Generic[Shared]):
     """
 
     single = False
+    unit = False
 
     def __init__(
         self,

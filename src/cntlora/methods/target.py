@@ -25,6 +25,8 @@ class Target:
         is_delta: whether M is ΔW itself, so that its norm may be compared with that of W.
         is_product: whether [M]_r is what counts, and not each of its directions.
         importance: of the site, for a method that shares ranks out by it.
+        size: of the site's outputs, for a method that makes A in units of them.
+        shift: μ of C + μ·I, for a method that takes it off again.
     """
 
     M: Matrix | None = None
@@ -33,6 +35,8 @@ class Target:
     is_delta: bool = False
     is_product: bool = False
     importance: float | None = None
+    size: float = 1.0
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,11 @@ mean square over tokens, κ·lr of the outputs' own size: in every layer, at eve
 well conditioned as it can be, since its inputs A x are white. The directions are the r in which the gradient is largest
 in that metric, those of descent: the leading right singular vectors of G L⁻ᵀ, with C = L Lᵀ.
 
-Layout: G = ∂L/∂W (k, d), the mean over batches; C = X Xᵀ / n (d, d) over all tokens of all batches.
+Each token is scaled to a mean square of 1 before C and σ² are taken. Language models have tokens whose activations are
+a hundred times those of all others; unscaled they would be the size of the outputs, and the others' would move by as
+much as they do.
+
+Layout: G = ∂L/∂W (k, d), the mean over batches; C = X Xᵀ / n (d, d) over all tokens of all batches, of unit size.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..linalg.damping import DampedRows
-from ..linalg.low_rank import Shifted, times
+from ..linalg.low_rank import times
 from .descent import DescentEstimator, descent_target
 from .estimator import Estimator
 from .factors import zero_up
@@ -29,11 +33,14 @@ from .target import SiteTarget, Target
 
 @dataclass(frozen=True, kw_only=True)
 class Whitened(Method):
-    """A = κ·σ/(s·√r)·V[:, :r]ᵀ L⁻¹ and B = 0, with G L⁻ᵀ = U S Vᵀ, C = L Lᵀ and σ² the mean square of W x.
+    """A = κ·σ/(s·√(r·t))·V[:, :r]ᵀ L⁻¹ and B = 0, with G L⁻ᵀ = U S Vᵀ, C̃ = L Lᵀ and σ² the mean square of W x.
+
+    t, the mean of V[:, :r]ᵀ L⁻¹ C L⁻ᵀ V[:, :r], makes up for the damping: Σ mean (A x)² = κ²σ²/s² whatever that is.
 
     Attributes:
         motion: κ, the relative motion of a layer's outputs per unit of learning rate, in the first steps of Adam.
-        damping: C gets damping·mean(diag C)·I before it is factored.
+        damping: C̃ is C + damping·mean(diag C)·I. With less, directions in which the inputs hardly vary are as large as
+            all others, noise of few tokens among them.
         batch_weights: one a batch, in both means; None for 1 each.
     """
 
@@ -45,33 +52,39 @@ class Whitened(Method):
     ranges: ClassVar[Mapping[str, Range]] = {"motion": (0.0, math.inf, "4 makes 1e-3 a good learning rate")}
 
     motion: float = 4.0
-    damping: float = 0.01
+    damping: float = 0.1
     batch_weights: tuple[float, ...] | None = None
 
     def estimator(self, weight_of: WeightOf, settings: Settings) -> Estimator:
         return WhitenedEstimator(weight_of, self.damping)
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
-        assert site.target.right is not None
-        A = times(site.spectrum.Vh[: site.r], site.target.right)
-        return zero_up(site.scale * self.motion / math.sqrt(site.r) * A, site.shape[0])
+        return zero_up(site.scale * self.motion * whitened_rows(site), site.shape[0])
 
 
-def whitened_target(G: Tensor, inverse: Tensor | DampedRows, eta: Tensor | float = 1.0) -> Target:
-    """M = −η G L⁻ᵀ as in descent, whose Vᵀ are the directions, and √η·L⁻¹ that A is multiplied with.
-
-    Args:
-        inverse: L⁻¹ of `whitening`, or C̃ of `damped_rows`.
-        eta: σ², the mean square of the site's outputs.
-    """
-    target, root = descent_target(G, inverse, eta), float(eta) ** 0.5
-    half = target.right
-    assert half is not None
-    right = Shifted(root * half.a, half.T.scaled(root)) if isinstance(half, Shifted) else root * half
-    return replace(target, right=right, is_product=False)
+def whitened_rows(site: SiteTarget) -> Tensor:
+    """σ/√(r·t)·V[:, :r]ᵀ L⁻¹ (r, d): Σ mean (A x)² over its rows is σ²."""
+    target = site.target
+    assert target.right is not None
+    A = times(site.spectrum.Vh[: site.r], target.right)
+    total = site.r - target.shift * float(A.square().sum())  # tr A C Aᵀ, where A (C + μ·I) Aᵀ = I
+    return target.size / total**0.5 * A
 
 
 class WhitenedEstimator(DescentEstimator):
-    """The sums of descent."""
+    """The sums of descent, of tokens of unit size; the target is descent's, whose Vᵀ are the directions."""
 
-    target_of = staticmethod(whitened_target)
+    unit = True
+
+    def __init__(self, weight_of: WeightOf, damping: float) -> None:
+        super().__init__(weight_of, damping)
+        self.damping = damping
+
+    def made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | DampedRows]) -> Target:
+        (moment, inverse), G = shared, self.mean_gradient(name, batches)
+        square = (
+            moment.square().sum() / moment.shape[1] if isinstance(inverse, DampedRows) else moment.diagonal().mean()
+        )
+        size = float(self.mean_square(name, G, shared)) ** 0.5
+        target = descent_target(G, inverse, 1.0)
+        return replace(target, is_product=False, size=size, shift=self.damping * float(square))
