@@ -201,6 +201,28 @@ def test_the_saved_adapter_is_the_trained_model(tmp_path: Path, method: str, mon
     assert not torch.allclose(before, expected, atol=1e-3)
 
 
+def test_an_adapter_is_kept_before_the_last_evaluation_which_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dataclasses.replace(run_of("self"), save_adapter=True)
+    run_one(run, tmp_path / "whole")
+    file = f"{run.name}/adapter/adapter_model.safetensors"
+    scores: list[dict[str, float]] = []
+
+    def fails(self: Trial, model: nn.Module, batches: object) -> dict[str, float]:
+        if not scores:
+            raise RuntimeError("no memory for the scores")
+        return scores.pop()
+
+    monkeypatch.setattr(Trial, "evaluate", fails)
+    for name, count in (("at the end", len(run.experiment.train.eval_at)), ("at the start", 0)):
+        scores += [{"loss": 0.0}] * count
+        with pytest.raises(RuntimeError, match="no memory"):
+            run_one(run, tmp_path / name)
+    assert (tmp_path / "at the end" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not (tmp_path / "at the start" / file).exists()  # the control: nothing is trained yet
+
+
 def test_adalora_leaves_the_signature_that_generation_looks_at() -> None:
     from cntlora.lab.experiments.adapting import adapt
 

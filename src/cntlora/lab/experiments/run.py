@@ -67,6 +67,8 @@ def run_kept(run: Run, out: Path) -> RunRecord:
     place = RunFolder(out, run)
     place.prepare()
     curve = _train(run, task, adapted, batches, settings, place, told_of_start(run, out, adapted, watch))
+    if not curve.diverged:
+        place.keep(task, adapted)  # where a checkpoint of the last step was there, which no step follows
     record: RunRecord = {
         **frame(run, machine()),
         "init_seconds": adapted.seconds,
@@ -76,8 +78,6 @@ def run_kept(run: Run, out: Path) -> RunRecord:
         "sites": watch.at_end(adapted.model),
         **outcome(curve, adapted, run.experiment.train.gradient_accumulation),
     }
-    if run.save_adapter and not run.arm.full and not curve.diverged:
-        _save(task, adapted, place.path / "adapter")
     return record
 
 
@@ -110,6 +110,11 @@ class RunFolder:
         if self.run.experiment.train.save_every:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(marker, config.encode())
+
+    def keep(self, task: Task, adapted: Adapted) -> None:
+        """Write the trained adapter, where it is wanted and not there yet."""
+        if self.run.save_adapter and not self.run.arm.full and not (self.path / "adapter").exists():
+            _save(task, adapted, self.path / "adapter")
 
     def sample(self, task: Task, model: nn.Module, step: int) -> list[Sample]:
         """The task's samples; their files are named relative to the records' folder."""
@@ -158,6 +163,11 @@ def _train(
         with _same_random_state():
             return task.evaluate(adapted.scored, task.eval_batches())
 
+    def after(step: int, loss: float) -> None:
+        if step == settings.steps:  # before the last evaluation, which may fail
+            with _same_random_state():
+                place.keep(task, adapted)
+
     torch.manual_seed(run.seed)  # dropout
     with adapted.adalora.running() if adapted.adalora else nullcontext():
         return train(
@@ -167,6 +177,7 @@ def _train(
             learning_rate=run.learning_rate,
             evaluate=evaluate,
             sample=lambda model, step: place.sample(task, adapted.scored, step),
+            progress=after,
             folder=place.checkpoints,
             tracked=tracked,
         )
