@@ -116,6 +116,7 @@ def _markdown(study: Study, methods: list[str], names: list[str], rate: float | 
     for name in names:
         head, way, spec, value = COLUMNS[name] if name in COLUMNS else _metric(study, name)
         found = [value(group, study) for group in groups]
+        way = way if any(estimate.count > 1 for estimate in found) else None  # with one seed a difference may be chance
         columns.append(Column(head, way, spec or number_spec(found)))  # type: ignore[arg-type]
         values.append(found)
     rows = [Row(m, (Cell(study.labels[m]), *(Cell.of(column[i]) for column in values))) for i, m in enumerate(methods)]

@@ -61,6 +61,7 @@ def test_columns_that_say_nothing_are_left_out() -> None:
     heads = {name: columns(str(report_of(**options))) for name, options in cases.items()}
     assert "file rank" in heads["offset"] and "file rank" not in heads["self"]
     assert {"rtol", "mask", "‖ΔW‖/‖W‖"} <= set(heads["self"]) and not {"rtol", "mask"} & set(heads["pissa"])
+    assert "tokens" in heads["self"] and "tokens" not in heads["pissa"]  # which reads none
     assert all({"site", "rank", "‖s·B·A‖/‖W‖", "ms"} <= set(found) for found in heads.values())
 
 

@@ -107,6 +107,8 @@ class InitReport:
         told = {head for row in cells.values() for head in _HEADS if row[head] != "–"}
         if all(site["file_rank"] == site["rank"] for site in self.sites.values()):
             told.discard("file rank")
+        if not any(site["tokens"] for site in self.sites.values()):  # a method that reads the weights alone
+            told.discard("tokens")
         heads = [head for head in _HEADS if head in told]
         return heads, [(name, *(row[head] for head in heads)) for name, row in cells.items()]
 

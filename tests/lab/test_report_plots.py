@@ -160,6 +160,14 @@ def test_a_label_cannot_bring_markup(study: Study) -> None:
     assert traces and all(trace.name.startswith("&lt;b&gt;&amp; (") for trace in traces)
 
 
+def test_a_single_point_is_no_curve() -> None:
+    one, other = (cases.record("lora", rate, 0) for rate in (0.001, 0.003))
+    last = {**one, "evaluations": one["evaluations"][-1:]}
+    titles = [{plot.title for plot in all_plots(studies(runs)[0])} for runs in ([last], [one, other])]
+    for title in ("Macro F1 against steps", "Mean training loss against learning rate"):
+        assert [title in found for found in titles] == [False, True]
+
+
 def test_records_without_curves_make_no_plots() -> None:
     assert all_plots(studies([cases.failed("lora", 0.001, 0)])[0]) == []
     assert len(all_plots(studies([cases.record("lora", 0.001, 0)])[0])) > 5

@@ -63,7 +63,8 @@ def read_adapter(path: str | os.PathLike[str]) -> list[SavedFactors]:
     """
     folder = Path(path)
     config, state = read_folder(folder)
-    names = sorted(key.removesuffix(end) for key in state for end in _ENDS if key.endswith(end))
+    found = (key.removesuffix(end) for key in state for end in _ENDS if key.endswith(end))
+    names = sorted(found, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(6), name))  # 2 before 10
     if not names:
         raise ValueError(f"{folder}: the file has no lora_A weight; expected an adapter of PEFT's type LORA")
     return [_site(name.removeprefix(PREFIX), state, name, config, folder) for name in names]

@@ -66,7 +66,8 @@ class Run:
             "task": {**asdict(e.task), **data_digests(e.task)},
             "lora": None if self.arm.full else {**asdict(e.lora), **self.arm.lora, "init": self.arm.peft},
             "init": None if init is None else {**init.stated(), **_code_of(init)},
-            "num_batches": e.num_batches if self.arm.peft else None,  # of cntlora's arms it is in "init"
+            # of cntlora's arms it is in "init"
+            "num_batches": e.num_batches if self.arm.peft or (self.arm.fitted and init is None) else None,
             "train": train,
         }
         if self.arm.data:

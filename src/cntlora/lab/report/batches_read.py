@@ -18,7 +18,7 @@ def steps_on_read_batches(run: RunRecord) -> int:
     base, *modifiers = str(run["method"]).split("+")
     if _OTHER_DATA.intersection(modifiers):
         return 0
-    if base in _PEFT_READS:
+    if base in _PEFT_READS or (base == "lora" and "fitted" in modifiers):
         batches = config.get("num_batches") or 0
     elif _reads_data(base):
         batches = (config.get("init") or {}).get("num_batches") or 0

@@ -165,10 +165,12 @@ def abscissa(study: Study, clock: bool) -> tuple[str, str, float | None]:
 def _curves(
     study: Study, drawn: Mapping[str, Style], curve_of: Callable[[Group], Curve], markers: bool = False
 ) -> list[Any]:
-    """A line with a band of ± one standard deviation for every method that has points."""
-    traces = []
-    for method, group in study.best.items():
-        curve = curve_of(group)
+    """A line with a band of ± one standard deviation for every method that has points; none where all have one."""
+    traces: list[Any] = []
+    curves = {method: curve_of(group) for method, group in study.best.items()}
+    if all(len(curve.x) < 2 for curve in curves.values()):  # the table says as much
+        return traces
+    for method, curve in curves.items():
         if curve.x:
             traces += _line(_plain(study.labels[method]), method, drawn[method], curve, markers)
     return traces

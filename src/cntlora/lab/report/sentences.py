@@ -28,7 +28,8 @@ def summary(study: Study) -> str:
     ending = f"{counted(broken, 'run')} did not finish; see Failures." if broken else "All runs finished."
     methods, runs = counted(len(study.best), "method"), counted(len(study.runs), "run")
     chance = "" if study.repeated else f" {ONE_SEED}"
-    return f"{methods} at learning rates {rates}, seeds {seeds}: {runs}. {ending}{chance}"
+    rate, seed = ("s" * (len(values) != 1) for values in (study.learning_rates, study.seeds))
+    return f"{methods} at learning rate{rate} {rates}, seed{seed} {seeds}: {runs}. {ending}{chance}"
 
 
 def glance(study: Study, main: Table) -> list[tuple[str, str]]:
