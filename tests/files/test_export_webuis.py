@@ -1,7 +1,7 @@
 """Keys that ComfyUI and the web UI of AUTOMATIC1111 read: their rules, written down here, applied to our files.
 
 ComfyUI: `comfy/lora.py` and `comfy/weight_adapter/lora.py` at commit 0323d874. AUTOMATIC1111, and forks of it:
-`load_network` and `convert_diffusers_name_to_compvis` of `extensions-builtin/Lora/networks.py`.
+`load_network` and `convert_diffusers_name_to_compvis` of `extensions-builtin/Lora/networks.py` at commit 873edba4.
 """
 
 from __future__ import annotations
