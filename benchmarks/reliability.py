@@ -47,6 +47,23 @@ def wrong_inputs() -> list[dict[str, str]]:
     return found
 
 
+def wrong_commands(tries: int = 2) -> list[dict[str, Any]]:
+    """Every wrong command with its one line, and the least seconds of CPU and of the clock over some tries."""
+    from tests.wrong_commands import is_clear, prepare, run, wrong_commands
+
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        for wrong in wrong_commands():
+            ended = [run(wrong.arguments, folder) for _ in range(tries)]
+            assert all(is_clear(wrong, one) for one in ended), (wrong, ended)
+            least = {key: min(getattr(one, key) for one in ended) for key in ("cpu", "wall")}
+            rows.append({"command": wrong.command, "what": wrong.what, **least, "message": ended[0].lines[0]})
+            say(f"{wrong.command}, {wrong.what}: {least['cpu']:.2f} s")
+    return rows
+
+
 def kills(count: int) -> dict[str, dict[str, int]]:
     """SIGKILL at `count` moments, shared out over the commands; by command, what was left."""
     from tests.kill_cases import moments, prepared, run_command, survives
@@ -194,6 +211,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         parts: dict[str, Callable[[], Any]] = {
             "wrong inputs": wrong_inputs,
+            "wrong commands": wrong_commands,
             "damaged": lambda: damaged(options.damaged),
             "full disk": full_disk,
             "kills": lambda: kills(options.kills),

@@ -17,7 +17,7 @@ def put_into(document: Path, record: dict[str, Any]) -> None:
         ValueError: if the document lacks a mark; names it.
     """
     for name, content in tables(record).items():
-        page = document.with_suffix("") / "wrong_inputs.md" if name == "wrong inputs" else document
+        page = document.with_suffix("") / "wrong_inputs.md" if name.startswith("wrong") else document
         put_between(page, name, content)
 
 
@@ -46,6 +46,7 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
         "damaged": _damaged(record["damaged"]),
         "fuzz": _fuzz(record["fuzz"]),
         "wrong inputs": _wrong(record["wrong inputs"]),
+        "wrong commands": _commands(record["wrong commands"]),
     }
 
 
@@ -55,6 +56,7 @@ def _summary(record: dict[str, Any]) -> str:
     found = record["fuzz"]["outcomes"]
     rows = [
         ("wrong inputs, each with one clear error", len(record["wrong inputs"])),
+        ("wrong commands, each with one clear line", len(record["wrong commands"])),
         ("kills survived", killed),
         ("writes to a full disk that cost nothing", len(record["full disk"])),
         ("damaged files refused", refused),
@@ -104,6 +106,13 @@ def _fuzz(found: dict[str, Any]) -> str:
 
 def _wrong(rows: list[dict[str, str]]) -> str:
     return table(("what is wrong", "error", "message"), [(r["what"], r["kind"], _cell(r["message"])) for r in rows])
+
+
+def _commands(rows: list[dict[str, Any]]) -> str:
+    body = [(r["command"], r["what"], f"{r['cpu']:.1f}", f"{r['wall']:.1f}", _cell(r["message"])) for r in rows]
+    late = [r for r in rows if r["cpu"] >= 2]
+    head = ("command", "what is wrong", "CPU, s", "clock, s", "message")
+    return f"{table(head, body)}\n\n{len(rows) - len(late)} of {len(rows)} end within two seconds of CPU."
 
 
 def _cell(text: str) -> str:

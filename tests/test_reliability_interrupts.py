@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,6 +137,18 @@ def test_the_program_ends_within_a_second_or_so(work: Callable[[], None], tmp_pa
     ended = run_fork(work, tmp_path, Moment(seconds=0.3, signal=signal.SIGINT))
     assert ended.code == 130 and ended.after < 2.0, ended
     assert ended.told.splitlines() == ["cntlora: stopped; nothing was half-written"]
+
+
+@pytest.mark.parametrize("code", [1, 0, 2])
+def test_an_error_ends_it_before_the_libraries_are_taken_down(code: int) -> None:
+    """That takes torch half a second; an exit handler stands for it."""
+    script = (
+        "import atexit, sys\nfrom cntlora.interrupts import ended_within\natexit.register(print, 'taken down')\n"
+        f"with ended_within(0.9):\n    print('told')\n    raise SystemExit({code})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout.split("\n")[:-1] == (["told"] if code == 1 else ["told", "taken down"])  # others: the control
 
 
 def test_without_the_watch_it_would_not(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 STOPPED = "cntlora: stopped; nothing was half-written"
@@ -47,6 +47,7 @@ def tell_stopped() -> None:
 def ended_within(seconds: float) -> Iterator[None]:
     """Around the main program: Ctrl-C ends it with one line and exit code 130, so many seconds later at the latest.
 
+    An error, exit code 1, ends it at once too: taking the libraries down takes Python half a second or more.
     Python answers Ctrl-C between two of its own instructions, and so neither within one long factorisation nor while it
     waits, at the very end, for threads that do one. A thread of ours, which hears of it at once, ends the process then.
     Files are written so that they may end at any moment.
@@ -59,12 +60,15 @@ def ended_within(seconds: float) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, SystemExit) and ended.code != 130:
+        code = ended.code if isinstance(ended, SystemExit) else 130
+        if code not in (1, 130):
             raise
-        if not ANNOUNCED.is_set():
+        if code == 130 and not ANNOUNCED.is_set():
             tell_stopped()
-        sys.stdout.flush()
-        os._exit(130)  # taking the libraries down takes Python a second or two, in which no thread is heard any more
+        with suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(int(code))  # while the libraries are taken down, no thread is heard any more
     finally:
         signal.set_wakeup_fd(before)
 

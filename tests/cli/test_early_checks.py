@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.conftest import RunFresh
+from tests.tiny import base_model
 
 import cntlora
 from cntlora.cli.arguments import method_names
-from cntlora.lab.recipes.model_folder import check_rank, find_folder, layer_shapes
+from cntlora.lab.recipes.model_folder import check_names, check_rank, default_targets, find_folder, layer_shapes
 
 MISTAKES = """
 import inspect, json
@@ -60,6 +61,8 @@ def test_mistakes_are_found_before_torch_is_imported(run_fresh: RunFresh, tmp_pa
         (other("--rank", 0), "--rank: expected at least 1, got 0"),
         (other("--num-batches", 0), "--num-batches: expected at least 1"),
         (other("--max-length", 0), "--max-length: expected at least 1"),
+        (other("--method", "slef"), "method: 'slef' is not known (did you mean 'self'?)"),
+        ([*other("--rank", 7), "--targets", "query"], "rank: 7 is above min(in, out) = 6 of layer.query; lower it"),
         (other("--batch-weights", "1;2"), "--batch-weights: expected numbers with commas"),
         (other("--out", rows / "a"), "is a file, so no folder can be made there"),
         (other("--plan", tmp_path), "is a folder; expected the name of a file"),
@@ -119,6 +122,30 @@ def test_a_rank_is_checked_by_the_headers_of_the_weights(tmp_path: Path) -> None
     for rank, targets, width in ((7, ["query"], 1), (4, ["query"], 2), (7, [r"re:.*\.query"], 1)):
         with pytest.raises(ValueError, match=r"layer\.query"):
             check_rank(folder, rank, targets, width)
+
+
+def test_the_layers_of_a_model_type_are_peft_s_own_choice() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
+
+    for kind in ("bert", "llama", "gpt2", "t5"):
+        assert default_targets(kind) == tuple(CHOICE[kind])
+    assert default_targets("poetry") == ()  # the control
+
+
+def test_a_name_of_no_layer_is_found_before_the_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_model("bert").save_pretrained(tmp_path)
+    check_names(tmp_path, ["q_proj", "query"], "targets")  # one of them is there
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
+    with pytest.raises(
+        ValueError, match=r"^targets: the model has no module named q_proj\. .* dense, key, query, value"
+    ):
+        check_names(tmp_path, ["q_proj"], "targets")
+    (tmp_path / "model.safetensors").unlink()  # nothing is known of the names in the file
+    check_names(tmp_path, ["pooler.dense"], "targets")  # a layer that only the model has
+    for targets in (["re:.*q_proj"], ["all-linear"], []):
+        check_names(tmp_path, targets, "targets")  # PEFT's own words
 
 
 def test_what_may_be_a_name_of_the_hub_is_not_looked_for_in_a_folder(tmp_path: Path) -> None:

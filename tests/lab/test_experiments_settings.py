@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,8 @@ def test_the_warm_up_that_nobody_asked_for_is_no_longer_than_the_training() -> N
 def test_what_is_put_over_a_file_is_checked_and_not_fitted(tmp_path: Path) -> None:
     path = written(tmp_path, FILE)
     for change in ("train.eval_at=[30]", "train.warmup=30"):
-        with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"train\.steps=20, got"):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=r"train\.steps=20, got"):
+            warnings.simplefilter("error")  # the error is all that is said
             load_experiment(path, ["train.steps=20", change])
 
 

@@ -271,6 +271,17 @@ def test_a_model_that_is_not_there_is_named_before_training(tmp_path: Path, mode
     assert all(part in str(error.value) for part in parts)
 
 
+def test_a_column_that_is_not_there_comes_with_the_setting_that_names_it(tmp_path: Path) -> None:
+    data = rows(tmp_path, GOOD)
+    for settings, said in (
+        (PairsSettings(model="x", data=data), r"no column 'first'; .*; name yours with task\.first$"),
+        (PairsSettings(model="x", data=data, first="text"), r"no column 'second'; .*; name yours with task\.second$"),
+        (TextSettings(model="x", data=data, label="stars"), r"no column 'stars'; .*; name yours with task\.label$"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            RECIPES[settings.name].make(settings).check()
+
+
 def test_a_sample_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="sample:pairs"):
         RECIPES["pairs"].make(PairsSettings(model="x", data="sample:pair")).check()

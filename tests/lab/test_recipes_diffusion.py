@@ -17,15 +17,15 @@ from PIL import Image
 from cntlora import InitConfig, initialize
 from cntlora.lab.experiments.sections import LoraSettings, SweepSettings
 from cntlora.lab.experiments.settings import Experiment
-from cntlora.lab.experiments.user_data import check_model
+from cntlora.lab.experiments.user_data import check_first
 from cntlora.lab.recipes.diffusion import small_pictures as sp
 from cntlora.lab.recipes.diffusion import tiny
 from cntlora.lab.recipes.diffusion.data import as_pixels, class_files, generate, open_photo, photo_files
-from cntlora.lab.recipes.diffusion.denoisers import TARGETS, Denoiser, build_denoiser, encode_pictures, load_pipeline
+from cntlora.lab.recipes.diffusion.denoisers import Denoiser, build_denoiser, encode_pictures, load_pipeline
 from cntlora.lab.recipes.diffusion.metrics import measures, similarity, text_fidelity
 from cntlora.lab.recipes.diffusion.pixel_pipeline import patch_side, to_pixels, to_positions
 from cntlora.lab.recipes.diffusion.prompts import PROMPTS, filled
-from cntlora.lab.recipes.diffusion.settings import DreamboothSettings
+from cntlora.lab.recipes.diffusion.settings import TARGETS, DreamboothSettings
 from cntlora.lab.recipes.diffusion.small_model import Training, rate
 from cntlora.lab.recipes.diffusion.task import DreamboothTask
 
@@ -72,7 +72,7 @@ def test_a_rank_above_the_smallest_layer_needs_no_pipeline(task: DreamboothTask)
 
     def check(rank: int, *methods: str) -> None:
         sweep = SweepSettings(methods=methods or ("lora", "descent"))
-        check_model(Experiment(task=task.settings, lora=LoraSettings(rank=rank), sweep=sweep), fresh)
+        check_first(Experiment(task=task.settings, lora=LoraSettings(rank=rank), sweep=sweep), fresh)
 
     check(smallest)
     with pytest.raises(ValueError, match=rf"rank: {smallest + 1} is above min\(in, out\) = {smallest} of \S+"):
@@ -83,7 +83,7 @@ def test_a_rank_above_the_smallest_layer_needs_no_pipeline(task: DreamboothTask)
     check(smallest + 1, "full")
     elsewhere = Experiment(task=dataclasses.replace(task.settings, model="./nowhere"), sweep=SweepSettings())
     with pytest.raises(ValueError, match="there is no such folder"):
-        check_model(elsewhere, fresh)
+        check_first(elsewhere, fresh)
     assert "_pipeline" not in vars(fresh) and "_pipeline" in vars(task)  # the control: what is loaded stays there
 
 

@@ -295,6 +295,27 @@ def test_settings_refuse(options: dict[str, Any], message: str) -> None:
         LanguageSettings(**{"model": "x", "data": "y", **options})
 
 
+def test_rows_are_checked_without_the_tokenizer(tmp_path: Path) -> None:
+    """Its library takes seconds to import; a model that is not there stands for it."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    task = LanguageTask(
+        LanguageSettings(model="none/such", data=written(tmp_path, [{"messages": chat}] * 4), eval_size=1)
+    )
+    task.check_data()  # the control: nothing is wrong with the data
+    with pytest.raises(ValueError, match="none/such"):
+        task.check_model()
+    for row, said in (
+        ({"messages": chat[:1]}, "row 1: no message has the role 'assistant'"),
+        ({"prompt": "a", "completion": ""}, "row 1 has nothing in column 'completion'"),
+        ({"text": " "}, "row 1 has nothing in column 'text'"),
+    ):
+        wrong = LanguageSettings(model="none/such", data=written(tmp_path, [row] * 4, "wrong.jsonl"), eval_size=1)
+        with pytest.raises(ValueError, match=said):
+            LanguageTask(wrong).check()
+    with pytest.raises(ValueError, match=r"4 rows, so task\.eval_size=9 leaves nothing"):
+        LanguageTask(LanguageSettings(model="none/such", data=task.settings.data, eval_size=9)).check()
+
+
 def test_an_unknown_sample_is_named(model: str) -> None:
     with pytest.raises(ValueError, match=r"task\.data: .*sample:tales"):
         LanguageTask(LanguageSettings(model=model, data="sample:tale")).check()

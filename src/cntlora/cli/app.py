@@ -6,6 +6,7 @@ Heavy imports wait until a command needs them.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from ..interrupts import ended_within
 from ..messages import quiet_libraries
 from . import experiments as cli_experiments
 from . import export as cli_export
-from .arguments import check_at_least, check_file, check_folder, method_names
+from .arguments import check_at_least, check_file, check_folder, check_method, method_names
 
 app = typer.Typer(
     help="Start a LoRA from the pretrained weights and a few batches of your data, without training.",
@@ -154,6 +155,7 @@ def init(
             check_file("--plan", plan)
         check_at_least(rank=(rank, 1), alpha=(alpha, 0), num_batches=(num_batches, 1), batch_size=(batch_size, 1))
         check_at_least(max_length=(max_length, 1), seed=(seed, 0), min_rank=(min_rank, 0), rank_budget=(rank_budget, 1))
+        check_method(method)
         if base == "subtract":
             raise ValueError("--base subtract changes the base model, which a file cannot do; use offset, or Python")
         options["shift_constant"] = _number_or_name(shift_constant)
@@ -271,6 +273,9 @@ cli_experiments.register(app)
 
 def main() -> None:
     """Entry point of the `cntlora` command."""
+    os.environ.setdefault(
+        "GOMP_SPINCOUNT", "0"
+    )  # waiting threads of torch would slow a busy machine down several times
     quiet_libraries()
     with ended_within(0.9):
         app()

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from ..messages import unknown_name
+
 _METHODS = Path(__file__).parents[1] / "methods"
 
 
@@ -19,6 +21,16 @@ def method_names() -> tuple[str, ...]:
         )
     listed = re.search(r"^__all__ = \[(.*?)\]", (_METHODS / "__init__.py").read_text("utf-8"), re.S | re.M)
     return tuple(named[name] for name in re.findall(r"\"(\w+)\"", listed[1] if listed else "") if name in named)
+
+
+def check_method(name: str | None) -> None:
+    """Check the name of a method; what may be FILE.PY:FUNCTION is left to the configuration, which loads it.
+
+    Raises:
+        ValueError: with the nearest right name.
+    """
+    if name is not None and ":" not in name and name not in method_names():
+        raise ValueError(unknown_name("method", name, [*method_names(), "or file.py:function, of yours"]))
 
 
 def check_at_least(**values: tuple[float | None, float]) -> None:

@@ -17,6 +17,7 @@ import typer
 
 from ..console import one_line_errors
 from ..messages import counted
+from .arguments import check_folder
 from .places import Address, Cpus, Engine, Gpus, Places, ShardText
 
 if TYPE_CHECKING:
@@ -200,10 +201,12 @@ def _command(path: Path, grid: Mapping[str, tuple[str | None, type]], options: O
     """Read the file, run the sweep, say what came out; exit code 1 if a run failed."""
     with one_line_errors("a comparison of methods", "lab"):
         options.places.check()
+        given = {name: _listed(name, text, kind) for name, (text, kind) in grid.items()}
+        if options.out is not None:
+            check_folder("--out", options.out)
         from ..lab.experiments.settings import load_experiment, replaced
         from ..lab.experiments.user_data import own_name
 
-        given = {name: _listed(name, text, kind) for name, (text, kind) in grid.items()}
         experiment = replaced(load_experiment(path, options.changes), **given)
         if options.report_to is not None:  # no change of the file's settings: it has no effect on the records
             names = _listed("report_to", options.report_to, str) or ()
@@ -288,8 +291,8 @@ def _list(experiment: Experiment, out: Path, options: Options) -> None:
         typer.echo(f"{'to run' if name in pending else 'present':8} {name}")
     typer.echo(f"{counted(len(names), 'run')}: {len(todo.present)} present in {out}, {len(pending)} to run")
     if todo.later:
-        best = experiment.sweep.best
-        typer.echo(f"and up to {todo.later} of the other seeds, at each method's {best} best rates of the first")
+        best = "best rate" if experiment.sweep.best == 1 else f"{experiment.sweep.best} best rates"
+        typer.echo(f"and up to {todo.later} of the other seeds, at each method's {best} of the first")
 
 
 def _sweep(experiment: Experiment, out: Path, options: Options) -> Sweep:

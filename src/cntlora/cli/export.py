@@ -10,6 +10,7 @@ import typer
 
 from ..console import one_line_errors
 from ..messages import counted
+from .arguments import check_file
 
 
 def register(app: typer.Typer) -> None:
@@ -47,10 +48,13 @@ def export(
 ) -> None:
     """Write the adapter of a text-to-image model as one file for diffusers or for kohya's tools."""
     with one_line_errors("cntlora export"):
+        if not adapter.exists():
+            raise ValueError(f"{adapter}: there is no such folder or file; expected an adapter")
+        if out.is_file() and not overwrite:
+            raise ValueError(f"--out {out} is there already; choose another file, or replace it with --overwrite")
+        check_file("--out", out)
         from ..files.export import export_adapter
 
-        if out.exists() and not overwrite:
-            raise ValueError(f"--out {out} is there already; choose another file, or replace it with --overwrite")
         parts = export_adapter(adapter, out, format, component=component, uniform_rank=uniform_rank, sdxl=sdxl or None)
         if as_json:
             typer.echo(json.dumps({"file": str(out), "format": format, "sites": parts}, indent=2))

@@ -115,14 +115,15 @@ def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Experiment
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         before = dict(values["train"]) if isinstance(values.get("train"), dict) else {}
         keys = {_change(values, change) for change in changes}
-        if isinstance(values.get("train"), dict):
-            for said in _fit(values["train"], before, keys):
-                warn_caller(f"{path}: {said}")
-        return from_dict({"name": path.stem, **values})
+        fitted = list(_fit(values["train"], before, keys)) if isinstance(values.get("train"), dict) else []
+        experiment = from_dict({"name": path.stem, **values})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    for said in fitted:
+        warn_caller(f"{path}: {said}")
+    return experiment
 
 
 def _change(values: dict[str, Any], change: str) -> str:

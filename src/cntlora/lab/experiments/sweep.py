@@ -24,7 +24,7 @@ from .runs import Run, check_record, path_of, remove_checkpoints, runs_of
 from .settings import Experiment
 from .shards import Shard, locked
 from .tasks import make_task
-from .user_data import check_model
+from .user_data import check_first
 
 Listener = Callable[["Sweep", RunRecord], None]
 
@@ -196,8 +196,7 @@ def run_sweep(
         if todo.pending:
             check_trackers(experiment.train.report_to)
             task = make_task(experiment.task)
-            check_model(experiment, task)
-            task.check()  # before any training, and once instead of in every run
+            check_first(experiment, task)  # once instead of in every run
             if say and (line := task.describe()):
                 say(line)
             if begin:

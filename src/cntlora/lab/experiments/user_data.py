@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..recipes.model_folder import check_rank, find_folder
+from ..recipes.model_folder import check_names, check_rank, default_targets, find_folder, model_type
 from ..recipes.task import Task
 from .arms import parse_arm
 from .settings import Experiment
@@ -53,29 +53,44 @@ def sets_data(changes: Sequence[str]) -> bool:
     return _sets(changes, "task.data") or _sets(changes, "task.eval_data")
 
 
-def check_model(experiment: Experiment, task: Task) -> None:
-    """Check a model in a folder without loading it: that it is there, and the rank against the sizes of its layers.
+def check_first(experiment: Experiment, task: Task) -> None:
+    """Check all that can be told before any training, what takes no time first.
 
-    Adaptive ranks fit by themselves; of a model of the hub, or of layers that PEFT chooses, nothing is known yet.
+    In this order: the folder of the model, the rank, the data, the names of the layers, and what data and model are for
+    each other.
 
     Args:
         experiment: names the model.
-        task: of the experiment; knows the layers, unless the experiment names others.
+        task: of the experiment.
 
     Raises:
-        ValueError: for a path that is no folder, or a rank that is too large; names the layer.
+        ValueError: for what cannot be used; names the place, what was expected and what came.
     """
     name = getattr(experiment.task, "model", "")
     folder = find_folder(name) if name else None
-    arms = [parse_arm(method) for method in experiment.sweep.methods]
-    if folder is None or all(arm.full for arm in arms):
+    if folder is None or all(parse_arm(method).full for method in experiment.sweep.methods):
+        task.check()
         return
-    settings = [config for config in (experiment.init_config(arm, 0) for arm in arms) if config is not None]
-    fixed = [config for config in settings if not config.adaptive_ranks]
-    if len(fixed) < len(settings) and not fixed:
+    late = task.targets_from_model and not experiment.lora.targets
+    if not late:
+        _check_rank(experiment, task, folder)
+    task.check_data()
+    if late:
+        _check_rank(experiment, task, folder)
+    check_names(folder, experiment.lora.targets, "lora.targets")
+    task.check_model()
+
+
+def _check_rank(experiment: Experiment, task: Task, folder: Path) -> None:
+    """Raise ValueError for a rank above the smallest layer's; adaptive ranks fit by themselves."""
+    arms = [parse_arm(method) for method in experiment.sweep.methods]
+    configs = [config for config in (experiment.init_config(arm, 0) for arm in arms) if config is not None]
+    fixed = [config for config in configs if not config.adaptive_ranks]
+    if len(fixed) < len(configs) and not fixed:
         return
     widths = [config.method.width for config in fixed if config.method is not None]
-    check_rank(folder, experiment.lora.rank, experiment.lora.targets or task.targets, max(widths, default=1))
+    targets = experiment.lora.targets or task.targets or default_targets(model_type(folder))
+    check_rank(folder, experiment.lora.rank, targets, max(widths, default=1))
 
 
 def check_data(task: Any, tiny: Any) -> str | None:

@@ -78,13 +78,17 @@ def names_of(frame: pd.DataFrame, column: str) -> list[str] | None:
     return names
 
 
-def column(frame: pd.DataFrame, name: str, where: object) -> list[str]:
+def column(frame: pd.DataFrame, name: str, where: object, setting: str = "") -> list[str]:
     """A column as text.
+
+    Args:
+        frame, name, where: its table, its name, and the file, for messages.
+        setting: that names the column, such as "task.text", for messages.
 
     Raises:
         ValueError: if there is no such column, or a row has nothing in it; names the columns, or the row (from 1).
     """
-    values = raw_column(frame, name, where)
+    values = raw_column(frame, name, where, setting)
     for number, value in enumerate(values, start=1):
         if not pd.api.types.is_scalar(value):
             kind = type(value).__name__
@@ -94,26 +98,27 @@ def column(frame: pd.DataFrame, name: str, where: object) -> list[str]:
     return [str(value) for value in values]
 
 
-def raw_column(frame: pd.DataFrame, name: str, where: object) -> list[Any]:
-    """A column as it is.
+def raw_column(frame: pd.DataFrame, name: str, where: object, setting: str = "") -> list[Any]:
+    """A column as it is; arguments as in `column`.
 
     Raises:
         ValueError: if there is no such column.
     """
     if name not in frame.columns:
         existing = ", ".join(map(str, frame.columns))
-        raise ValueError(f"{where}: there is no column {name!r}; its columns are: {existing}")
+        cure = f"; name yours with {setting}" if setting else ""
+        raise ValueError(f"{where}: there is no column {name!r}; its columns are: {existing}{cure}")
     return list(frame[name].tolist())
 
 
-def numbers(frame: pd.DataFrame, name: str, where: object) -> list[float]:
-    """A column of finite numbers.
+def numbers(frame: pd.DataFrame, name: str, where: object, setting: str = "") -> list[float]:
+    """A column of finite numbers; arguments as in `column`.
 
     Raises:
         ValueError: as `column`, and for a value that is no finite number; names the row.
     """
     found = []
-    for row, text in enumerate(column(frame, name, where), start=1):
+    for row, text in enumerate(column(frame, name, where, setting), start=1):
         try:
             value = (
                 math.nan if "_" in text else float(text)

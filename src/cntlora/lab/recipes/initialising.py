@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from ...messages import unknown_name, warn_caller
 from .frames import read_frame
-from .model_folder import check_folder, check_rank, find_folder
-from .text.dialogue import Columns, MissingColumnsError, RowBatches, encode_row, said_of_cut, segments_of
+from .model_folder import check_folder, check_names, check_rank, default_targets, find_folder
+from .text.dialogue import (
+    Columns,
+    MissingColumnsError,
+    RowBatches,
+    check_rows,
+    encode_row,
+    said_of_cut,
+    segments_of,
+)
 from .text.tables import Table, encode_batches, label_line, one_class_only, random_order, read_table
 
 if TYPE_CHECKING:
@@ -87,6 +95,7 @@ class Source:
             regression=regression,
             instead="--task regression",
             frame=self.frame,
+            settings=("--text", "--label", ""),
         )
         for kind, found in (("class", table.names), ("number", sorted(set(table.values)))):
             if len(found) == 1:
@@ -135,12 +144,18 @@ def initialise(
     resolved = None if config is None else resolve_task(task, config.get("architectures") or [], bool(source.label))
     if source.data is not None and table is None:
         table = _checked_rows(source, resolved or task)
+    targets = lora.targets or default_targets(str((config or {}).get("model_type")))
+    if folder is not None and not options.get("adaptive_ranks"):
+        check_rank(folder, lora.rank, targets)
 
     from ...config import InitConfig
 
     settings = InitConfig.from_dict(options)
     _check_reads(settings, source, resolved)
-    _check_rank(folder, lora, lora.targets, settings)
+    if folder is not None and settings.method is not None and not settings.adaptive_ranks:
+        check_rank(folder, lora.rank, targets, settings.method.width)
+    if folder is not None:
+        check_names(folder, lora.targets or (), "targets")
 
     from ...api import apply_plan, compute_plan
     from ...files.saving import save_adapter
@@ -150,8 +165,6 @@ def initialise(
     resolved = resolve_task(task, list(config.architectures or ()), bool(source.label))
     _check_reads(settings, source, resolved)
     batches = None if source.data is None else _batches(source, table, resolved, tokenizer, settings)
-    if lora.targets is None:
-        _check_rank(folder, lora, _default_targets(config.model_type), settings)
     model, new = load_model(name, resolved, table, settings.seed, tokenizer)
     model = add_lora(model, resolved, lora, settings.seed, new)
     if dry_run:
@@ -187,14 +200,17 @@ def resolve_task(task: str, architectures: Sequence[str], has_labels: bool) -> s
 
 
 def _checked_rows(source: Source, task: str) -> Table | None:
-    """Read the texts of an encoder; of a language model look at the columns.
+    """Read the texts of an encoder; check the rows of a language model.
 
     Where the task is not known yet, which the configuration of a model of the hub tells, either may come.
     """
     if task == "encoder":
         return source.table(task)
     try:
-        source.columns.kind(source.frame, source.data)
+        if task == "causal-lm":
+            check_rows(source.frame, source.columns, source.data)
+        else:
+            source.columns.kind(source.frame, source.data)
     except MissingColumnsError as error:
         raise ValueError(f"{error}. Name yours with --text, --prompt and --response, or --messages") from error
     return None
@@ -214,19 +230,6 @@ def _check_reads(config: InitConfig, source: Source, task: str | None) -> None:
             f"--method {name} reads gradients and so needs a loss, which an encoder without labels has not; name the "
             "column of the classes with --label, or take a method that reads inputs, such as self"
         )
-
-
-def _check_rank(folder: Path | None, lora: LoraOptions, targets: Iterable[str] | None, config: InitConfig) -> None:
-    """Raise ValueError for a rank above the smallest layer's, where the folder tells; adaptive ranks see to it."""
-    if folder is not None and targets is not None and not config.adaptive_ranks:
-        check_rank(folder, lora.rank, targets, 1 if config.method is None else config.method.width)
-
-
-def _default_targets(kind: str) -> Iterable[str]:
-    """Return the layers that PEFT adapts in a model of this type where none are named."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ()))
 
 
 def _batches(source: Source, table: Table | None, task: str, tokenizer: Any, config: InitConfig) -> Iterable[Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".msgpack", ".h5")
 _TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "bpe", "added_tokens", "special_tokens")
+_DEFAULTS = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -111,6 +115,77 @@ def check_rank(folder: Path, rank: int, targets: Iterable[str], width: int = 1) 
     if name and rank > found[name] // width:
         limit = "min(in, out)" if width == 1 else f"min(in, out)/{width}"
         raise ValueError(f"rank: {rank} is above {limit} = {found[name] // width} of {name}; lower it")
+
+
+def check_names(folder: Path, targets: Iterable[str], setting: str) -> None:
+    """Check that a model has a layer of one of the names.
+
+    The headers of its weights tell at once. Where they have none of the names the model is built without weights, since
+    some architectures have other names than their files.
+
+    Args:
+        folder: of the model.
+        targets: endings of the layers' names; "all-linear" and regular expressions are not checked.
+        setting: that has them, for the message.
+
+    Raises:
+        ValueError: names the endings that the model has.
+    """
+    targets = tuple(targets)
+    if not targets or targets == ("all-linear",) or targets[0].startswith("re:"):
+        return
+    if not (folder / "config.json").is_file() or any(_is_target(n, targets) for n in _modules_in(folder)):
+        return
+    names, linear = _built(folder)
+    if names and not any(_is_target(name, targets) for name in names):
+        raise ValueError(
+            f"{setting}: the model has no module named {', '.join(targets)}. The model's linear layers end in: "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
+        )
+
+
+def _modules_in(folder: Path) -> list[str]:
+    return [name.removesuffix(".weight") for name in layer_shapes(folder)]
+
+
+def _built(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of all modules and of the linear layers, of a model and of its classifier; none without a class."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    own = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    kinds = [getattr(kind, "_from_config", None) for kind in own]
+    kinds += [kind.from_config for kind in (transformers.AutoModel, transformers.AutoModelForSequenceClassification)]
+    found: dict[str, Any] = {}
+    for make in filter(None, kinds):
+        with suppress(ValueError, TypeError, RuntimeError, ImportError, AttributeError), torch.device("meta"):
+            found |= dict(make(config).named_modules())
+    linear = [name for name, module in found.items() if type(module).__name__.endswith(("Linear", "Conv1D"))]
+    return list(found), linear
+
+
+def model_type(folder: Path) -> str:
+    """Return what the configuration of a folder calls its architecture; "" where there is none."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    except (OSError, ValueError):
+        return ""
+
+
+def default_targets(kind: str) -> tuple[str, ...]:
+    """Return the layers that PEFT adapts in a model of this type where none are named; () where it has no choice.
+
+    They are read off PEFT's source, since its import takes as long as that of transformers.
+    """
+    peft = importlib.util.find_spec("peft")
+    if peft is None or peft.origin is None:
+        return ()
+    source = (Path(peft.origin).parent / "utils" / "constants.py").read_text(encoding="utf-8")
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign) and any(getattr(t, "id", "") == _DEFAULTS for t in statement.targets):
+            return tuple(ast.literal_eval(statement.value).get(kind, ()))
+    return ()
 
 
 def _is_target(name: str, targets: tuple[str, ...]) -> bool:

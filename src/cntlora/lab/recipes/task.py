@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -45,15 +45,29 @@ class Task(Protocol):
         """
 
     @property
+    def targets_from_model(self) -> bool:
+        """Tell whether `targets` reads the model's configuration, which takes the seconds of its library's import."""
+
+    @property
     def modules_to_save(self) -> tuple[str, ...]:
         """Modules trained whole and saved with the adapter, as a new head; () where `peft_type` takes care of it."""
 
-    def check(self) -> None:
-        """Read what can be read cheaply.
+    def check_data(self) -> None:
+        """Read the data as far as that is cheap and needs no library of models, whose imports take seconds.
 
         Raises:
             ValueError: for data that cannot be used, naming file and row, what was expected and what came.
         """
+
+    def check_model(self) -> None:
+        """Read what the data need of the model's folder, such as a tokenizer.
+
+        Raises:
+            ValueError: for a model, or data with this model, that cannot be used.
+        """
+
+    def check(self) -> None:
+        """Check the data, then the model."""
 
     def describe(self) -> str | None:
         """One line about the data that the user should see, such as which class has which index; None for nothing."""
@@ -109,9 +123,18 @@ class Defaults:
     """The ordinary part of a task, to be inherited: no extra modules, no samples, an adapter as PEFT saves it."""
 
     modules_to_save: tuple[str, ...] = ()
+    targets_from_model: ClassVar[bool] = False
+
+    def check_data(self) -> None:
+        """Nothing to check."""
+
+    def check_model(self) -> None:
+        """Nothing to check."""
 
     def check(self) -> None:
-        """Nothing to check."""
+        """Check the data, then the model."""
+        self.check_data()
+        self.check_model()
 
     def describe(self) -> str | None:
         """Nothing to say."""

@@ -27,7 +27,9 @@ def within(where: str, value: float, low: float, high: float, hint: str, *, open
         ValueError: names the setting, the range and what came.
     """
     if not (math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
-        raise ValueError(f"{where}: expected a finite number from {low:g} to {high:g}, got {value}; {hint}")
+        lowest = f"above {low:g}" if open_low else f"from {low:g}"
+        highest = "" if high == math.inf else f"{' and at most' if open_low else ' to'} {high:g}"
+        raise ValueError(f"{where}: expected a finite number {lowest}{highest}, got {value}; {hint}")
 
 
 def one_of(where: str, value: str, allowed: Iterable[str]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
 from ....messages import warn_caller
 from ..frames import column, raw_column, read_frame
@@ -80,10 +79,11 @@ def read_captions(source: str, columns: Columns) -> list[CaptionRow]:
 
 def _read_table(source: str, columns: Columns) -> list[CaptionRow]:
     frame = read_frame(source)
-    images = raw_column(frame, columns.image, source)
-    captions = column(frame, columns.caption, source)
-    concepts = raw_column(frame, columns.concept, source) if columns.concept else [""] * len(captions)
-    values = {name: column(frame, name, source) for name in prompt_fields(columns.prompt)}
+    images = raw_column(frame, columns.image, source, "task.image")
+    captions = column(frame, columns.caption, source, "task.caption")
+    named = columns.concept
+    concepts = raw_column(frame, named, source, "task.concept") if named else [""] * len(captions)
+    values = {name: column(frame, name, source, "task.prompt") for name in prompt_fields(columns.prompt)}
     base = Path(source).parent
     rows = []
     for i, caption in enumerate(captions):
@@ -109,7 +109,10 @@ def _image_of(value: object, base: Path, where: str) -> Path | bytes:
         value = value.get("path")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: expected the file of an image, got {value!r}; fill or remove the row")
-    return base / value.strip()
+    file = base / value.strip()
+    if not file.is_file():
+        raise ValueError(f"{where}: {file}: expected an image, but there is no such file; replace or remove it")
+    return file
 
 
 def _read_folder(folder: Path, columns: Columns) -> list[CaptionRow]:
@@ -188,6 +191,8 @@ def split_rows(
     check_held_out(
         source, len(rows), "rows", eval_size, apart=None if source.startswith("sample:") else "task.eval_data"
     )
+    from sklearn.model_selection import train_test_split  # which takes seconds to import
+
     concepts = [row.concept for row in rows]
     fewest = min(concepts.count(concept) for concept in set(concepts))
     groups = len(set(concepts))

@@ -106,6 +106,7 @@ class CaptioningTask(Defaults):
 
     settings: CaptioningSettings
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
+    targets_from_model: ClassVar[bool] = True
 
     @property
     def metrics(self) -> Mapping[str, str]:
@@ -137,11 +138,17 @@ class CaptioningTask(Defaults):
         """The processor of the model.
 
         Raises:
-            ValueError: if it cannot be loaded.
+            ValueError: if it cannot be loaded, or reads no images.
         """
         from transformers import AutoProcessor
 
-        return _loaded(AutoProcessor, self._source, self.settings.model)
+        found = _loaded(AutoProcessor, self._source, self.settings.model)
+        if not hasattr(found, "tokenizer"):
+            raise ValueError(
+                f"model {self.settings.model!r}: it does not read images with text (AutoProcessor gives a "
+                f"{type(found).__name__}); expected a vision-language model"
+            )
+        return found
 
     @cached_property
     def rows(self) -> tuple[list[CaptionRow], list[CaptionRow]]:
@@ -154,11 +161,11 @@ class CaptioningTask(Defaults):
             return rows, read_captions(s.eval_data, column_names(s))
         return split_rows(rows, s.eval_size, s.split_seed, s.data)
 
-    def check(self) -> None:
-        """Read all rows, decode up to 2,000 images of each part, lay out a prompt, and find SentSim's model.
+    def check_data(self) -> None:
+        """Read all rows, and decode up to 2,000 images of each part.
 
         Raises:
-            ValueError: for rows, images, concepts, a prompt or a model of sentences that cannot be used.
+            ValueError: for rows, images or concepts that cannot be used.
         """
         s = self.settings
         for rows in self.rows:
@@ -166,6 +173,13 @@ class CaptioningTask(Defaults):
         if s.has_concepts and not concepts_of(self.rows[0]):
             what = f"column {s.concept!r} is empty" if s.concept else f"{s.identifier!r} is in no caption"
             raise ValueError(f"{s.data}: {what} in all {len(self.rows[0])} training rows; Recall needs a concept")
+
+    def check_model(self) -> None:
+        """Lay out a prompt, and find SentSim's model.
+
+        Raises:
+            ValueError: for a prompt or a model of sentences that cannot be used.
+        """
         full_prompt(self.processor, self.rows[0][0].prompt)
         if self._sentences:
             self._sentences.check()

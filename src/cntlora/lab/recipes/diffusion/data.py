@@ -18,7 +18,6 @@ from torch import Tensor
 from ....messages import counted, warn_caller
 from ..image_files import SUFFIXES, left_out, open_image
 from ..samples.downloads import cache_dir
-from .denoisers import encode_pictures, family_of, noise_scheduler, side_of, training_target
 from .small_pictures import SUBJECTS, subject_photos
 
 INIT_LATENTS = ("clean", "noised")
@@ -173,6 +172,8 @@ class DreamboothBatches:
             clean = torch.cat([clean, self.of_class[chosen]])
             weights = torch.cat([weights, torch.full((count,), self.prior_weight / count)])
             texts += [1] * count
+        from .denoisers import training_target  # diffusers takes seconds to import, and photos are checked without it
+
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
         if self.clean:
@@ -203,6 +204,8 @@ class Subject:
 
 def read_subject(pipeline: Any, photos: Sequence[Path], of_class: Sequence[Path], prompts: tuple[str, str]) -> Subject:
     """Photos and images of the class, encoded once, with the tokens of their two prompts."""
+    from .denoisers import encode_pictures, family_of, noise_scheduler, side_of
+
     side = side_of(pipeline)
     opened = [ImageOps.fit(open_photo(path), (side, side), Image.Resampling.BICUBIC) for path in photos]
     latents = encode_pictures(pipeline, as_pixels(opened, side))

@@ -25,12 +25,6 @@ from .pixel_pipeline import PixelPipeline, patch_side, to_positions
 
 Texts = dict[str, Tensor]
 
-TARGETS = (
-    r"re:(unet|transformer)\..*\battn[12]\.(to_q|to_k|to_v|to_out\.0)"
-    r"|text_encoder(_2)?\..*\.(q_proj|k_proj|v_proj|out_proj|query|key|value|attention\.output\.dense)"
-)
-"""Query, key, value and output of self- and cross-attention of the denoiser, and of the text encoders' attention."""
-
 
 @dataclass
 class DenoiserOutput(ModelOutput):  # type: ignore[misc]  # published without annotations

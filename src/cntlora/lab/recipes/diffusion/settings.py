@@ -9,6 +9,12 @@ from .data import INIT_LATENTS, check_prompts
 from .metrics import STAND_INS
 from .prompts import PROMPTS, filled
 
+TARGETS = (
+    r"re:(unet|transformer)\..*\battn[12]\.(to_q|to_k|to_v|to_out\.0)"
+    r"|text_encoder(_2)?\..*\.(q_proj|k_proj|v_proj|out_proj|query|key|value|attention\.output\.dense)"
+)
+"""Query, key, value and output of self- and cross-attention of the denoiser, and of the text encoders' attention."""
+
 
 @dataclass(frozen=True)
 class DreamboothSettings:

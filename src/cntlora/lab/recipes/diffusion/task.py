@@ -17,6 +17,7 @@ from ....data.batches import to_device
 from ....messages import warn_caller
 from ...record import Sample
 from ..image_files import dark_warning, is_dark
+from ..model_folder import find_folder
 from ..scoring import modes
 from ..task import Defaults, Recipe
 from .data import (
@@ -29,12 +30,9 @@ from .data import (
     photo_files,
     read_subject,
 )
-from .denoisers import TARGETS, build_denoiser, denoiser_in, load_pipeline
 from .metrics import measures, similarity, text_fidelity
 from .prompts import filled
-from .saving import save_diffusers_lora
-from .settings import DreamboothSettings
-from .tiny import tiny_settings
+from .settings import TARGETS, DreamboothSettings
 
 EVAL_SEED = 20_000
 """First seed of scored images: others than those of the images of the class, which start at 0."""
@@ -62,7 +60,7 @@ class DreamboothTask(Defaults):
         """DINO, or whatever stands in for it."""
         return next(iter(self.metrics))
 
-    def check(self) -> None:
+    def check_data(self) -> None:
         """Open every photo, and warn if they are almost black.
 
         Raises:
@@ -73,9 +71,24 @@ class DreamboothTask(Defaults):
         if said := dark_warning(self.settings.data, dark, len(files)):
             warn_caller(said)
 
+    def check_model(self) -> None:
+        """Check that a folder holds a pipeline; one of the hub is looked for when it is loaded.
+
+        Raises:
+            ValueError: if it does not; names the file that is missing.
+        """
+        folder = find_folder(self.settings.model)
+        if folder is not None and not (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"model {folder}: no model_index.json is there; expected the folder of a diffusers pipeline, or its "
+                "name on the hub"
+            )
+
     @cached_property
     def _pipeline(self) -> Any:
         """The pretrained pipeline; nothing changes it."""
+        from .denoisers import load_pipeline  # diffusers takes seconds to import, and photos are checked without it
+
         return load_pipeline(self.settings.model)
 
     @cached_property
@@ -99,6 +112,8 @@ class DreamboothTask(Defaults):
 
     def build_model(self, seed: int) -> nn.Module:
         """The parts of the pipeline that are trained; nothing in it is new, so the seed is not used."""
+        from .denoisers import build_denoiser
+
         return build_denoiser(self._pipeline)
 
     def _batches(self, seed: int, photos: Tensor, *, clean: bool = False) -> DreamboothBatches:
@@ -152,6 +167,8 @@ class DreamboothTask(Defaults):
         return {name: of(self.subject.pictures) for name, of in self._measures.items()}
 
     def _generate(self, model: nn.Module, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        from .denoisers import denoiser_in
+
         s, pipeline, made = self.settings, denoiser_in(model).pipeline, []
         for start in range(0, len(prompts), s.generate_batch):
             part = slice(start, start + s.generate_batch)
@@ -172,8 +189,16 @@ class DreamboothTask(Defaults):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """`pytorch_lora_weights.safetensors`, which the pipeline's `load_lora_weights` reads."""
+        from .saving import save_diffusers_lora
+
         save_diffusers_lora(model, folder)
 
 
-RECIPES = {"dreambooth": Recipe(DreamboothSettings, DreamboothTask, tiny_settings)}
+def _tiny(settings: DreamboothSettings, folder: Path) -> DreamboothSettings:
+    from .tiny import tiny_settings
+
+    return tiny_settings(settings, folder)
+
+
+RECIPES = {"dreambooth": Recipe(DreamboothSettings, DreamboothTask, _tiny)}
 """The tasks of this module."""

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
 from ..image_files import layered, open_layered
 from .downloads import packaged_file
@@ -84,6 +83,8 @@ class Pictures:
         Raises:
             ValueError: if they do not suffice, or a class has too few of them to be in both parts.
         """
+        from sklearn.model_selection import train_test_split  # which takes seconds to import
+
         try:
             train, held_out = train_test_split(
                 range(len(self)), test_size=eval_size, random_state=seed, stratify=self.labels

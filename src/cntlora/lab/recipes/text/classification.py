@@ -145,9 +145,13 @@ class SequenceTask(Defaults):
         """The tokenizer of the model."""
         return load_tokenizer(self.model)[1]
 
-    def check(self) -> None:
-        """Read the rows and the tokenizer."""
-        _ = self.tables, self.tokenizer
+    def check_data(self) -> None:
+        """Read the rows."""
+        _ = self.tables
+
+    def check_model(self) -> None:
+        """Read the tokenizer."""
+        _ = self.tokenizer
 
     def describe(self) -> str:
         """The index of each class with its training rows, or the range of the numbers."""
@@ -262,7 +266,10 @@ def _read(settings: TextSettings | PairsSettings, source: str, *, held_out: bool
     first = settings.text if isinstance(settings, TextSettings) else settings.first
     second = None if isinstance(settings, TextSettings) else settings.second
     regression = settings.kind == "regression"
-    return read_table(source, first, settings.label, second, regression=regression, held_out=held_out)
+    named = ("task.text" if second is None else "task.first", "task.label", "task.second")
+    return read_table(
+        source, first, settings.label, second, regression=regression, held_out=held_out, settings=named
+    )  # fmt: skip
 
 
 def _sample(name: str) -> Table:

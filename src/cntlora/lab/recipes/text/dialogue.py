@@ -82,20 +82,45 @@ def segments_of(frame: pd.DataFrame, columns: Columns, tokenizer: Any, where: ob
     Raises:
         ValueError: for a missing column, an empty field, or chats without a template; names file and row.
     """
-    kind, end = columns.kind(frame, where), tokenizer.eos_token or ""
+    chats, name = _chats_of(frame, columns, where)
+    if name:
+        return chat_rows(chats, name, tokenizer, where), True
+    return _plain_rows(frame, columns, tokenizer.eos_token or "", where), False
+
+
+def check_rows(frame: pd.DataFrame, columns: Columns, where: object) -> None:
+    """Check the rows of a table as far as that needs no tokenizer.
+
+    Raises:
+        ValueError: for a missing column, an empty field, or a chat without an answer; names file and row.
+    """
+    chats, name = _chats_of(frame, columns, where)
+    for number, chat in enumerate(chats, start=1):
+        _messages(chat, name, f"{where}: row {number}")
+    if not name:
+        _plain_rows(frame, columns, "", where)
+
+
+def _chats_of(frame: pd.DataFrame, columns: Columns, where: object) -> tuple[list[Any], str]:
+    """The chats of a table and the names of their columns; none and "" where it has texts."""
+    kind = columns.kind(frame, where)
     if kind == "messages":
-        return chat_rows(raw_column(frame, columns.messages, where), columns.messages, tokenizer, where), True
+        return raw_column(frame, columns.messages, where), columns.messages
     if kind == "text":
-        return text_rows(column(frame, columns.text, where), end), False
+        return [], ""
     response = columns.response_in(frame)
     prompts, responses = (raw_column(frame, name, where) for name in (columns.prompt, response))
-    if any(_is_list(value) for value in chain(prompts, responses)):
-        whole = [
-            _joined(one, two, f"{where}: row {n}")
-            for n, (one, two) in enumerate(zip(prompts, responses, strict=True), 1)
-        ]
-        return chat_rows(whole, f"{columns.prompt}, {response}", tokenizer, where), True
-    return response_rows(frame, columns.prompt, response, end, where), False
+    if not any(_is_list(value) for value in chain(prompts, responses)):
+        return [], ""
+    pairs = enumerate(zip(prompts, responses, strict=True), start=1)
+    return [_joined(one, two, f"{where}: row {n}") for n, (one, two) in pairs], f"{columns.prompt}, {response}"
+
+
+def _plain_rows(frame: pd.DataFrame, columns: Columns, end: str, where: object) -> list[Segments]:
+    """Rows of texts, or of prompts with responses."""
+    if columns.kind(frame, where) == "text":
+        return text_rows(column(frame, columns.text, where), end)
+    return response_rows(frame, columns.prompt, columns.response_in(frame), end, where)
 
 
 def _is_list(value: Any) -> bool:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ from .dialogue import (
     MissingColumnsError,
     Row,
     Segments,
+    check_rows,
     encode_row,
     said_of_cut,
     segments_of,
@@ -44,6 +46,8 @@ from .dialogue import (
 )
 from .tables import IGNORED
 from .tiny import at_most, tiny_language_model, write_rows
+
+_SAMPLE = "sample:"
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,9 @@ class LanguageTask(Defaults):
     def rows(self) -> tuple[list[Row], list[Row]]:
         """Training rows and held-out rows."""
         s = self.settings
-        rows = load_rows(s, str(s.data), self.tokenizer)
+        rows = self._rows_of(str(s.data))
         if s.eval_data is not None:
-            return rows, load_rows(s, s.eval_data, self.tokenizer)
+            return rows, self._rows_of(s.eval_data)
         check_held_out(s.data, len(rows), "rows", s.eval_size, apart="task.eval_data")
         from sklearn.model_selection import train_test_split  # which takes seconds to import
 
@@ -132,10 +136,29 @@ class LanguageTask(Defaults):
     def general_rows(self) -> list[Row]:
         """Rows of the other text; none where there is none."""
         s = self.settings
-        return load_rows(s, s.general_data, self.tokenizer)[: s.general_size] if s.general_data else []
+        return self._rows_of(s.general_data)[: s.general_size] if s.general_data else []
 
-    def check(self) -> None:
-        """Read and tokenise the rows."""
+    def _rows_of(self, source: str) -> list[Row]:
+        return load_rows(self.settings, source, self.tokenizer, self._frames.get(source))
+
+    @cached_property
+    def _frames(self) -> dict[str, Any]:
+        """Source → table of the data that are no samples."""
+        s = self.settings
+        sources = (source for source in (s.data, s.eval_data, s.general_data) if source)
+        return {source: read_frame(source) for source in sources if not source.startswith(_SAMPLE)}
+
+    def check_data(self) -> None:
+        """Read the rows, without their tokens."""
+        s = self.settings
+        for source, frame in self._frames.items():
+            with _named_columns():
+                check_rows(frame, columns_of(s), source)
+        if s.data in self._frames and s.eval_data is None:
+            check_held_out(s.data, len(self._frames[s.data]), "rows", s.eval_size, apart="task.eval_data")
+
+    def check_model(self) -> None:
+        """Read the tokenizer, and tokenise the rows."""
         _ = self.rows, self.general_rows
 
     def build_model(self, seed: int) -> nn.Module:
@@ -221,14 +244,14 @@ def token_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
     return total / count
 
 
-def load_rows(settings: LanguageSettings, source: str, tokenizer: Any) -> list[Row]:
-    """The rows of a file, a data set of the hub or a sample.
+def load_rows(settings: LanguageSettings, source: str, tokenizer: Any, frame: Any = None) -> list[Row]:
+    """The rows of a file, a data set of the hub or a sample; `frame` has them where they are read already.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: for rows that cannot be used; names file and row.
     """
-    segments, chat = _segments(settings, source, tokenizer)
+    segments, chat = _segments(settings, source, tokenizer, frame)
     rows = [
         encode_row(row, tokenizer, settings.max_length, special=not chat, where=f"{source}: row {number}")
         for number, row in enumerate(segments, start=1)
@@ -238,14 +261,25 @@ def load_rows(settings: LanguageSettings, source: str, tokenizer: Any) -> list[R
     return rows
 
 
-def _segments(s: LanguageSettings, source: str, tokenizer: Any) -> tuple[list[Segments], bool]:
+def _segments(s: LanguageSettings, source: str, tokenizer: Any, frame: Any) -> tuple[list[Segments], bool]:
     """The rows, and whether they are chats."""
-    if source.startswith("sample:"):
+    if source.startswith(_SAMPLE):
         key = next(f"task.{f}" for f in ("general_data", "eval_data", "data") if f == "data" or getattr(s, f) == source)
         return text_rows(_sample(source, key), tokenizer.eos_token or ""), False
-    columns = Columns(s.text, s.prompt, s.response, s.messages)
+    with _named_columns():
+        return segments_of(read_frame(source) if frame is None else frame, columns_of(s), tokenizer, source)
+
+
+def columns_of(settings: LanguageSettings) -> Columns:
+    """The columns that the settings name."""
+    return Columns(settings.text, settings.prompt, settings.response, settings.messages)
+
+
+@contextmanager
+def _named_columns() -> Iterator[None]:
+    """Say of missing columns which settings name them."""
     try:
-        return segments_of(read_frame(source), columns, tokenizer, source)
+        yield
     except MissingColumnsError as error:
         raise ValueError(f"{error}. Name yours with task.text, task.prompt, task.response, task.messages") from error
 

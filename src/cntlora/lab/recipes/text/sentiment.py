@@ -68,7 +68,9 @@ def _load(s: TweetsSettings) -> tuple[Table, Table]:
     """Training rows and held-out rows."""
     from ..samples.models import tweets
 
-    table = tweets() if s.data is None else read_table(s.data, s.text, s.label, instead=_REGRESSION)
+    table = tweets() if s.data is None else read_table(
+        s.data, s.text, s.label, instead=_REGRESSION, settings=("task.text", "task.label", "")
+    )  # fmt: skip
     if len(table.names) < 2:
         raise ValueError(one_class_only(s.data, s.label, "class", table.names[0]))
     return hold_out(table, s.data or "sample:tweets", s.eval_size, s.split_seed)

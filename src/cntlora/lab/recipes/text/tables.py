@@ -123,6 +123,7 @@ def read_table(
     instead: str | None = REGRESSION,
     held_out: bool = False,
     frame: pd.DataFrame | None = None,
+    settings: tuple[str, str, str] = ("", "", ""),
 ) -> Table:
     """A table from a file or a data set of the hub, see `cntlora.lab.recipes.frames.read_frame`.
 
@@ -139,6 +140,7 @@ def read_table(
         instead: how the user asks for regression, for the message about a column of numbers; None if there is no way.
         held_out: the rows are only scored, so that a class may have one of them.
         frame: the rows, where they are read already.
+        settings: what names the columns `text`, `label` and `second`, for messages, such as "task.text".
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -156,13 +158,13 @@ def read_table(
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
         raise ValueError(f"{path}: column {twice!r} is named both as text and as label, or twice; name two columns")
-    texts = column(frame, text, path)
-    seconds = [] if second is None else column(frame, second, path)
+    texts = column(frame, text, path, settings[0])
+    seconds = [] if second is None else column(frame, second, path, settings[2])
     if label is None:
         return Table(texts, [], [], seconds)
     if regression:
-        return Table(texts, [], [], seconds, numbers(frame, label, path))
-    cells, names = raw_column(frame, label, path), names_of(frame, label)
+        return Table(texts, [], [], seconds, numbers(frame, label, path, settings[1]))
+    cells, names = raw_column(frame, label, path, settings[1]), names_of(frame, label)
     if names is not None:
         return Table(texts, known_classes(cells, names, label, path), names, seconds)
     labels, names = class_column(cells, label, path, regression=instead, held_out=held_out)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
 from ....messages import first_line, warn_caller
 from ..image_files import CHECKED, SUFFIXES, dark_warning, is_dark, left_out, opaque, open_image
@@ -80,6 +79,8 @@ class LabelledImages:
                 f"class {few[0]}" + (f" (and {len(few) - 1} more classes)" if len(few) > 1 else "")
             )
         check_held_out(self.where, len(self), "images", eval_size, len(self.names))
+        from sklearn.model_selection import train_test_split  # which takes seconds to import
+
         size = eval_size if eval_size < 1 else int(eval_size)
         train, held_out = train_test_split(
             range(len(self)), test_size=size, random_state=seed, stratify=list(self.labels)
@@ -191,7 +192,7 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def _table(path: Path, image: str, label: str) -> LabelledImages:
-    table = read_table(path, text=image, label=label, instead=None)
+    table = read_table(path, text=image, label=label, instead=None, settings=("task.image", "task.label", ""))
     files = [path.parent / Path(name).expanduser() for name in table.texts]
     for row, file in enumerate(files, start=1):
         if not file.is_file():

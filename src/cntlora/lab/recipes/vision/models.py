@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, Dinov2Config, Dinov2Model
-from transformers.modeling_outputs import ImageClassifierOutput
 
 from ....messages import first_line, quiet_transformers
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and the images are checked without it
+    from transformers.modeling_outputs import ImageClassifierOutput
 
 POOLINGS: dict[str, Callable[[Any], Tensor]] = {
     "cls": lambda output: output.last_hidden_state[:, 0],
@@ -47,6 +48,8 @@ class ImageClassifier(nn.Module):
             pixel_values: (b, 3, height, width), normalised.
             labels: class indices.
         """
+        from transformers.modeling_outputs import ImageClassifierOutput
+
         logits = self.head(POOLINGS[self.pooling](self.backbone(pixel_values=pixel_values)))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
@@ -74,6 +77,8 @@ def load_config(model: str) -> Any:
     Raises:
         ValueError: if there is no such model; says what was tried.
     """
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder_or_name(model))
     except (OSError, ValueError) as error:
@@ -114,6 +119,8 @@ def build_classifier(
     Raises:
         ValueError: if there is no such model, or weights that `pooling` needs are not in it.
     """
+    from transformers import AutoModel, AutoModelForImageClassification
+
     load_config(model)
     name = folder_or_name(model)
     options: dict[str, Any] = {} if feature_layer is None else {"num_hidden_layers": feature_layer}
@@ -146,6 +153,8 @@ def new_modules(model: str, pooling: str) -> tuple[str, ...]:
     """Names of what is new in `build_classifier`'s model: "head", or the own class's modules beside its backbone."""
     if pooling != "own":
         return ("head",)
+    from transformers import AutoModelForImageClassification
+
     config = load_config(model)
     with torch.device("meta"), quiet_transformers():
         shell: Any = AutoModelForImageClassification.from_config(config)
@@ -158,6 +167,8 @@ def new_modules(model: str, pooling: str) -> tuple[str, ...]:
 
 def tiny_backbone(folder: Path, swiglu: bool = False) -> None:
     """Write a random DINOv2 of 3 layers (hidden size 24, patches of 14); `swiglu`: with its giant's gated MLP."""
+    from transformers import Dinov2Config, Dinov2Model
+
     config = Dinov2Config(
         hidden_size=24,
         num_hidden_layers=3,

@@ -96,17 +96,24 @@ class VisionTask(Defaults):
         """Training and held-out images, not opened yet."""
         return self.read(self.settings)
 
-    def check(self) -> None:
+    def check_data(self) -> None:
         """Decode up to 2,000 of the training and of the held-out images each; any other when it is first used.
 
         Raises:
-            ValueError: for images, tables or a model that cannot be used; names the file or row.
+            ValueError: for images or tables that cannot be used; names the file or row.
+        """
+        for images in self.images:
+            if not self.settings.data.startswith("sample:"):
+                images.check()
+
+    def check_model(self) -> None:
+        """Check the sizes of the backbone by its configuration.
+
+        Raises:
+            ValueError: for a model that is not there, or settings that do not fit it.
         """
         s = self.settings
         check_backbone(s.model, s.size, s.feature_layer)
-        for images in self.images:
-            if not s.data.startswith("sample:"):
-                images.check()
 
     def describe(self) -> str:
         """The index of each class with its training images."""
