@@ -227,7 +227,7 @@ def untuned(tasks: Tasks) -> str:
 
 
 def _excess(mine: Mapping[int, float], its: Mapping[int, float]) -> float | None:
-    """How far the mean loss is above another, relative to it, over the seeds of both."""
+    """The distance of the mean loss above another, relative to it, over the seeds of both."""
     seeds = mine.keys() & its.keys()
     return mean(mine[seed] for seed in seeds) / mean(its[seed] for seed in seeds) - 1 if seeds else None
 

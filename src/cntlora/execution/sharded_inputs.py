@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class GathersWeights(Protocol):
-    """What is asked of the executor: a sharded weight for one process, or for all."""
+    """The part of the executor that is asked: a sharded weight for one process, or for all."""
 
     def map_sharded(self, sites: Sequence[Site], make: Callable[[Site], T], owners: Mapping[str, int]) -> dict[str, T]:
         """Return what `make` gives for each site, on the process that owns it."""
