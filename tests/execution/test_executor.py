@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tests.tiny import adapted, text_batches
@@ -17,6 +18,7 @@ from cntlora.execution import distributed
 from cntlora.execution.arguments import Request
 from cntlora.execution.distributed import DistributedExecutor, choose_executor
 from cntlora.execution.executor import LocalExecutor
+from cntlora.linalg.filtered_svd import filtered_triplets
 
 PACKAGE = Path(distributed.__file__).parents[1]
 
@@ -77,3 +79,33 @@ def test_nobody_else_asks_for_other_processes() -> None:
     assert {name for name in found if not name.startswith("lab/")} == {f"execution/{name}" for name in room} | {
         "model/sharded.py"
     }
+
+
+@pytest.mark.parametrize("method", ["descent", "self", "lora_ga", "eva", "lora"])
+def test_a_stack_gives_the_plan_of_single_sites(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; matrices that are large enough for the leading triplets alone."""
+    base = torch.nn.Sequential(*(torch.nn.Linear(280, 280, bias=False) for _ in range(3)), torch.nn.Linear(280, 4))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0", "1", "2"], r=4))  # type: ignore[arg-type]
+    batches = [torch.randn(300, 280, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    stacked: list[int] = []
+
+    def watched(stack: Any, q: int, norm: Any) -> Any:
+        stacked.append(stack.ndim)
+        return filtered_triplets(stack, q, norm)
+
+    def plan() -> InitPlan:
+        config = InitConfig.from_dict({"method": method, **({"strength": 0.1} if method == "descent" else {})})
+        loss = (lambda model, batch: model(batch).square().mean()) if method in ("descent", "lora_ga") else None
+        return compute_plan(model, batches if method != "lora" else None, config, loss=loss)
+
+    monkeypatch.setattr("cntlora.linalg.factors.filtered_triplets", watched)
+    alone = plan()
+    monkeypatch.setattr("cntlora.execution.executor.STACKING", ("cpu",))
+    before = len(stacked)
+    together = plan()
+    assert stacked[before:] == ([3] if method in ("descent", "self") else [])  # one stack; control: others take none
+    assert list(alone.sites) == list(together.sites)
+    for name, site in alone.sites.items():
+        one, other = (s.B.double() @ s.A.double() for s in (site, together.sites[name]))
+        assert float((one - other).norm()) <= 1e-3 * float(site.start_norm or 1) / site.scaling
+        assert site.weight_norm == together.sites[name].weight_norm

@@ -11,6 +11,7 @@ from tests.cases import array, draw, relative_error
 from torch import Tensor
 
 from cntlora.linalg.factors import EXACT_BELOW, input_spectrum, spectrum, svd_factors
+from cntlora.linalg.filtered_svd import filtered_triplets
 from cntlora.linalg.truncated_svd import TOLERANCE, gram_triplets, leading_triplets
 
 LAWS = {
@@ -31,7 +32,17 @@ def with_law(shape: tuple[int, int], law: str, dtype: torch.dtype) -> tuple[Tens
     return ((U * S) @ V.mT).to(dtype), S
 
 
-WAYS = [(leading_triplets, torch.float32), (leading_triplets, torch.float64), (gram_triplets, torch.float32)]
+def filtered(M: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    U, S, Vh, trusted = filtered_triplets(M, q, torch.tensor(0.0))  # each triplet by itself
+    return (U, S, Vh) if bool(trusted) else None
+
+
+WAYS = [
+    (filtered, torch.float32),
+    (leading_triplets, torch.float32),
+    (leading_triplets, torch.float64),
+    (gram_triplets, torch.float32),
+]
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -43,7 +54,7 @@ def test_triplets_are_within_their_bound(law: str, shape: tuple[int, int], way: 
     found = way(M, q)
     if found is None:
         # nothing sticks out, so that a small space cannot tell the first ones; or too much does for squares
-        assert law == ("flat" if way is leading_triplets else "one giant")
+        assert law in {gram_triplets: ["one giant"], leading_triplets: ["flat"]}.get(way, ["one giant", "flat"])
         return
     U, values, Vh = found
     assert U.shape == (shape[0], q) and Vh.shape == (q, shape[1]) and U.dtype == dtype
@@ -128,3 +139,32 @@ def test_the_inputs_spectrum_is_that_of_their_gram_matrix() -> None:
     assert found.frobenius == pytest.approx(float(torch.linalg.matrix_norm(X)), rel=1e-10)
     assert relative_error((found.Vh @ Vh[8:16].mT).abs(), torch.eye(8)) > 0.9  # control
     assert array(input_spectrum((X @ X.mT)[:50, :50], 8).S).size == 50  # small: all of them
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_filtered_product_is_the_truncated_svd(law: str) -> None:
+    """In a stack and alone, where it is trusted; control: a block that was not filtered is far from it."""
+    matrices = [with_law(shape, law, torch.float32)[0] for shape in ((400, 300), (400, 300))]
+    matrices[1] = matrices[1].flip(0) * 3.0
+    stack = torch.stack(matrices)
+    U, S, Vh, trusted = filtered_triplets(stack, 8, torch.linalg.matrix_norm(stack))
+    assert bool(trusted.all()) or law in ("flat", "one giant")
+    for M, u, s, v, holds in zip(matrices, U, S, Vh, trusted, strict=True):
+        if not bool(holds):
+            continue
+        alone = filtered_triplets(M, 8, torch.linalg.matrix_norm(M))
+        for values, product in ((s, (u * s) @ v), (alone[1], (alone[0] * alone[1]) @ alone[2])):
+            rest = float(torch.linalg.matrix_norm(M.double() - product.double()) ** 2)
+            tail = float(torch.linalg.svdvals(M.double())[8:].square().sum())
+            assert rest - tail < 1e-5 * float(torch.linalg.matrix_norm(M)) ** 2
+            assert relative_error(values[:1], torch.linalg.svdvals(M)[:1]) < 1e-5
+        basis = torch.linalg.qr(M.mT @ draw(3, 400, 8).float()).Q
+        assert float(torch.linalg.matrix_norm(M - M @ basis @ basis.mT) ** 2) - tail > 1e-5 * float(M.square().sum())
+
+
+def test_a_matrix_without_directions_is_not_trusted() -> None:
+    for M in (torch.zeros(300, 280), draw(1, 300, 3).float() @ draw(2, 3, 280).float()):
+        *_, trusted = filtered_triplets(M, 8, torch.linalg.matrix_norm(M))
+        assert not bool(trusted)
+    M = draw(1, 300, 20).float() @ draw(2, 20, 280).float()  # control
+    assert bool(filtered_triplets(M, 8, torch.linalg.matrix_norm(M))[3])

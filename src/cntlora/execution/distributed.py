@@ -18,7 +18,7 @@ from ..methods.facts import Facts
 from ..model.layouts import as_matrix
 from ..model.sharded import full, full_at, is_sharded, partitioned, shards
 from ..model.zero3 import gathering
-from .executor import Executor, LocalExecutor
+from .executor import Executor, LocalExecutor, Together
 from .processes import (
     exchange_bytes,
     gather,
@@ -101,10 +101,12 @@ class DistributedExecutor:
     def own(self, sites: Sequence[Site]) -> list[Site]:
         return [site for site in sites if self._owners[site.name] == rank()]
 
-    def map(self, sites: Sequence[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
+    def map(
+        self, sites: Sequence[Site], make: Callable[[Site], T], streams: bool, together: Together[T] | None = None
+    ) -> dict[str, T]:
         if any(is_sharded(site.stored) for site in sites):
             return self.map_sharded(sites, make, self._owners)
-        return run_together(lambda: self.local.map(self.own(sites), make, streams))
+        return run_together(lambda: self.local.map(self.own(sites), make, streams, together))
 
     def gather(self, value: T) -> list[T]:
         return gather(value)

@@ -6,7 +6,7 @@ Everything that differs between one process and several is a method here. `Local
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..linalg.parallel import side_by_side
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from ..plan import InitPlan
 
 T = TypeVar("T")
+
+
+Together = Callable[[Sequence["Site"]], list[T]]
+STACKING = ("cuda",)
+"""Types of devices on which small sites are factored as stacks: a CPU works on each of them as fast."""
+STACKED = 2**26
+"""Entries of the weights of sites that are factored together, at most: 256 MiB in float32."""
 
 
 class Executor(Protocol):
@@ -62,8 +69,14 @@ class Executor(Protocol):
     def own(self, sites: Sequence[Site]) -> list[Site]:
         """The sites that were assigned to this process."""
 
-    def map(self, sites: Sequence[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
-        """Site name → what `make` gives, for the sites of this process; `streams` as for `side_by_side`."""
+    def map(
+        self, sites: Sequence[Site], make: Callable[[Site], T], streams: bool, together: Together[T] | None = None
+    ) -> dict[str, T]:
+        """Site name → what `make` gives, for the sites of this process; `streams` as for `side_by_side`.
+
+        Args:
+            together: the same for several sites at once, where a device gains from that.
+        """
 
     def gather(self, value: T) -> list[T]:
         """The plain value of every process."""
@@ -97,10 +110,20 @@ class LocalExecutor:
     def own(self, sites: Sequence[Site]) -> list[Site]:
         return list(sites)
 
-    def map(self, sites: Sequence[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
-        """Small sites side by side."""
+    def map(
+        self, sites: Sequence[Site], make: Callable[[Site], T], streams: bool, together: Together[T] | None = None
+    ) -> dict[str, T]:
+        """Small sites side by side; on a GPU some together."""
         if not sites:
             return {}
+        if together is not None and sites[0].device.type in STACKING:
+            parts = list(_parts(sites))
+            found = side_by_side(together, parts, [0] * len(parts), sites[0].device, streams)
+            return {
+                site.name: one
+                for part, of_part in zip(parts, found, strict=True)
+                for site, one in zip(part, of_part, strict=True)
+            }
         rows = [max(site.in_features, site.out_features) for site in sites]
         made = side_by_side(make, sites, rows, sites[0].device, streams)
         return {site.name: result for site, result in zip(sites, made, strict=True)}
@@ -110,3 +133,18 @@ class LocalExecutor:
 
     def join(self, part: InitPlan, order: Sequence[str]) -> InitPlan:
         return part
+
+
+def _parts(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """The sites in turn, as many at a time as have STACKED entries together, one at least."""
+    part: list[Site] = []
+    held = 0
+    for site in sites:
+        size = site.in_features * site.out_features
+        if part and held + size > STACKED:
+            yield part
+            part, held = [], 0
+        part.append(site)
+        held += size
+    if part:
+        yield part

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..model.sites import Site
     from ..model.ties import Tied
     from .arguments import Request
-    from .executor import Executor
+    from .executor import Executor, Together
 
 T = TypeVar("T")
 
@@ -200,14 +200,16 @@ class Statistics:
 
         return look
 
-    def map(self, sites: list[Site], make: Callable[[Site], T], streams: bool) -> dict[str, T]:
+    def map(
+        self, sites: list[Site], make: Callable[[Site], T], streams: bool, together: Together[T] | None = None
+    ) -> dict[str, T]:
         """Return what `make` gives for the sites of this process, whose batches are read again where there was no room.
 
         What needs several looks at a site, as adaptive ranks do, reads the batches again for each look. The first site
         that waits is always admitted next, so that it ends.
         """
         if self.config.chosen.reads == "weights":
-            return self.executor.map(sites, make, streams)
+            return self.executor.map(sites, make, streams, together)
         made: dict[str, T] = {}
         todo = list(sites)
         while todo:
@@ -215,7 +217,7 @@ class Statistics:
             if not ready:
                 self.read(todo, "the end of another pass over its data")
                 continue
-            made |= self.executor.map(ready, make, streams)
+            made |= self.executor.map(ready, make, streams, together)
             todo = [site for site in todo if site.name not in self.budget.admitted]
         return {site.name: made[site.name] for site in sites if site.name in made}
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..linalg.factors import Spectrum, norm_of, offset, paired, product_square, spectrum
+from ..linalg.factors import Spectrum, norm_of, offset, paired, product_square, spectra, spectrum
 from ..linalg.parallel import read_back
 from ..methods.statistics import InputEstimator
 from ..methods.target import RankFacts, SiteTarget, Target
@@ -32,7 +34,12 @@ def plan_sites(sites: list[Site], statistics: Statistics) -> dict[str, SitePlan]
     config = statistics.config
     streams = not isinstance(statistics.estimator, InputEstimator)  # whose neighbours share what is made for the first
     if not config.adaptive_ranks:
-        return statistics.map(sites, lambda site: _plan_site(site, statistics, site.rank, None), streams)
+        return statistics.map(
+            sites,
+            lambda site: _plan_site(site, statistics, site.rank, None),
+            streams,
+            lambda part: _plan_part(part, statistics),
+        )
     # twice the usual rank is nearly always enough
     spectra = statistics.map(
         sites, lambda site: _site_spectrum(site, statistics, max(2 * site.rank, config.min_rank)), streams
@@ -101,8 +108,15 @@ def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
     if target.M is None:
         none = torch.zeros(0, dtype=DTYPE, device=site.adapter_device)
         return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
-    try:
+    with _named(site):
         return spectrum(target.M, q, exact, product=target.is_delta or target.is_product)
+
+
+@contextmanager
+def _named(site: Site) -> Iterator[None]:
+    """Context in which an estimate without singular values is an error that names the site."""
+    try:
+        yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(
             f"site {site.name}: the estimate has no singular values: it is too large or not finite; raise rtol, or "
@@ -112,25 +126,82 @@ def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
 
 def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum | None) -> SitePlan:
     start = time.perf_counter()
-    config, method, facts = statistics.config, statistics.config.chosen, statistics.facts[site.name]
-    enough = found is not None and found.spectrum.Vh.shape[0] >= r * method.width
+    config, width = statistics.config, statistics.config.chosen.width
+    enough = found is not None and found.spectrum.Vh.shape[0] >= r * width
     target = found.target if found and enough and found.target else statistics.target(site)
-    known = found.spectrum if found and enough else _spectrum(site, target, r * method.width, config.exact_svd)
+    known = found.spectrum if found and enough else _spectrum(site, target, r * width, config.exact_svd)
+    draft = _draft(site, statistics, r, target, known)
+    return _plan(draft, statistics, read_back(draft.numbers), time.perf_counter() - start)
+
+
+def _plan_part(part: Sequence[Site], statistics: Statistics) -> list[SitePlan]:
+    """The plans of several sites: equal shapes are factored as stacks, and numbers are read back once."""
+    start = time.perf_counter()
+    config, width = statistics.config, statistics.config.chosen.width
+    targets = [statistics.target(site) for site in part]
+    known: dict[int, Spectrum] = {}
+    if all(target.M is not None and target.known is None for target in targets):
+        matrices = [target.M for target in targets if target.M is not None]
+        products = [target.is_delta or target.is_product for target in targets]
+        with _named(part[0]):
+            made = spectra(matrices, [site.rank * width for site in part], config.exact_svd, products)
+        known = dict(enumerate(made))
+    drafts = [
+        _draft(
+            site,
+            statistics,
+            site.rank,
+            target,
+            known.get(i) or _spectrum(site, target, site.rank * width, config.exact_svd),
+        )
+        for i, (site, target) in enumerate(zip(part, targets, strict=True))
+    ]
+    read = iter(read_back([number for draft in drafts for number in draft.numbers]))
+    numbers = [list(islice(read, len(draft.numbers))) for draft in drafts]
+    spent = (time.perf_counter() - start) / len(part)
+    return [_plan(draft, statistics, values, spent) for draft, values in zip(drafts, numbers, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """The factors of a site, before what is known of them on the device has been read back.
+
+    Attributes:
+        B, A: of `rank`, in the dtype that they are written in.
+        numbers: whether they are finite, ‖B·A‖², ‖W‖, the sketch of W, and the slope of the loss or None.
+    """
+
+    site: Site
+    target: Target
+    known: Spectrum
+    rank: int
+    W: Tensor
+    B: Tensor
+    A: Tensor
+    numbers: tuple[Tensor | None, ...]
+
+
+def _draft(site: Site, statistics: Statistics, r: int, target: Target, known: Spectrum) -> _Draft:
+    config, method = statistics.config, statistics.config.chosen
     scaling = 1.0 if config.fold_alpha else site.scaling
-    scale = method.strength_at(site.scaling) / scaling
     shape = (site.out_features, site.in_features)
-    B, A = method.factors(SiteTarget(site.name, shape, target, known, r, scale), config)
-    B, A = (M.to(device=site.adapter_device, dtype=site.A.dtype) for M in (B, A))
-    base = config.effective_base
+    of_site = SiteTarget(site.name, shape, target, known, r, method.strength_at(site.scaling) / scaling)
+    B, A = (M.to(device=site.adapter_device, dtype=site.A.dtype) for M in method.factors(of_site, config))
     W = site.working_weight()
-    first = r // 2 if base == "paired" else r
+    first = r // 2 if config.effective_base == "paired" else r
     slope = statistics.slope(site, B[:, :first], A[:first]) if method.has_step_size else None
     fits = B.isfinite().all() & A.isfinite().all()
-    (fine,), (square,), (weight_norm,), sketch, along = read_back(
-        [fits, product_square(B.double(), A.double()), norm_of(W), sketch_of(W), slope]
-    )
-    _check_fits(site, W, B, A, scaling, base, bool(fine))
-    B, A = _arranged(B, A, r, base)
+    numbers = (fits, product_square(B.double(), A.double()), norm_of(W), sketch_of(W), slope)
+    return _Draft(site, target, known, r, W, B, A, numbers)
+
+
+def _plan(draft: _Draft, statistics: Statistics, numbers: Sequence[list[float]], seconds: float) -> SitePlan:
+    site, known, r = draft.site, draft.known, draft.rank
+    config, facts = statistics.config, statistics.facts[site.name]
+    scaling, base = 1.0 if config.fold_alpha else site.scaling, config.effective_base
+    (fine,), (square,), (weight_norm,), sketch, along = numbers
+    _check_fits(site, draft.W, draft.B, draft.A, scaling, base, bool(fine))
+    B, A = _arranged(draft.B, draft.A, r, base)
     use_rslora = site.use_rslora and not config.fold_alpha
     return SitePlan(
         A=A.contiguous(),
@@ -143,7 +214,7 @@ def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum 
         found_scaling=site.scaling,
         singular_values=known.S.float(),
         factored_norm=known.frobenius if known.S.numel() else None,
-        delta_norm=known.frobenius if target.is_delta else None,
+        delta_norm=known.frobenius if draft.target.is_delta else None,
         weight_norm=weight_norm,
         start_norm=abs(scaling) * max(square, 0.0) ** 0.5,  # rounding may go below zero
         slope=scaling * along[0] if along else None,
@@ -153,7 +224,7 @@ def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum 
         masked=bool(facts.masks),
         effective_rank=facts.effective_rank,
         rtol=statistics.rtol(site),
-        seconds=facts.seconds + time.perf_counter() - start,
+        seconds=facts.seconds + seconds,
         mask=", ".join(sorted(facts.masks)),
         unmasked="; ".join(sorted(facts.unmasked)),
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .filtered_svd import filtered_triplets
 from .low_rank import Matrix, formed, frobenius
+from .parallel import read_back
 from .pseudo_inverse import eigh_descending, fix_signs
 from .truncated_svd import TOLERANCE, gram_triplets, leading_triplets
 
@@ -48,7 +51,7 @@ class Spectrum:
         return self.S.square() / total if total > 0 else self.S.square()
 
 
-def spectrum(M: Matrix, q: int, exact: bool = False, product: bool = False) -> Spectrum:
+def spectrum(M: Matrix, q: int, exact: bool = False, product: bool = False, filtered: bool = True) -> Spectrum:
     """The first q singular triplets of M (k, d), signs fixed by the rows of Vᵀ, and at least so many singular values.
 
     Where M is large and q small, they come in the precision of M: from its smaller Gram matrix, or from a block Krylov
@@ -57,18 +60,67 @@ def spectrum(M: Matrix, q: int, exact: bool = False, product: bool = False) -> S
 
     Args:
         product: the product of the factors is what counts, see `leading_triplets`.
+        filtered: whether the filtered iteration may be tried; False where it has been.
     """
     q = min(q, *M.shape)
     if not exact and _pays(M, q):
-        small = isinstance(M, Tensor) and M.dtype == torch.float32 and min(M.shape) <= GRAM_BELOW
         norm = frobenius(M)
-        of_gram = gram_triplets(formed(M), q) if small else None
-        found = of_gram or leading_triplets(M, q, norm=norm if product else None)
+        small = _of_small(formed(M), q, norm, product and filtered) if is_small(M) else None
+        found = small or leading_triplets(M, q, norm=norm if product else None)
         if found is not None:
-            U, S, Vh = found
-            signs = fix_signs(Vh.mT)
-            return Spectrum(U * signs, S, Vh * signs[:, None], norm)
+            return _signed(*found, norm)
     return _whole_spectrum(formed(M).double(), q)
+
+
+def spectra(matrices: Sequence[Matrix], q: Sequence[int], exact: bool, product: Sequence[bool]) -> list[Spectrum]:
+    """`spectrum` of each; small ones of one shape are factored as a stack, and the device is waited for once.
+
+    Args:
+        q, product: of each matrix.
+    """
+    stacks: dict[tuple[torch.Size, int], list[int]] = {}
+    for i, M in enumerate(matrices):
+        if not exact and product[i] and is_small(M) and _pays(M, q[i]):
+            stacks.setdefault((M.shape, q[i]), []).append(i)
+    made = [_stacked([formed(matrices[i]) for i in same], count) for (_, count), same in stacks.items()]
+    known = read_back([torch.stack([trusted.double(), norms.double()]) for *_, trusted, norms in made])
+    found: dict[int, Spectrum] = {}
+    for same, (U, S, Vh, _, _), numbers in zip(stacks.values(), made, known, strict=True):
+        for j, i in enumerate(same):
+            if numbers[j]:
+                found[i] = Spectrum(U[j].clone(), S[j].clone(), Vh[j].clone(), numbers[len(same) + j])
+    return [
+        found[i] if i in found else spectrum(M, q[i], exact, product[i], filtered=False) for i, M in enumerate(matrices)
+    ]
+
+
+def _stacked(matrices: Sequence[Tensor], q: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """U, S and Vᵀ of a stack with their signs, whether each may be trusted, and ‖M‖_F of each."""
+    stack = torch.stack(list(matrices))
+    norms = torch.linalg.matrix_norm(stack)
+    U, S, Vh, trusted = filtered_triplets(stack, q, norms)
+    signs = torch.stack([fix_signs(rows.mT) for rows in Vh])
+    return U * signs[:, None, :], S, Vh * signs[:, :, None], trusted, norms
+
+
+def is_small(M: Matrix) -> bool:
+    """Return whether the leading triplets come out of the smaller Gram matrix."""
+    return isinstance(M, Tensor) and M.dtype == torch.float32 and min(M.shape) <= GRAM_BELOW
+
+
+def _of_small(M: Tensor, q: int, norm: float, filtered: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The triplets by the filtered iteration, or by squares where that fails or is not to be tried."""
+    if filtered:
+        *triplets, trusted = filtered_triplets(M, q, torch.tensor(norm, device=M.device))
+        if bool(trusted):
+            U, S, Vh = triplets
+            return U, S, Vh
+    return gram_triplets(M, q)
+
+
+def _signed(U: Tensor, S: Tensor, Vh: Tensor, norm: float) -> Spectrum:
+    signs = fix_signs(Vh.mT)
+    return Spectrum(U * signs, S, Vh * signs[:, None], norm)
 
 
 def _pays(M: Matrix, q: int) -> bool:
