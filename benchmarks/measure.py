@@ -203,7 +203,9 @@ def _own_peak(tiny: Bench, bench: Bench, row: str) -> float:
     warm, job = tiny.job(row), bench.job(row)
     warm.run(warm.prepare())
     prepared = job.prepare()
-    for tensor in prepared.state_dict().values():  # whose pages of files are not there after a fork before they are read
+    for (
+        tensor
+    ) in prepared.state_dict().values():  # whose pages of files are not there after a fork before they are read
         tensor.sum()
     forward_pass(prepared, bench.batches[:1])
     gc.collect()

@@ -106,6 +106,21 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         ) from error
 
 
+def body_forward(model: nn.Module, batch: Any) -> Any:
+    """`default_forward` of a causal language model of whose output nothing is wanted (`has_spare_logits`): no loss, and
+    the logits of one token alone, which else take more memory than all layers."""
+    if not isinstance(batch, Mapping):
+        return default_forward(model, batch)
+    return default_forward(model, {"logits_to_keep": 1, **{key: batch[key] for key in batch if key != "labels"}})
+
+
+def has_spare_logits(model: nn.Module, read: Iterable[nn.Module]) -> bool:
+    """Return whether a model takes `logits_to_keep`, and its head is none of the layers that are read."""
+    base = next(reversed(list(_layers_of(unwrapped(model)))))
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return head is not None and "logits_to_keep" in _signature(base).parameters and all(x is not head for x in read)
+
+
 REPEATABLE: set[Forward] = {default_forward}
 """Our own ways to call a model, which may call it once more: a function of the user may count or print."""
 

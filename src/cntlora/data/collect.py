@@ -2,17 +2,23 @@
 
 Sites that are given the very same tensor (q, k, v; gate, up) share one accumulator. Tensors are recognised by
 identity through weak references, so a reused address cannot be mistaken and no activation is kept alive.
+
+Statistics that simply add up are handed on as soon as no further layer can see their input: once the model has let go
+of it, or, where the graph of the loss keeps it, when the gradient of its layer arrives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from ..linalg.moments import Moments, TokenCount
 from ..linalg.parallel import full_precision, read_back
@@ -45,19 +51,52 @@ Admits = Callable[["Site", bool, int | None], bool]
 """Whether the statistics of a site are taken, told whether its input is one that is taken for another site anyway, and
 how many tokens that has, where that is known."""
 OnBatch = Callable[[int, Groups], None]
-"""Called after a forward pass with the index of the batch and its inputs."""
+"""Called with the index of a batch and inputs of it: once after its forward pass, or (`early`) one at a time."""
+
+
+@dataclass(eq=False)
+class _Input:
+    """A tensor that sites were given in one forward pass.
+
+    Attributes:
+        names: of the sites, in the order of their calls. tensor, version: which it is, and as which it was read.
+        stats: its statistics; a count of its tokens once they were handed on.
+        rows: which of its rows counted.
+    """
+
+    names: list[str]
+    tensor: TensorWeakRef
+    version: int | None
+    stats: Stats
+    rows: Rows | None
+
+    def is_gone(self) -> bool:
+        """Return whether no site can be given it any more, as it was read."""
+        tensor = self.tensor()
+        return tensor is None or self.version is None or tensor._version != self.version
 
 
 class _Watcher:
-    """Takes the moments of one forward pass."""
+    """Takes the moments of one forward pass.
+
+    Args:
+        early: takes the moments of an input that no further site can see; None where all are wanted together.
+    """
 
     def __init__(
-        self, new: Callable[[Site], Stats], admits: Admits, streams: Streams | None, batch: int, facts: Facts
+        self,
+        new: Callable[[Site], Stats],
+        admits: Admits,
+        streams: Streams | None,
+        batch: int,
+        facts: Facts,
+        early: Callable[[Sequence[str], Moments], None] | None = None,
     ) -> None:
         self.new, self.admits, self.streams, self.batch, self.facts = new, admits, streams, batch, facts
         # tensor → its version, and by how it is looked at (see `_read`) its statistics and which rows counted
         self.known: Any = WeakIdKeyDictionary()
-        self.inputs: dict[str, list[Stats]] = {}
+        self.inputs: dict[str, list[_Input]] = {}
+        self.early, self.waiting = early, list[_Input]()
 
     def hook(self, site: Site) -> Callable[..., None]:
         convolution = is_convolution(site.base)
@@ -76,6 +115,7 @@ class _Watcher:
 
     def _read(self, site: Site, x: Tensor, view: Any) -> None:
         """Take the moments of an input, once for all sites that look at it alike: as rows, or as the same patches."""
+        self.hand_on(_Input.is_gone)
         # an inference tensor counts no versions: an edit of it would go unseen, so it is never taken for known
         version = None if x.is_inference() else x._version
         entry = self.known.get(x)
@@ -87,11 +127,30 @@ class _Watcher:
         tokens = None if is_convolution(site.base) else x.numel() // x.shape[-1]
         admitted = self.admits(site, (view, True) in stats, tokens)
         if (view, admitted) not in stats:
-            stats[view, admitted] = self._new_statistics(site, x, self.new(site) if admitted else TokenCount())
-        taken, rows = stats[view, admitted]
+            made = self._new_statistics(site, x, self.new(site) if admitted else TokenCount())
+            stats[view, admitted] = _Input([], TensorWeakRef(x), version, *made)
+            if isinstance(made[0], Moments):
+                self.waiting.append(stats[view, admitted])
+        taken: _Input = stats[view, admitted]
+        taken.names.append(site.name)
         self.inputs.setdefault(site.name, []).append(taken)
-        if rows is not None:
-            _note_mask(self.facts[site.name], rows)
+        if taken.rows is not None:
+            _note_mask(self.facts[site.name], taken.rows)
+
+    def hand_on(self, ready: Callable[[_Input], bool]) -> None:
+        """Hand on the moments of those inputs that are ready, in the order in which they were seen."""
+        if self.early is None:
+            return
+        for taken in [one for one in self.waiting if ready(one)]:
+            self.waiting.remove(taken)
+            moments = taken.stats
+            assert isinstance(moments, Moments)
+            taken.stats = TokenCount.of(moments)
+            if not moments.tokens:
+                continue
+            times = Counter(taken.names)  # a layer may be called twice with the same tensor
+            for call in range(max(times.values())):
+                self.early([name for name, count in times.items() if count > call], moments)
 
     def _new_statistics(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, Rows | None]:
         """The statistics of an input, and which of its rows counted. Patches are never masked."""
@@ -116,10 +175,10 @@ class _Watcher:
         """Distinct inputs in the order of the forward pass, each with the sites that saw exactly it."""
         names: dict[tuple[int, ...], list[str]] = {}
         inputs: dict[tuple[int, ...], list[Stats]] = {}
-        for name, moments in self.inputs.items():
-            key = tuple(map(id, moments))
+        for name, taken in self.inputs.items():
+            key = tuple(map(id, taken))
             names.setdefault(key, []).append(name)
-            inputs[key] = moments
+            inputs[key] = [one.stats for one in taken]
         return [(tuple(names[key]), _merged(inputs[key])) for key in names]
 
 
@@ -179,6 +238,7 @@ def collect(
     unit: bool = False,
     admits: Admits = lambda site, known, tokens: True,
     by_loss: bool = False,
+    early: bool = False,
     facts: Facts | None = None,
 ) -> Facts:
     """Run the first `num_batches` batches through the model in eval mode; with gradients only for `on_output`.
@@ -194,6 +254,8 @@ def collect(
         totals: whether the moments hold Σ x too. single: whether float32 will do for those of float32.
         unit: whether they are of tokens of unit size.
         admits: which sites are read, see `memory.Budget`; the tokens of the others are counted.
+        early: whether `on_batch` gets each input by itself, as soon as no further site can be given it, and those of
+            the calls of one site apart.
         facts: to which those of these batches are added; None for new ones.
 
     Raises:
@@ -213,7 +275,8 @@ def collect(
             moved = to_device(batch, device)
             masks = _usable_masks(token_masks(anatomy, moved, token_mask, by_loss), sites, model, index)
             streams = Streams(anatomy, moved, masks) if masks.needed() else None
-            watcher = _Watcher(new, admits, streams, index, facts)
+            hand_on = partial(_hand_on, on_batch, index) if early else None
+            watcher = _Watcher(new, admits, streams, index, facts, hand_on)
             with following(anatomy, streams), watching(sites, watcher):
                 try:
                     output = call(model, moved)
@@ -223,6 +286,7 @@ def collect(
             if on_output:
                 _check_called(watcher, sites, index)
                 on_output(index, output)
+            watcher.hand_on(lambda taken: True)
             _absorb_inputs(watcher, index, on_batch, facts)
             if on_first and index == 0:
                 on_first(moved, output)
@@ -230,6 +294,10 @@ def collect(
     if facts.batches == 0:
         raise ValueError("batches: expected at least one batch, got none; is the loader empty, or already used up?")
     return facts
+
+
+def _hand_on(on_batch: OnBatch, index: int, names: Sequence[str], moments: Moments) -> None:
+    on_batch(index, [(tuple(names), moments)])
 
 
 def _usable_masks(masks: TokenMasks, sites: list[Site], model: nn.Module, index: int) -> TokenMasks:

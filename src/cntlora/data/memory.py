@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..linalg.moments import accumulation_dtype
 from ..linalg.parallel import SIDE_BY_SIDE, STREAMS
+from ..linalg.symmetric import held_numbers
 from ..messages import quoted
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class Budget:
         of_gradients: whether gradients (k, d) are summed.
         of_inputs: whether d×d statistics of the inputs are summed.
         own_sums: whether each site may need a sum (k, d) of its own besides (shift mode).
+        single: whether statistics of inputs of float32 are in float32.
+        early: whether inputs are added one at a time, to sums that are held by one triangle.
         use: how the room was used, for the report.
     """
 
@@ -113,6 +116,8 @@ class Budget:
     of_gradients: bool = False
     of_inputs: bool = True
     own_sums: bool = False
+    single: bool = False
+    early: bool = False
     use: MemoryUse = field(default_factory=MemoryUse)
     admitted: set[str] = field(default_factory=set)
     waiting: set[str] = field(default_factory=set)
@@ -242,14 +247,21 @@ class Budget:
     def _sums(self, site: Site, known: bool) -> int:
         own = self._item(site) * site.in_features * site.out_features if self.own_sums else 0
         own += 4 * site.in_features * site.out_features if self.of_gradients else 0
-        return own + (self._item(site) * site.in_features**2 if self.of_inputs and not known else 0)
+        if not self.of_inputs or known:
+            return own
+        numbers = held_numbers(site.in_features) if self.early else site.in_features**2
+        return own + accumulation_dtype(site.dtype, self.single).itemsize * numbers
 
     def _moments(self, site: Site, rows: int | None = None) -> int:
-        """Bytes of the inputs of one batch, at most d rows or else d×d, and of gradients that are held together."""
+        """Bytes of the inputs of one batch, at most d rows or else d×d, and of gradients that are held together.
+
+        Inputs that are added one at a time are in the working room.
+        """
         d, k = site.in_features, site.out_features
         together = self.of_gradients and site.stored.dtype == torch.float16  # see `gradients.weight_gradients`
         gradient = site.stored.element_size() * d * k if together else 0
-        return gradient + (self._item(site) * d * min(d, d if rows is None else rows) if self.of_inputs else 0)
+        together = self.of_inputs and not self.early
+        return gradient + (self._item(site) * d * min(d, d if rows is None else rows) if together else 0)
 
     def working_room(self, sites: Sequence[Site]) -> int:
         """Bytes in which the largest of the sites is factored."""

@@ -63,9 +63,23 @@ def _generators(batches: object) -> Iterator[torch.Generator]:
 @contextmanager
 def reading_mode(model: nn.Module, sites: list[Site], batches: Iterable[Any]) -> Iterator[None]:
     """Context in which the model is in eval mode, its fresh adapters are left out, and all is as found afterwards."""
-    with as_found(model, batches), bypassed(sites), left_unpacked(model), read_eagerly(model):
+    with as_found(model, batches), bypassed(sites), left_unpacked(model), read_eagerly(model), without_cache(model):
         model.eval()
         yield
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Context in which transformers' models keep no keys and values, which only further tokens would need."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = list({id(config): config for config in found if getattr(config, "use_cache", None) is True}.values())
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from ..config import InitConfig
-from ..data.batches import REPEATABLE, KeptBatches, default_forward, scalar_loss, unwrapped
+from ..data.batches import (
+    REPEATABLE,
+    KeptBatches,
+    body_forward,
+    default_forward,
+    has_spare_logits,
+    scalar_loss,
+    unwrapped,
+)
 from ..data.collect import collect
 from ..data.free_memory import free_bytes
 from ..data.gradients import weight_gradients
@@ -126,7 +134,7 @@ class Statistics:
         gradients = method.reads == "gradients"
         loss = request.loss if gradients else None
         with ExitStack() as stack:
-            call = loss or request.forward or default_forward
+            call = loss or request.forward or (body_forward if self._head_is_spare() else default_forward)
             call = self.executor.model_call(call, scalar_loss if gradients else None)
             backward = None
             if gradients:
@@ -145,6 +153,7 @@ class Statistics:
                 single=isinstance(self.estimator, InputReader) and self.estimator.single,
                 unit=isinstance(self.estimator, InputReader) and self.estimator.unit, admits=self.budget.admits,
                 by_loss=gradients and (loss is None or getattr(loss, "by_labels", False)), facts=facts,
+                early=isinstance(self.estimator, InputReader) and self.estimator.early,
             )  # fmt: skip
         if method.batch_weights is not None and len(method.batch_weights) != facts.batches:
             raise ValueError(
@@ -181,6 +190,13 @@ class Statistics:
             self.batches = KeptBatches(self.batches, self.config.num_batches)
         return self.batches
 
+    def _head_is_spare(self) -> bool:
+        """Return whether the batches can be read without the head of the model, which nobody notices."""
+        model = self.request.model
+        if self.config.chosen.reads != "inputs" or self.request.forward is not None or is_watched(model):
+            return False
+        return has_spare_logits(model, [site.layer for site in self.sites])
+
     def _look(self, sites: list[Site]) -> Callable[[Any, Any], None] | None:
         """Note from the first row which sites the loss does not depend on; for methods that run without gradients.
 
@@ -193,9 +209,11 @@ class Statistics:
         if any(map(is_sharded, model.parameters())) or is_watched(model):
             return None
         leaders = {tied.leader.name for tied in self.tied}  # which may train by what their followers give
+        unasked = self._head_is_spare()
 
         def look(batch: Any, output: Any) -> None:
-            found = unreached(unwrapped(model), sites, call, batch) if has_loss(output) else []
+            looks = has_loss(output) or (unasked and isinstance(batch, Mapping) and "labels" in batch)
+            found = unreached(unwrapped(model), sites, call, batch) if looks else []
             self.unreached = [name for name in found if name not in leaders]
 
         return look
@@ -309,7 +327,10 @@ def prepared(request: Request, executor: Executor) -> Statistics:
         check_adapter(site, config)
     budget = Budget(limits, of_gradients=config.chosen.reads == "gradients", own_sums=config.chosen.site_sums)
     statistics = Statistics(request, config, executor, sites, skipped, tied, budget, started)
-    budget.of_inputs = isinstance(statistics.estimator, InputReader)
+    reader = statistics.estimator
+    budget.of_inputs = isinstance(reader, InputReader)
+    if isinstance(reader, InputReader):
+        budget.single, budget.early = reader.single, reader.early
     return statistics
 
 

@@ -267,6 +267,13 @@ class TokenCount:
         self.tokens = 0
         self._finite: Tensor | None = None
 
+    @classmethod
+    def of(cls, moments: Moments) -> TokenCount:
+        """The count of the tokens that these moments are of."""
+        made = cls()
+        made.tokens, made._finite = moments.tokens, moments.finite()
+        return made
+
     @property
     def device(self) -> torch.device:
         """The device of the tokens."""

@@ -133,6 +133,23 @@ def _largest_eigenvalue(S: Tensor) -> Tensor:
     return torch.maximum(v @ (S @ v), S.diagonal().amax())
 
 
+LEAST = 4.0
+"""Rounding of sums of float32, in eps·λ_max: what it leaves of an eigenvalue of zero lies under that."""
+
+
+def rank_with_gap(S: Tensor, rtol: float, noise: float = 0.0) -> int | None:
+    """`numerical_rank` of an S whose own rounding hides small eigenvalues: None where some lie between that and `rtol`,
+    and may be there or not."""
+    if bool(full_rank(S, max(rtol, noise**2))):
+        return S.shape[0]
+    least = LEAST * torch.finfo(S.dtype).eps
+    if bool(full_rank(S, least)):
+        return None
+    D = torch.linalg.eigvalsh(S).clamp_min(0.0)
+    rank = int(kept(D, rtol, noise).sum())
+    return rank if rank == int(kept(D, least, noise).sum()) else None
+
+
 def tall_pinv(M: Tensor, rtol: float) -> Tensor | None:
     """M† of an (m, n) matrix with m ≥ n by QR, M† = R⁻¹Qᵀ, or None where M is not safely of full column rank.
 

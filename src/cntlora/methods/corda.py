@@ -48,6 +48,7 @@ class Corda(Method):
             lambda gram, total, tokens: _of_input(gram, tokens, self.damping),
             lambda name, batches, C: corda_target(weight_of(name).double(), *C),
             by_rows=True,
+            single=True,
         )
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:

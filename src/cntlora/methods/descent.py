@@ -111,7 +111,9 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | DampedRows]], Gradi
 
     def __init__(self, weight_of: WeightOf, damping: float) -> None:
         GradientSums.__init__(self)
-        InputEstimator.__init__(self, lambda gram, total, n: _of_input(gram, n, damping), None, by_rows=True)
+        InputEstimator.__init__(
+            self, lambda gram, total, n: _of_input(gram, n, damping), None, by_rows=True, single=True
+        )
         self.weight_of = weight_of
         self.accumulated = (self.sums, self.counts, self.gradients)
 

@@ -73,11 +73,14 @@ class InputReader(Estimator, Protocol):
         totals: whether it needs Σ x of the inputs.
         single: whether float32 will do for X Xᵀ of inputs of float32.
         unit: whether every token is scaled to a mean square of 1 first.
+        early: whether inputs simply add up, so that each may come as soon as all sites that see it are known, and those
+            of several calls of one layer apart.
     """
 
     totals: bool
     single: bool
     unit: bool
+    early: bool
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
         """The quick way, and the numbers (m,) float64 that tell whether it holds; None where it always does."""

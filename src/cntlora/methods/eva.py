@@ -45,6 +45,7 @@ class Eva(Method):
             lambda name, batches, target: target,
             self.center,
             by_rows=True,
+            single=True,
         )
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:

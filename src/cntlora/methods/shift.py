@@ -83,9 +83,7 @@ class ShiftEstimator:
         weight_facts: site → shape of its W and its condition number by columns, infinite where k < d.
     """
 
-    totals = False
-    single = False
-    unit = False
+    totals = single = unit = early = False
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..linalg.low_rank import LowRank, Matrix, has_root, root_rows, symmetric_product, updated
 from ..linalg.moments import Moments
-from ..linalg.pseudo_inverse import default_rtol, full_rank, numerical_rank, rounding_noise
+from ..linalg.pseudo_inverse import default_rtol, full_rank, numerical_rank, rank_with_gap, rounding_noise
 from ..linalg.sums import SharedSums
 from .estimator import Contribution
 from .facts import Facts
@@ -61,8 +61,7 @@ class MapEstimator:
         single: whether float32 will do for X Xᵀ of inputs of float32.
     """
 
-    totals = False
-    unit = False
+    totals = unit = early = False
 
     def __init__(
         self,
@@ -137,10 +136,10 @@ class InputEstimator(Generic[Shared]):
         make: site name, batches in which it saw a token, and that → its target; None where `made` is another.
         totals: whether Σ x is wanted; else it is zero.
         by_rows: whether `share` takes X Xᵀ as a `LowRank` too, all weights of which are above zero.
+        single: whether float32 will do for X Xᵀ of inputs of float32: leading directions are wanted, or it is damped.
     """
 
-    single = False
-    unit = False
+    unit, early = False, True
 
     def __init__(
         self,
@@ -148,9 +147,10 @@ class InputEstimator(Generic[Shared]):
         make: Callable[[str, int, Shared], Target] | None,
         totals: bool = False,
         by_rows: bool = False,
+        single: bool = False,
     ) -> None:
-        self.share, self.make, self.totals, self.by_rows = share, make, totals, by_rows
-        self.sums, self.counts = SharedSums(), SharedSums()
+        self.share, self.make, self.totals, self.by_rows, self.single = share, make, totals, by_rows, single
+        self.sums, self.counts = SharedSums(symmetric=True), SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums, self.counts)
         self.facts = Facts()
         self._last: tuple[str, Shared, int | None] | None = None  # one only: sites with the same input are neighbours
@@ -197,7 +197,8 @@ class InputEstimator(Generic[Shared]):
         rtol = default_rtol(total.numel(), int(tokens), smaller.dtype)
         noise = rounding_noise(precision, total.numel(), int(tokens))
         counted = len(smaller) <= COUNTED or bool(full_rank(smaller, max(rtol, noise**2)))
-        rank = numerical_rank(smaller, rtol, noise) if counted else None
+        rounded = self.single and torch.finfo(smaller.dtype).eps >= torch.finfo(precision).eps
+        rank = (rank_with_gap if rounded else numerical_rank)(smaller, rtol, noise) if counted else None
         wide = gram.double() if isinstance(gram, Tensor) else gram.to(torch.float64)
         return self.share(wide, total, tokens), rank
 
