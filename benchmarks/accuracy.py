@@ -3,7 +3,8 @@
     python benchmarks/accuracy.py    # some layers of minilm, dinov2, smollm2; writes benchmarks/records/accuracy.json
 
 The plan is that of `cntlora.compute_plan` with base="keep" and strength 1, so that scaling·B·A stands for [ΔW]_r. The
-exact ΔW is computed in float64 by benchmarks/exact.py from the inputs that plain hooks catch.
+exact ΔW is computed in float64 by benchmarks/exact.py from the inputs that plain hooks catch. In bfloat16 these are the
+same inputs and weights in bfloat16, and † drops what is under 1e-2, which is above their rounding.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 import cntlora
 from cntlora.atomic import write_atomically
 
+DTYPES = {"float32": (torch.float32, 0.0), "bfloat16": (torch.bfloat16, 1e-2)}
+"""Name → dtype of the model, and rtol."""
 METHODS = ("cross", "self", "shift")
 LAYERS = {"minilm": (0, 3, 5), "dinov2": (0, 6, 11), "smollm2": (0, 15, 29), "tiny": (0, 1)}
 """First, middle and last."""
@@ -52,9 +55,11 @@ def inputs_of(model: nn.Module, layers: dict[str, nn.Module], batches: list[Batc
     return found
 
 
-def site_errors(layer: Any, site: cntlora.SitePlan, method: str, batches: list[Tensor]) -> dict[str, float]:
+def site_errors(
+    layer: Any, site: cntlora.SitePlan, method: str, batches: list[Tensor], rtol: float = 0.0
+) -> dict[str, float]:
     """The two errors of a site's factors, and the singular values at the cut, relative to the largest."""
-    D = delta(method, layer.base_layer.weight.detach().double(), batches)
+    D = delta(method, layer.base_layer.weight.detach().double(), batches, rtol)
     product = site.scaling * site.B.double() @ site.A.double()
     distance, excess = errors(D, product, site.rank)
     s = torch.linalg.svdvals(D)
@@ -62,20 +67,24 @@ def site_errors(layer: Any, site: cntlora.SitePlan, method: str, batches: list[T
     return {"distance": distance, "excess": excess, "gap": gap}
 
 
-def measure(name: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Method → site → errors, on one workload."""
-    workload = WORKLOADS[name]
-    model, batches = some_layers(workload, LAYERS[name]), workload.batches()
+def measure(name: str, kind: str = "float32") -> dict[str, dict[str, dict[str, float]]]:
+    """Method → site → errors, on one workload in one of `DTYPES`."""
+    workload, (dtype, rtol) = WORKLOADS[name], DTYPES[kind]
+    model = some_layers(workload, LAYERS[name]).to(dtype)
+    batches = [{key: x.to(dtype) if x.is_floating_point() else x for key, x in b.items()} for b in workload.batches()]
+    for key, factor in model.named_parameters():
+        if "lora_" in key:
+            factor.data = factor.data.float()
     table: dict[str, dict[str, dict[str, float]]] = {}
     inputs: dict[str, list[Tensor]] = {}
     margins: dict[str, float] = {}
     for method in METHODS:
-        config = cntlora.InitConfig.from_dict({"method": method, "base": "keep", "strength": 1.0, "rtol": 0.0})
+        config = cntlora.InitConfig.from_dict({"method": method, "base": "keep", "strength": 1.0, "rtol": rtol})
         plan = cntlora.compute_plan(model, batches, config, progress=False)
         layers: dict[str, nn.Module] = {n: model.base_model.model.get_submodule(n) for n in plan.sites}  # type: ignore[union-attr,operator]
         inputs = inputs or inputs_of(model, layers, batches)
         margins = margins or {n: margin(inputs[n]) for n in inputs}
-        found = {n: site_errors(layers[n], site, method, inputs[n]) for n, site in plan.sites.items()}
+        found = {n: site_errors(layers[n], site, method, inputs[n], rtol) for n, site in plan.sites.items()}
         table[method] = {n: values | {"margin": margins[n]} for n, values in found.items()}
     return table
 
@@ -98,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default="minilm,dinov2,smollm2", help=f"some of {', '.join(LAYERS)}")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"some of {', '.join(DTYPES)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of accuracy.json")
     options = parser.parse_args(arguments)
@@ -106,10 +116,15 @@ def main(arguments: list[str] | None = None) -> None:
     for name in names:
         if name not in LAYERS:
             raise SystemExit(f"--workloads: {name!r} is not known; expected some of: {', '.join(LAYERS)}")
-    tables = {name: measure(name) for name in names}
+    tables = {
+        name if kind == "float32" else f"{name}, {kind}": measure(name, kind)
+        for kind in options.dtypes.split(",")
+        for name in names
+    }
     record = {
         "machine": describe(options.threads),
         "layers": {name: list(LAYERS[name]) for name in names},
+        "rtol": {kind: rtol for kind, (_, rtol) in DTYPES.items()},
         "summary": {name: summary(table) for name, table in tables.items()},
         "sites": tables,
     }

@@ -20,35 +20,36 @@ def kept(values: Tensor, rtol: float) -> Tensor:
     return values > rtol * values[0]
 
 
-def cross_target(W: Tensor, X: Tensor) -> Tensor:
-    """W G† (eq. 4), eigenvalues of G at or under max(d, b)·eps·λ_max dropped."""
+def cross_target(W: Tensor, X: Tensor, rtol: float = 0.0) -> Tensor:
+    """W G† (eq. 4), eigenvalues of G at or under the larger of rtol and max(d, b)·eps, times λ_max, dropped."""
     P, s, _ = torch.linalg.svd(X, full_matrices=False)
-    keep = kept(s.square(), max(X.shape) * EPS)
+    keep = kept(s.square(), max(rtol, max(X.shape) * EPS))
     return W @ (P[:, keep] / s[keep].square()) @ P[:, keep].mT
 
 
-def self_target(W: Tensor, X: Tensor) -> Tensor:
-    """W (P D^½)† (eq. 12), eigenvalues falling, the largest entry of every eigenvector positive."""
+def self_target(W: Tensor, X: Tensor, rtol: float = 0.0) -> Tensor:
+    """W (P D^½)† (eq. 12), eigenvalues falling, the largest entry of every eigenvector positive; rtol of D^½."""
     P, s, _ = torch.linalg.svd(X, full_matrices=False)
-    keep = kept(s.square(), max(X.shape) * EPS)
+    keep = kept(s.square(), max(rtol**2, max(X.shape) * EPS))
     P, s = P[:, keep], s[keep]
     P = P * P.gather(0, P.abs().argmax(dim=0, keepdim=True)).sign()
     return W[:, : s.numel()] @ (P / s).mT
 
 
-def shift_target(W: Tensor, X: Tensor) -> Tensor:
-    """(Wᵀ − G Wᵀ)† (eq. 17, C = I), singular values at or under max(d, k)·eps·σ_max dropped."""
+def shift_target(W: Tensor, X: Tensor, rtol: float = 0.0) -> Tensor:
+    """(Wᵀ − G Wᵀ)† (eq. 17, C = I), singular values at or under the larger of rtol and max(d, k)·eps, times σ_max,
+    dropped."""
     U, s, Vh = torch.linalg.svd(W.mT - X @ (X.mT @ W.mT), full_matrices=False)
-    keep = kept(s, max(W.shape) * EPS)
+    keep = kept(s, max(rtol, max(W.shape) * EPS))
     return (Vh[keep].mT / s[keep]) @ U[:, keep].mT
 
 
 TARGETS = {"cross": cross_target, "self": self_target, "shift": shift_target}
 
 
-def delta(method: str, W: Tensor, batches: Sequence[Tensor]) -> Tensor:
+def delta(method: str, W: Tensor, batches: Sequence[Tensor], rtol: float = 0.0) -> Tensor:
     """ΔW = (W + Σ_j W_tar,j) / (B + 1) − W (eq. 18), (k, d) in float64."""
-    total = W + sum(TARGETS[method](W, X) for X in batches)
+    total = W + sum(TARGETS[method](W, X, rtol) for X in batches)
     return total / (len(batches) + 1) - W
 
 

@@ -4,11 +4,14 @@ A batch is digested once for every distinct input ("group") of d features and b 
 
 - gram: X Xᵀ (d²·b) where b > d or G itself is needed, else the dual Xᵀ X (2·b²·d);
 - factorisation: cross a Cholesky inverse (n³); self an eigendecomposition (9·n³); shift the inverse of I − G (2·n³) and
-  a Cholesky factor for the rank (n³/3); eva none, but after all batches the leading directions of G (d×d) and a
-  Cholesky factor, or eigenvalues (3·d³) where there were fewer tokens than d;
+  a Cholesky factor for the rank (n³/3); eva none, but after all batches the leading directions of G (d×d), and up to
+  COUNTED features a Cholesky factor, or eigenvalues (3·d³) where there were fewer tokens than d; descent after all
+  batches L⁻¹ of C (d³); lora_ga none;
 - map: what leads back to d×d where b ≤ d: cross and shift 2·b²·d + 2·b·d², self 2·b²·d.
 
-A site of weight (k, d) then costs the product W·T (2·k·d²) for cross and self. For shift, with k ≥ d, a QR of W for its
+A site of weight (k, d) then costs the product W·T (2·k·d²) for cross and self, and for descent W·C and G·L⁻ᵀ (4·k·d²).
+Methods of gradients run backward besides, at twice the forward pass, and descent tries its size on half of the batches
+twice. For shift, with k ≥ d, a QR of W for its
 condition (2·k·d²) and (Wᵀ)†·S: a solution if k = d (8/3·d³), else a QR (4·k·d²) and products (4·k·d²); with k < d, in
 each batch, a product (2·k·d²) and the pseudo-inverse of (d, k) by QR (4·d·k² and products of 2·d·k²). At the end its
 leading triplets, counted as TRIPLET_PASSES products with a block of q + 4 vectors.
@@ -31,9 +34,13 @@ from torch import Tensor
 from cntlora.linalg.factors import spectrum
 from cntlora.linalg.low_rank import symmetric_product
 from cntlora.linalg.parallel import full_precision
+from cntlora.linalg.symmetric import held_numbers
+from cntlora.methods.statistics import COUNTED
 
 TRIPLET_PASSES = 20
 """Products with a thin block that finding leading triplets is counted as."""
+ADDED = ("eva", "descent")
+"""Methods that hold one triangle of the sum of X Xᵀ."""
 PARTS = ("forward", "gram", "product64", "product32", "cholesky", "eigh", "inverse", "qr", "triplets")
 Rates = Mapping[str, Sequence[tuple[int, float]]]
 """Part → (size, operations a second), sizes rising."""
@@ -59,9 +66,9 @@ def data_pass(counts: Counts, method: str, group: Group, b: int, batches: int) -
     d, n = group.d, min(group.d, b)
     dual = b <= d
     small = [k for k in group.outputs if k < d] if method == "shift" else []
-    if not dual or small or method == "eva":
+    if method != "lora_ga" and (not dual or small or method in ADDED):
         add(counts, "gram", d, batches * d * d * b)
-    if dual and method != "eva":
+    if dual and method in ("cross", "self", "shift"):
         add(counts, "product64", n, batches * 2.0 * b * b * d)
     if dual and method in ("cross", "shift"):
         add(counts, "product64", n, batches * (2.0 * b * b * d + 2.0 * b * d * d))
@@ -85,12 +92,16 @@ def factorisation(counts: Counts, method: str, group: Group, tokens: int, rank: 
     if method == "eva":
         add(counts, "triplets", d, TRIPLET_PASSES * 2.0 * d * d * (rank + 4))
         add(counts, "cholesky", d, d**3 / 3)
-        if tokens < d:
+        if tokens < d <= COUNTED:
             add(counts, "eigh", d, 3.0 * d**3)
         return
+    if method == "descent":
+        add(counts, "cholesky", d, float(d**3))
     for k in group.outputs:
-        if method != "shift":
-            add(counts, "product32", d, 2.0 * k * d * d)
+        if method in ("cross", "self", "descent"):
+            add(counts, "product32", d, (4.0 if method == "descent" else 2.0) * k * d * d)
+        elif method == "lora_ga":
+            pass
         elif k == d:
             add(counts, "qr", d, 2.0 * d**3)
             add(counts, "inverse", d, 8.0 / 3.0 * d**3)
@@ -109,6 +120,8 @@ def forward(counts: Counts, groups: Sequence[Group], tokens: int) -> None:
 def initialisation(method: str, groups: Sequence[Group], b: int, batches: int, rank: int) -> Counts:
     """Operations of all parts beyond the forward pass, for `batches` of b tokens."""
     counts: Counts = {}
+    for _ in range({"lora_ga": 2, "descent": 3}.get(method, 0)):
+        forward(counts, groups, b * batches)
     for group in groups:
         data_pass(counts, method, group, b, batches)
         factorisation(counts, method, group, b * batches, rank)
@@ -132,12 +145,19 @@ def rate_at(points: Sequence[tuple[int, float]], size: int) -> float:
 def statistics_bytes(method: str, groups: Sequence[Group], b: int, width: int) -> float:
     """Bytes of what is held over the batches: a d×d sum a group, and the rows or d×d moments of the batch at hand.
 
+    Of eva and descent one triangle of X Xᵀ a group, whose batches are added one at a time; of descent and lora_ga the
+    gradients.
+
     Args:
         width: bytes a number of the moments, 8 for float32 models and 4 for those in half precision. So are the sums of
-            shift and eva; those of cross and self are float32 for both.
+            shift; all others are float32 for both.
     """
-    if method not in ("cross", "self", "shift", "eva"):
-        raise ValueError(f"method: expected cross, self, shift or eva, got {method!r}")
+    if method not in ("cross", "self", "shift", "eva", "descent", "lora_ga"):
+        raise ValueError(f"method: expected cross, self, shift, eva, descent or lora_ga, got {method!r}")
+    if method in (*ADDED, "lora_ga"):
+        sums = sum(4 * held_numbers(group.d) for group in groups) if method in ADDED else 0
+        gradients = sum(4 * k * group.d for group in groups for k in group.outputs) if method != "eva" else 0
+        return float(sums + gradients)
     held = sum(group.d**2 * (4 if method in ("cross", "self") else width) for group in groups)
     if method == "shift":  # sites with k < d have (k, d) sums of their own
         held += sum(k * group.d * width for group in groups for k in group.outputs if k < group.d)

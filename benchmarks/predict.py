@@ -47,6 +47,8 @@ class Shape:
 SHAPES = (Shape("Llama-7B", 4096, 11008, 4096, 32), Shape("Llama-70B", 8192, 28672, 1024, 80))
 BLOCK = Shape("llama-7b-block", 4096, 11008, 4096, 1)
 BATCHES, TOKENS, RANK = 8, 4 * 512, 16
+OF_GRADIENTS = ("descent", "lora_ga")
+"""Methods that are predicted, and were not measured on stacks of layers."""
 
 
 def h100_rates() -> Rates:
@@ -88,7 +90,7 @@ def predictions(cpu: Rates, gpu: Mapping[str, Any] | None = None) -> list[dict[s
                 (f"8 {name}", rates, 8, 4, basis))  # fmt: skip
     for shape in SHAPES:
         for machine, rates, devices, width, basis in machines:
-            for method in METHODS:
+            for method in (*METHODS, *OF_GRADIENTS):
                 held = statistics_bytes(method, shape.groups(), TOKENS, width)
                 rows.append(
                     {"shape": shape.name, "machine": machine, "basis": basis, "method": method}

@@ -233,6 +233,10 @@ def test_the_exact_delta_is_that_of_the_reference(method: str, tokens: int) -> N
     mine = exact.delta(method, W, batches)
     theirs = reference.delta(W.numpy(), [X.numpy() for X in batches], method)
     np.testing.assert_allclose(mine, theirs, atol=1e-9 * np.abs(theirs).max())
+    cut = exact.delta(method, W, batches, 0.6)
+    theirs_cut = reference.delta(W.numpy(), [X.numpy() for X in batches], method, rtol=0.6)
+    np.testing.assert_allclose(cut, theirs_cut, atol=1e-9 * np.abs(theirs).max())
+    assert np.abs(theirs - theirs_cut).max() > 1e-3 * np.abs(theirs).max()
     other = reference.delta(W.numpy(), [X.numpy() for X in batches[:2]], method)
     assert np.abs(mine.numpy() - other).max() > 1e-3 * np.abs(theirs).max()  # control: other data
 
@@ -258,6 +262,8 @@ def test_the_plan_is_accurate_on_the_tiny_workload(tmp_path: Path, capsys: pytes
     accuracy.main(["--workloads", "tiny", "--threads", "1", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "accuracy.json").read_text())
     assert "| tiny | shift | 14 |" in capsys.readouterr().out
+    half = record["summary"]["tiny, bfloat16"]
+    assert set(half) == set(accuracy.METHODS) and all(row["excess_worst"] < 1e-3 for row in half.values())
     for method, row in record["summary"]["tiny"].items():
         for name, site in record["sites"]["tiny"][method].items():
             assert abs(site["excess"]) < rounding_bound(method, site["margin"]), (method, name)
@@ -359,6 +365,10 @@ def test_operations_grow_as_the_formulas_say() -> None:
     assert total("self", 64, 16) == 2 * (2 * 16 * 16 * 64) + 9 * 16**3  # the dual
     assert total("self", 64, 1000, batches=3) == 3 * total("self", 64, 1000)
     assert total("eva", 64, 1000, batches=3) < 3 * total("eva", 64, 1000)  # its factorisation comes once
+    one = [parts.Group(8, (8,))]
+    counts = {m: parts.initialisation(m, one, 10, 2, 1) for m in ("eva", "descent", "lora_ga")}
+    assert counts["descent"]["forward", 8] == 3 * 2 * 20 * 64 and counts["lora_ga"]["forward", 8] == 2 * 2 * 20 * 64
+    assert counts["descent"]["gram", 8] == counts["eva"]["gram", 8] == 2 * 64 * 10 and len(counts["lora_ga"]) == 2
     rates = {part: [(10, 1e9), (1000, 1e11)] for part in parts.PARTS}
     assert parts.rate_at(rates["gram"], 100) == pytest.approx(1e10)
     assert parts.rate_at(rates["gram"], 5000) == pytest.approx(1e11)
@@ -372,7 +382,12 @@ def test_bytes_of_statistics_by_hand() -> None:
     assert parts.statistics_bytes("self", groups, 2048, 4) == sums + rows
     own = 32 * 4096 * 11008 * 4  # down has k < d: shift sums (k, d) besides
     assert parts.statistics_bytes("shift", groups, 2048, 4) == sums + rows + own
-    with pytest.raises(ValueError, match="expected cross, self, shift or eva"):
+    half = 32 * 0.5625 * (3 * 4096**2 + 11008**2) * 4
+    gradients = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 4
+    assert parts.statistics_bytes("eva", groups, 2048, 4) == half
+    assert parts.statistics_bytes("lora_ga", groups, 2048, 4) == gradients
+    assert parts.statistics_bytes("descent", groups, 2048, 4) == half + gradients
+    with pytest.raises(ValueError, match="expected cross, self, shift, eva, descent or lora_ga"):
         parts.statistics_bytes("lora", groups, 2048, 4)
 
 
