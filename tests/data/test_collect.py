@@ -1,4 +1,4 @@
-"""What a data pass keeps and asks the model for: inputs that are handed on early, no logits, no cache."""
+"""A data pass: inputs that are handed on early, and a model that is asked for no logits and no cache."""
 
 from __future__ import annotations
 
