@@ -118,5 +118,5 @@ def test_a_wrong_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="nosuch"):
         study_pages.filled(page)
     page.write_text("# Title\n\nSummary.\n\n<!-- tables lora | loss -->\n")
-    with pytest.raises(ValueError, match="no directive but table, rates and starts"):
+    with pytest.raises(ValueError, match="no directive but table, rates, lasting and starts"):
         study_pages.filled(page)
