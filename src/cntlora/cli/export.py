@@ -12,6 +12,11 @@ from ..console import one_line_errors
 from ..messages import counted
 from .arguments import check_file
 
+_EXPECTED = (
+    "expected a folder with adapter_config.json and adapter_model.safetensors (PEFT, `cntlora init`), one with "
+    "pytorch_lora_weights.safetensors (diffusers), or a .safetensors file of diffusers or kohya"
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -49,7 +54,8 @@ def export(
     """Write the adapter of a text-to-image model as one file for diffusers or for kohya's tools."""
     with one_line_errors("cntlora export"):
         if not adapter.exists():
-            raise ValueError(f"{adapter}: there is no such folder or file; expected an adapter")
+            kind = "file" if adapter.suffix == ".safetensors" else "folder"
+            raise ValueError(f"{adapter}: there is no such {kind}; {_EXPECTED}")
         if out.is_file() and not overwrite:
             raise ValueError(f"--out {out} is there already; choose another file, or replace it with --overwrite")
         check_file("--out", out)
