@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tests.cases import mlp, wrapped
 from tests.tiny import adapted, causal_batches
 from torch import Tensor, nn
+from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
 
 import cntlora
 from cntlora import InitConfig
@@ -125,6 +126,17 @@ def test_a_head_that_is_read_is_called_whole() -> None:
     assert has_spare_logits(llama, [])
     assert not has_spare_logits(llama, [head]) and not has_spare_logits(adapted("bert"), [])
     assert body_forward(llama, causal_batches()[0]).logits.shape[1] == 1
+
+
+def test_a_model_that_makes_inputs_of_its_labels_gets_them() -> None:
+    side = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    side |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 32}
+    config = T5GemmaConfig(encoder=side, decoder=side, vocab_size=32, pad_token_id=0, bos_token_id=1)
+    model = get_peft_model(T5GemmaForConditionalGeneration(config), LoraConfig(r=2, target_modules=["q_proj"]))
+    batch = {"input_ids": torch.randint(1, 32, (2, 8)), "labels": torch.randint(1, 32, (2, 4))}
+    assert any("decoder" in name for name in cntlora.compute_plan(model, [batch], InitConfig("self")).sites)
+    with pytest.raises(ValueError, match="input_ids"):  # the control
+        body_forward(model, batch)
 
 
 def test_layers_that_the_loss_does_not_reach_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,8 +115,14 @@ def body_forward(model: nn.Module, batch: Any) -> Any:
 
 
 def has_spare_logits(model: nn.Module, read: Iterable[nn.Module]) -> bool:
-    """Return whether a model takes `logits_to_keep`, and its head is none of the layers that are read."""
+    """Return whether a model is a causal language model that takes `logits_to_keep`, and its head is not read.
+
+    Others may make inputs of their labels (T5Gemma those of the decoder, CSM those of the depth decoder), and then need
+    them.
+    """
     base = next(reversed(list(_layers_of(unwrapped(model)))))
+    if not any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(base).__mro__):
+        return False
     head = getattr(base, "get_output_embeddings", lambda: None)()
     return head is not None and "logits_to_keep" in _signature(base).parameters and all(x is not head for x in read)
 
