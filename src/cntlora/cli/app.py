@@ -273,9 +273,7 @@ cli_experiments.register(app)
 
 def main() -> None:
     """Entry point of the `cntlora` command."""
-    os.environ.setdefault(
-        "GOMP_SPINCOUNT", "0"
-    )  # waiting threads of torch would slow a busy machine down several times
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads of torch that spin while they wait slow a busy machine down
     quiet_libraries()
     with ended_within(0.9):
         app()
