@@ -31,9 +31,9 @@ import torch
 from benchmarks.machine import wait_for
 from torch import Tensor
 
-from cntlora.linalg.factors import spectrum
 from cntlora.linalg.low_rank import symmetric_product
 from cntlora.linalg.parallel import full_precision
+from cntlora.linalg.spectrum import spectrum
 from cntlora.linalg.symmetric import held_numbers
 from cntlora.methods.statistics import COUNTED
 

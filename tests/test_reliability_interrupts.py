@@ -48,7 +48,7 @@ def patched(name: str) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
 MOMENTS = {
     "in a forward pass": (in_forward, {}),
     "in the eigenvalues of a batch": (patched("torch.linalg.eigh"), {}),
-    "in a factorisation": (patched("cntlora.execution.site_plans.spectrum"), {}),
+    "in a factorisation": (patched("cntlora.execution.site_spectra.spectrum"), {}),
     "in a QR": (patched("torch.linalg.qr"), {"decomposition": "qr", "rtol": 1e-3}),
     "in a backward pass": (patched("torch.Tensor.backward"), {"method": "lora_ga"}),
     "with ranks by the data": (patched("cntlora.linalg.allocation.allocate"), {"adaptive_ranks": True}),

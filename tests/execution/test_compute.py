@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
-import cntlora.execution.site_plans as site_plans
+import cntlora.execution.site_spectra as site_spectra
 from cntlora import InitConfig, InitPlan, compute_plan
 from cntlora.data.batches import to_device
 from cntlora.data.collect import collect
@@ -790,8 +790,8 @@ def test_a_site_that_wins_more_than_twice_its_rank_gets_the_factors_of_a_full_sv
         {**KEEP, "method": "cross", "adaptive_ranks": True, "rank_budget": 20, "decomposition": decomposition}
     )
     asked: list[int] = []
-    plain = site_plans.spectrum
-    monkeypatch.setattr(site_plans, "spectrum", lambda M, q, exact, **o: asked.append(q) or plain(M, q, exact, **o))
+    plain = site_spectra.spectrum
+    monkeypatch.setattr(site_spectra, "spectrum", lambda M, q, exact, **o: asked.append(q) or plain(M, q, exact, **o))
     W = {name: array(base.get_submodule(name).weight) for name in ("flat", "steep", "other")}
     plan = plan_of(wrapped(base, lora(r=2, targets=["flat", "steep", "other"])), batches, config)
     X = [array(batches[0].reshape(-1, 16)).T]

@@ -98,7 +98,7 @@ def test_a_stack_gives_the_plan_of_single_sites(method: str, monkeypatch: pytest
         loss = (lambda model, batch: model(batch).square().mean()) if method in ("descent", "lora_ga") else None
         return compute_plan(model, batches if method != "lora" else None, config, loss=loss)
 
-    monkeypatch.setattr("cntlora.linalg.factors.filtered_triplets", watched)
+    monkeypatch.setattr("cntlora.linalg.spectrum.filtered_triplets", watched)
     alone = plan()
     monkeypatch.setattr("cntlora.execution.executor.STACKING", ("cpu",))
     before = len(stacked)

@@ -10,7 +10,7 @@ from tests import reference
 from tests.cases import array, draw
 
 from cntlora.linalg.allocation import allocate
-from cntlora.linalg.factors import spectrum
+from cntlora.linalg.spectrum import spectrum
 
 SHAPES = {"enc.q": (8, 12), "enc.k": (8, 12), "enc.up": (16, 8), "enc.down": (8, 16), "head": (3, 8), "zz": (12, 12)}
 DELTAS = {name: draw(i, *shape) * (0.3 + i) for i, (name, shape) in enumerate(SHAPES.items())}

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from cntlora.linalg import low_rank as module
 from cntlora.linalg.damping import damped, damped_inverse, damped_rows, whitening
-from cntlora.linalg.factors import spectrum, svd_factors
+from cntlora.linalg.factors import svd_factors
 from cntlora.linalg.low_rank import LowRank, Shifted, Updated, formed, has_root, low_rank, root_rows, times
 from cntlora.linalg.moments import Moments
+from cntlora.linalg.spectrum import spectrum
 from cntlora.methods.corda import Corda
 from cntlora.methods.descent import Descent, descent_target
 from cntlora.methods.estimator import absorb_batch

@@ -9,7 +9,8 @@ from tests import reference
 from tests.cases import array, draw, relative_error
 from torch import Tensor
 
-from cntlora.linalg.factors import offset, paired, qr_factors, spectrum, svd_factors
+from cntlora.linalg.factors import offset, paired, qr_factors, svd_factors
+from cntlora.linalg.spectrum import spectrum
 
 MATRICES = {
     "k<d": draw(0, 6, 11),

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cntlora.linalg import low_rank as module
 from cntlora.linalg import truncated_svd
-from cntlora.linalg.factors import spectrum
 from cntlora.linalg.low_rank import LowRank, Term, Updated, formed, frobenius, low_rank, updated
 from cntlora.linalg.moments import Moments
+from cntlora.linalg.spectrum import spectrum
 from cntlora.linalg.sums import SharedSums
 from cntlora.linalg.truncated_svd import leading_triplets
 from cntlora.methods.cross import cross_map, cross_quick

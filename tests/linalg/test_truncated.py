@@ -10,8 +10,9 @@ from tests import bounds
 from tests.cases import array, draw, relative_error
 from torch import Tensor
 
-from cntlora.linalg.factors import EXACT_BELOW, input_spectrum, spectrum, svd_factors
+from cntlora.linalg.factors import svd_factors
 from cntlora.linalg.filtered_svd import filtered_triplets
+from cntlora.linalg.spectrum import EXACT_BELOW, input_spectrum, spectrum
 from cntlora.linalg.truncated_svd import TOLERANCE, gram_triplets, leading_triplets
 
 LAWS = {

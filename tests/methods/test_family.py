@@ -414,13 +414,13 @@ def test_neighbours_with_one_input_share_the_work(monkeypatch: pytest.MonkeyPatc
 
 
 def test_spectra_of_eva_hold_no_square_matrix_for_each_site() -> None:
-    from cntlora.execution.site_plans import _spectrum
+    from cntlora.execution.site_spectra import spectrum_of
     from cntlora.methods.eva import eva_target
     from cntlora.model.sites import find_sites
 
     X = draw(1, 10, 30)
     target = eva_target(X @ X.mT, X.sum(dim=1), 30, True)
-    kept = _spectrum(find_sites(wrapped(mlp()))[0][0], target, 4, False)
+    kept = spectrum_of(find_sites(wrapped(mlp()))[0][0], target, 4, False)
     assert kept.Vh.shape == (4, 10) and kept.S.shape == (10,)
     assert kept.Vh.untyped_storage().nbytes() == 4 * 10 * 8
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -13,14 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..linalg.factors import Spectrum, norm_of, offset, paired, product_square, spectra, spectrum
+from ..linalg.factors import norm_of, offset, paired, product_square
 from ..linalg.parallel import read_back
 from ..methods.statistics import InputEstimator
-from ..methods.target import RankFacts, SiteTarget, Target
+from ..methods.target import SiteTarget
 from ..site_plan import SitePlan, sketch_of, weight_sketch
+from .site_spectra import SiteSpectrum, longer_spectrum, part_spectra, site_spectrum, spectrum_of
 
 if TYPE_CHECKING:
-    from ..config import InitConfig
+    from ..linalg.spectrum import Spectrum
+    from ..methods.target import Target
     from ..model.sites import Site
     from ..model.ties import Tied
     from ..plan import InitPlan
@@ -42,7 +43,7 @@ def plan_sites(sites: list[Site], statistics: Statistics) -> dict[str, SitePlan]
         )
     # twice the usual rank is nearly always enough
     spectra = statistics.map(
-        sites, lambda site: _site_spectrum(site, statistics, max(2 * site.rank, config.min_rank)), streams
+        sites, lambda site: site_spectrum(site, statistics, max(2 * site.rank, config.min_rank)), streams
     )
     budget = sum(site.rank for site in sites) if config.rank_budget is None else config.rank_budget
     while True:
@@ -53,83 +54,19 @@ def plan_sites(sites: list[Site], statistics: Statistics) -> dict[str, SitePlan]
         short = [s for s in sites if known[s.name][1] and ranks[s.name] >= len(facts[s.name].variances)]
         if not short:
             break
-        longer = partial(_longer_spectrum, statistics, {site.name: 2 * ranks[site.name] for site in short})
+        longer = partial(longer_spectrum, statistics, {site.name: 2 * ranks[site.name] for site in short})
         spectra |= statistics.map(short, longer, streams)
     return statistics.map(
         sites, lambda site: _plan_site(site, statistics, ranks[site.name], spectra[site.name]), streams
     )
 
 
-@dataclass(frozen=True)
-class _SiteSpectrum:
-    """Spectrum of a site, kept between the allocation of ranks and its factors: no matrix of its size.
-
-    Attributes:
-        facts: by which ranks are shared out.
-        may_have_more: whether there are singular values that are not.
-    """
-
-    spectrum: Spectrum
-    target: Target | None
-    facts: RankFacts
-    may_have_more: bool
-
-
-def _longer_spectrum(statistics: Statistics, ranks: Mapping[str, int], site: Site) -> _SiteSpectrum:
-    return _site_spectrum(site, statistics, ranks[site.name])
-
-
-def _site_spectrum(site: Site, statistics: Statistics, r: int) -> _SiteSpectrum:
-    """A site's spectrum, with the triplets that rank `r` needs."""
-    start = time.perf_counter()
-    config = statistics.config
-    width = config.chosen.width
-    target = statistics.target(site)
-    known = _spectrum(site, target, width * r, config.exact_svd)
-    most = min(site.in_features, site.out_features, *(() if target.M is None else target.M.shape)) // width
-    variances = known.relative_variance().tolist()[:most]
-    statistics.facts[site.name].seconds += time.perf_counter() - start
-    ranked = RankFacts((site.out_features, site.in_features), variances, target.importance)
-    more = target.importance is None and len(variances) < most
-    return _SiteSpectrum(known, _without_matrix(target, config), ranked, more)
-
-
-def _without_matrix(target: Target, config: InitConfig) -> Target | None:
-    """The target without M, where the spectrum is all that the factors need; None where it has to be made again."""
-    if config.chosen.needs_matrix or target.right is not None:
-        return None
-    return Target(is_delta=target.is_delta)
-
-
-def _spectrum(site: Site, target: Target, q: int, exact: bool) -> Spectrum:
-    """The first q singular triplets of a target; none where the method does not look at them."""
-    if target.known is not None:
-        return target.known(q)
-    if target.M is None:
-        none = torch.zeros(0, dtype=DTYPE, device=site.adapter_device)
-        return Spectrum(none.new_zeros(site.out_features, 0), none, none.new_zeros(0, site.in_features))
-    with _named(site):
-        return spectrum(target.M, q, exact, product=target.is_delta or target.is_product)
-
-
-@contextmanager
-def _named(site: Site) -> Iterator[None]:
-    """Context in which an estimate without singular values is an error that names the site."""
-    try:
-        yield
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError(
-            f"site {site.name}: the estimate has no singular values: it is too large or not finite; raise rtol, or "
-            "read more tokens a batch"
-        ) from error
-
-
-def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum | None) -> SitePlan:
+def _plan_site(site: Site, statistics: Statistics, r: int, found: SiteSpectrum | None) -> SitePlan:
     start = time.perf_counter()
     config, width = statistics.config, statistics.config.chosen.width
     enough = found is not None and found.spectrum.Vh.shape[0] >= r * width
     target = found.target if found and enough and found.target else statistics.target(site)
-    known = found.spectrum if found and enough else _spectrum(site, target, r * width, config.exact_svd)
+    known = found.spectrum if found and enough else spectrum_of(site, target, r * width, config.exact_svd)
     draft = _draft(site, statistics, r, target, known)
     return _plan(draft, statistics, read_back(draft.numbers), time.perf_counter() - start)
 
@@ -137,24 +74,11 @@ def _plan_site(site: Site, statistics: Statistics, r: int, found: _SiteSpectrum 
 def _plan_part(part: Sequence[Site], statistics: Statistics) -> list[SitePlan]:
     """The plans of several sites: equal shapes are factored as stacks, and numbers are read back once."""
     start = time.perf_counter()
-    config, width = statistics.config, statistics.config.chosen.width
     targets = [statistics.target(site) for site in part]
-    known: dict[int, Spectrum] = {}
-    if all(target.M is not None and target.known is None for target in targets):
-        matrices = [target.M for target in targets if target.M is not None]
-        products = [target.is_delta or target.is_product for target in targets]
-        with _named(part[0]):
-            made = spectra(matrices, [site.rank * width for site in part], config.exact_svd, products)
-        known = dict(enumerate(made))
+    found = part_spectra(part, targets, statistics)
     drafts = [
-        _draft(
-            site,
-            statistics,
-            site.rank,
-            target,
-            known.get(i) or _spectrum(site, target, site.rank * width, config.exact_svd),
-        )
-        for i, (site, target) in enumerate(zip(part, targets, strict=True))
+        _draft(site, statistics, site.rank, target, known)
+        for site, target, known in zip(part, targets, found, strict=True)
     ]
     read = iter(read_back([number for draft in drafts for number in draft.numbers]))
     numbers = [list(islice(read, len(draft.numbers))) for draft in drafts]

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..linalg.factors import input_spectrum, rows_spectrum
 from ..linalg.low_rank import LowRank, root_rows
 from ..linalg.parallel import once
+from ..linalg.spectrum import input_spectrum, rows_spectrum
 from .estimator import Estimator
 from .factors import zero_up
 from .method import Method, Settings, WeightOf

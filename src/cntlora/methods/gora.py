@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.factors import Spectrum
 from ..linalg.low_rank import formed
+from ..linalg.spectrum import Spectrum
 from ..linalg.sums import SharedSums
 from .estimator import Estimator
 from .factors import lora_down, site_generator

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..linalg.damping import damped_inverse
-from ..linalg.factors import Spectrum
 from ..linalg.parallel import once
 from ..linalg.pseudo_inverse import fix_signs
+from ..linalg.spectrum import Spectrum
 from .estimator import Estimator
 from .method import Method, Range, Settings, WeightOf
 from .statistics import GradientSums, InputEstimator, OutputGradientSums

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..linalg.factors import Spectrum
+from ..linalg.spectrum import Spectrum
 from .estimator import Estimator
 from .method import Method, Settings, WeightOf
 from .statistics import GradientEstimator

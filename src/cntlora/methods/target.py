@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..linalg.factors import Spectrum
     from ..linalg.low_rank import Matrix, Shifted
+    from ..linalg.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
