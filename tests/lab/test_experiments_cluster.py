@@ -209,7 +209,7 @@ def test_ctrl_c_cancels_what_runs_and_keeps_what_is_finished(
         wait_until(lambda: calls(tmp_path)["self-lr0.001-seed20"] and list((tmp_path / "out").glob("*.json")))
         assert alive(tmp_path)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(120) == 130
         wait_until(lambda: not alive(tmp_path), 30)
     assert [*records_in(tmp_path / "out")] == ["self-lr0.001-seed0"]
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json"}

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from cntlora.lab.experiments.run import run_one
+from cntlora.lab.experiments.run import RunFolder, run_one
 from cntlora.lab.experiments.runs import Run, check_record
 from cntlora.lab.experiments.settings import from_dict
 from cntlora.lab.experiments.tasks import TASKS
@@ -221,6 +221,20 @@ def test_an_adapter_is_kept_before_the_last_evaluation_which_may_fail(
             run_one(run, tmp_path / name)
     assert (tmp_path / "at the end" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not (tmp_path / "at the start" / file).exists()  # the control: nothing is trained yet
+
+
+def test_an_adapter_of_a_killed_process_is_written_again(tmp_path: Path) -> None:
+    """Where its checkpoint is continued; what the kill left of a file goes."""
+    run = run_of("self")
+    train = dataclasses.replace(run.experiment.train, save_every=1)
+    run = dataclasses.replace(run, save_adapter=True, experiment=dataclasses.replace(run.experiment, train=train))
+    folder = tmp_path / run.name
+    RunFolder(tmp_path, run).prepare()
+    (folder / "adapter").mkdir()
+    (folder / ".adapter.abcdefgh.cntlora").mkdir()
+    run_one(run, tmp_path)
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert not list(folder.glob(".*"))
 
 
 def test_adalora_leaves_the_signature_that_generation_looks_at() -> None:

@@ -81,12 +81,17 @@ def run_kept(run: Run, out: Path) -> RunRecord:
     return record
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """The subfolder of a run: `step-NNNN/` with samples, `adapter/`, and `checkpoint/` until it has finished."""
+    """The subfolder of a run: `step-NNNN/` with samples, `adapter/`, and `checkpoint/` until it has finished.
+
+    Attributes:
+        kept: whether this process has written the trained adapter; one that is there may be of another.
+    """
 
     out: Path
     run: Run
+    kept: bool = False
 
     @property
     def path(self) -> Path:
@@ -112,9 +117,10 @@ class RunFolder:
             write_atomically(marker, config.encode())
 
     def keep(self, task: Task, adapted: Adapted) -> None:
-        """Write the trained adapter, where it is wanted and not there yet."""
-        if self.run.save_adapter and not self.run.arm.full and not (self.path / "adapter").exists():
+        """Write the trained adapter once, where it is wanted."""
+        if self.run.save_adapter and not self.run.arm.full and not self.kept:
             _save(task, adapted, self.path / "adapter")
+            self.kept = True
 
     def sample(self, task: Task, model: nn.Module, step: int) -> list[Sample]:
         """The task's samples; their files are named relative to the records' folder."""
