@@ -224,7 +224,7 @@ def test_an_adapter_is_kept_before_the_last_evaluation_which_may_fail(
 
 
 def test_an_adapter_of_a_killed_process_is_written_again(tmp_path: Path) -> None:
-    """Where its checkpoint is continued; what the kill left of a file goes."""
+    """A checkpoint is continued, and what the kill left of a file goes."""
     run = run_of("self")
     train = dataclasses.replace(run.experiment.train, save_every=1)
     run = dataclasses.replace(run, save_adapter=True, experiment=dataclasses.replace(run.experiment, train=train))
