@@ -9,13 +9,9 @@ from typing import Annotated
 import typer
 
 from ..console import one_line_errors
+from ..files.spellings import READABLE
 from ..messages import counted
 from .arguments import check_file
-
-_EXPECTED = (
-    "expected a folder with adapter_config.json and adapter_model.safetensors (PEFT, `cntlora init`), one with "
-    "pytorch_lora_weights.safetensors (diffusers), or a .safetensors file of diffusers or kohya"
-)
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +51,7 @@ def export(
     with one_line_errors("cntlora export"):
         if not adapter.exists():
             kind = "file" if adapter.suffix == ".safetensors" else "folder"
-            raise ValueError(f"{adapter}: there is no such {kind}; {_EXPECTED}")
+            raise ValueError(f"{adapter}: there is no such {kind}; expected {READABLE}")
         if out.is_file() and not overwrite:
             raise ValueError(f"--out {out} is there already; choose another file, or replace it with --overwrite")
         check_file("--out", out)

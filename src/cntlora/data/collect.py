@@ -4,7 +4,7 @@ Sites that are given the very same tensor (q, k, v; gate, up) share one accumula
 identity through weak references, so a reused address cannot be mistaken and no activation is kept alive.
 
 Statistics that simply add up are handed on as soon as no further layer can see their input: once the model has let go
-of it, or, where the graph of the loss keeps it, when the gradient of its layer arrives.
+of it, or, where the graph of the loss keeps it, after the backward pass.
 """
 
 from __future__ import annotations

@@ -260,8 +260,9 @@ class Budget:
         d, k = site.in_features, site.out_features
         together = self.of_gradients and site.stored.dtype == torch.float16  # see `gradients.weight_gradients`
         gradient = site.stored.element_size() * d * k if together else 0
-        together = self.of_inputs and not self.early
-        return gradient + (self._item(site) * d * min(d, d if rows is None else rows) if together else 0)
+        if not self.of_inputs or self.early:
+            return gradient
+        return gradient + self._item(site) * d * min(d, d if rows is None else rows)
 
     def working_room(self, sites: Sequence[Site]) -> int:
         """Bytes in which the largest of the sites is factored."""

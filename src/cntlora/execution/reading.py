@@ -129,12 +129,13 @@ class Statistics:
 
     def _collect(self, sites: list[Site], facts: Facts) -> None:
         request, method = self.request, self.config.chosen
-        inputs = isinstance(self.estimator, InputReader)
-        _check_request(request, method.name, method.reads, inputs)
+        reader = self.estimator if isinstance(self.estimator, InputReader) else None
+        _check_request(request, method.name, method.reads, reader is not None)
+        spare = self._head_is_spare()
         gradients = method.reads == "gradients"
         loss = request.loss if gradients else None
         with ExitStack() as stack:
-            call = loss or request.forward or (body_forward if self._head_is_spare() else default_forward)
+            call = loss or request.forward or (body_forward if spare else default_forward)
             call = self.executor.model_call(call, scalar_loss if gradients else None)
             backward = None
             if gradients:
@@ -147,13 +148,12 @@ class Statistics:
             collect(
                 request.model, sites, self._kept_batches(), partial(self._absorb, facts),
                 num_batches=self.config.num_batches, gram=method.gram, forward=call, token_mask=request.token_mask,
-                on_output=backward, on_first=self._look(sites),
-                step=stack.enter_context(_progress(self.config.num_batches, request.progress)), inputs=inputs,
-                totals=isinstance(self.estimator, InputReader) and self.estimator.totals,
-                single=isinstance(self.estimator, InputReader) and self.estimator.single,
-                unit=isinstance(self.estimator, InputReader) and self.estimator.unit, admits=self.budget.admits,
+                on_output=backward, on_first=self._look(sites, spare),
+                step=stack.enter_context(_progress(self.config.num_batches, request.progress)),
+                inputs=reader is not None, totals=reader is not None and reader.totals,
+                single=reader is not None and reader.single, unit=reader is not None and reader.unit,
+                early=reader is not None and reader.early, admits=self.budget.admits,
                 by_loss=gradients and (loss is None or getattr(loss, "by_labels", False)), facts=facts,
-                early=isinstance(self.estimator, InputReader) and self.estimator.early,
             )  # fmt: skip
         if method.batch_weights is not None and len(method.batch_weights) != facts.batches:
             raise ValueError(
@@ -197,11 +197,14 @@ class Statistics:
             return False
         return has_spare_logits(model, [site.layer for site in self.sites])
 
-    def _look(self, sites: list[Site]) -> Callable[[Any, Any], None] | None:
+    def _look(self, sites: list[Site], unasked: bool) -> Callable[[Any, Any], None] | None:
         """Note from the first row which sites the loss does not depend on; for methods that run without gradients.
 
         Not where a forward pass with gradients changes the state of sharded weights, or where hooks or a function of
         the caller would be called once more; and not again in a second pass.
+
+        Args:
+            unasked: whether the loss is not computed although there may be labels (`body_forward`).
         """
         model, call = self.request.model, self.request.forward or default_forward
         if self.config.chosen.reads != "inputs" or call not in REPEATABLE or self.unreached is not None:
@@ -209,7 +212,6 @@ class Statistics:
         if any(map(is_sharded, model.parameters())) or is_watched(model):
             return None
         leaders = {tied.leader.name for tied in self.tied}  # which may train by what their followers give
-        unasked = self._head_is_spare()
 
         def look(batch: Any, output: Any) -> None:
             looks = has_loss(output) or (unasked and isinstance(batch, Mapping) and "labels" in batch)

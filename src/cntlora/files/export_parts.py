@@ -16,7 +16,7 @@ from torch import Tensor
 from ..messages import unknown_name
 from .adapter_folder import CONFIG, DIFFUSERS_FILE, PREFIX, WEIGHTS
 from .inspection import AdapterSite, SavedFactors, by_pattern, measured, read_folder
-from .spellings import kohya_site, split_key
+from .spellings import READABLE, kohya_site, split_key
 
 DIFFUSERS_HEAD = "lora_adapter_metadata"
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
@@ -81,10 +81,7 @@ def read_parts(source: Path, component: str | None = None) -> Parts:
     if (file := _pipeline_file(source)) is not None:
         return _read_file(file, component)
     if not (source / CONFIG).is_file():
-        raise ValueError(
-            f"{source}: no adapter is there; expected a folder with {CONFIG} and {WEIGHTS} (PEFT, `cntlora init`), "
-            f"one with {DIFFUSERS_FILE} (diffusers), or a .safetensors file of diffusers or kohya"
-        )
+        raise ValueError(f"{source}: no adapter is there; expected {READABLE}")
     config, state = read_folder(source)
     named = {key.removeprefix(PREFIX): value for key, value in state.items()}
     parts: Parts = {}

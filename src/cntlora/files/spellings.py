@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import re
 
+READABLE = (
+    "a folder with adapter_config.json and adapter_model.safetensors (PEFT, `cntlora init`), one with "
+    "pytorch_lora_weights.safetensors (diffusers), or a .safetensors file of diffusers or kohya"
+)
+"""What holds an adapter that can be exported, for messages."""
+
 _ENDS = (
     (r"\.lora_A(\.default)?\.weight", "A"),
     (r"\.lora_B(\.default)?\.weight", "B"),

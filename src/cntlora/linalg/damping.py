@@ -15,9 +15,14 @@ from .pseudo_inverse import default_rtol, eigh_descending, triangular_inverse
 from .truncated_svd import TOLERANCE
 
 
+def shift_of(C: Tensor, damping: float) -> Tensor:
+    """μ () = damping·mean(diag C)."""
+    return damping * C.diagonal().mean()
+
+
 def damped(C: Tensor, damping: float) -> Tensor:
     """C̃ = C + damping·mean(diag C)·I."""
-    return C + damping * C.diagonal().mean() * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
+    return C + shift_of(C, damping) * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
 
 
 def damped_inverse(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:

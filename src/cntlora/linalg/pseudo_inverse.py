@@ -118,7 +118,12 @@ def numerical_rank(S: Tensor, rtol: float, noise: float = 0.0) -> int:
     """
     if bool(full_rank(S, max(rtol, noise**2))):
         return S.shape[0]
-    tau = torch.maximum(rtol * _largest_eigenvalue(S), noise**2 * S.diagonal().sum())
+    return _count_above(S, rtol * _largest_eigenvalue(S), noise)
+
+
+def _count_above(S: Tensor, least: Tensor, noise: float) -> int:
+    """Number of eigenvalues above `least` () and above the noise."""
+    tau = torch.maximum(least, noise**2 * S.diagonal().sum())
     LD, pivots, _ = torch.linalg.ldl_factor_ex(S - tau * torch.eye(S.shape[0], dtype=S.dtype, device=S.device))
     alone, paired = pivots > 0, pivots < 0
     return int((alone & (LD.diagonal() > 0)).sum() + paired.sum() // 2)
@@ -140,9 +145,11 @@ LEAST = 4.0
 def rank_with_gap(S: Tensor, rtol: float, noise: float = 0.0) -> int | None:
     """`numerical_rank` of an S whose own rounding hides small eigenvalues: None where some lie between that and `rtol`,
     and may be there or not."""
-    rank = numerical_rank(S, rtol, noise)
-    certain = rank == len(S) or rank == numerical_rank(S, LEAST * torch.finfo(S.dtype).eps, noise)
-    return rank if certain else None
+    if bool(full_rank(S, max(rtol, noise**2))):
+        return len(S)
+    largest = _largest_eigenvalue(S)
+    rank, there = (_count_above(S, least * largest, noise) for least in (rtol, LEAST * torch.finfo(S.dtype).eps))
+    return rank if rank in (there, len(S)) else None
 
 
 def tall_pinv(M: Tensor, rtol: float) -> Tensor | None:

@@ -196,9 +196,12 @@ class InputEstimator(Generic[Shared]):
         smaller = gram if isinstance(gram, Tensor) else symmetric_product(root_rows(gram).mT)  # of the same rank
         rtol = default_rtol(total.numel(), int(tokens), smaller.dtype)
         noise = rounding_noise(precision, total.numel(), int(tokens))
-        counted = len(smaller) <= COUNTED or bool(full_rank(smaller, max(rtol, noise**2)))
-        rounded = self.single and torch.finfo(smaller.dtype).eps >= torch.finfo(precision).eps
-        rank = (rank_with_gap if rounded else numerical_rank)(smaller, rtol, noise) if counted else None
+        rank: int | None
+        if len(smaller) > COUNTED:
+            rank = len(smaller) if bool(full_rank(smaller, max(rtol, noise**2))) else None
+        else:
+            rounded = self.single and torch.finfo(smaller.dtype).eps >= torch.finfo(precision).eps
+            rank = (rank_with_gap if rounded else numerical_rank)(smaller, rtol, noise)
         wide = gram.double() if isinstance(gram, Tensor) else gram.to(torch.float64)
         return self.share(wide, total, tokens), rank
 

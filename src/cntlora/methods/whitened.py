@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..linalg.damping import DampedRows
+from ..linalg.damping import DampedRows, shift_of
 from ..linalg.low_rank import times
 from .descent import DescentEstimator, descent_target
 from .estimator import Estimator
@@ -82,9 +82,6 @@ class WhitenedEstimator(DescentEstimator):
 
     def made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | DampedRows]) -> Target:
         (moment, inverse), G = shared, self.mean_gradient(name, batches)
-        square = (
-            moment.square().sum() / moment.shape[1] if isinstance(inverse, DampedRows) else moment.diagonal().mean()
-        )
+        shift = inverse.mu if isinstance(inverse, DampedRows) else float(shift_of(moment, self.damping))
         size = float(self.mean_square(name, G, shared)) ** 0.5
-        target = descent_target(G, inverse, 1.0)
-        return replace(target, is_product=False, size=size, shift=self.damping * float(square))
+        return replace(descent_target(G, inverse, 1.0), is_product=False, size=size, shift=shift)
