@@ -222,12 +222,12 @@ def _export() -> Iterator[Wrong]:
     def wrong(what: str, says: str, adapter: str, *more: str, out: str = "x.safetensors") -> Wrong:
         return Wrong("export", what, ("export", adapter, "--out", out, *more), says)
 
-    yield wrong("a folder that is not there", "there is no such", "adaptr")
-    yield wrong("a folder without an adapter", "no", "nothing")
+    yield wrong("a folder that is not there", "there is no such folder", "adaptr")
+    yield wrong("a folder without an adapter", "no adapter is there", "nothing")
     yield wrong("a folder without weights", "adapter_model", "no-weights")
-    yield wrong("weights that are cut short", "cut", "cut")
+    yield wrong("weights that are cut short", "is it cut short?", "cut")
     yield wrong("an adapter that is no LoRA", "IA3", "ia3")
-    yield wrong("an adapter of a language model", "", "text-adapter")
+    yield wrong("an adapter of a language model", "needs no export", "text-adapter")
     yield wrong("a file of other weights", "other.safetensors", "other.safetensors")
     yield wrong("a format that is not known", "did you mean 'kohya'?", "adapter", "--format", "koya")
     yield wrong("a name without .safetensors", ".safetensors", "adapter", out="x.bin")
