@@ -31,9 +31,9 @@ def qr_factors(M: Tensor, r: int, pivoted: bool = False, scale: float = 1.0) -> 
     """
     if pivoted:
         return _pivoted_qr(M, r, scale)
-    Q, R = torch.linalg.qr(M)
+    Q, R = torch.linalg.qr(M[:, :r])  # a step looks at no column beyond its own
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(M.dtype)
-    return Q[:, :r] * signs[:r], (scale * signs[:r])[:, None] * R[:r]
+    return Q * signs, (scale * signs)[:, None] * torch.cat([R, Q.mT @ M[:, r:]], dim=1)
 
 
 def _pivoted_qr(M: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
