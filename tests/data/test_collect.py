@@ -77,6 +77,56 @@ def test_inputs_come_while_the_model_runs() -> None:
         assert order[0] == expected  # and not the first, whose input the batch holds
 
 
+class Changing(nn.Module):
+    """Gives one tensor to q and k, to v as well where the batch says so, and what comes out to a last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, with_v: bool) -> Tensor:
+        x = x + 0.5  # which the batch does not hold, and the graph does
+        y = self.q(x) + self.k(x)
+        if with_v:
+            y = y + self.v(x)
+        out: Tensor = self.out(y)
+        return out
+
+
+def changing() -> nn.Module:
+    torch.manual_seed(0)
+    return get_peft_model(Changing(), LoraConfig(target_modules=["q", "k", "v", "out"]))
+
+
+@pytest.mark.parametrize(
+    ("called", "more"), [((True, True, True), 0), ((False, True, True), 2), ((True, False, True), 1)]
+)
+def test_sites_may_see_an_input_that_they_did_not_see_before(called: tuple[bool, ...], more: int) -> None:
+    model = changing()
+    batches = [(torch.randn(3, 9, 16), with_v) for with_v in called]
+    together, _ = sums(model, False, batches)
+    early, came = sums(model, True, batches)
+    assert together.keys() == early.keys() and all(torch.allclose(together[n], early[n]) for n in together)
+    assert sum(came) == 2 * len(called) + more  # v took x by itself after a batch in which it did not see it
+    assert torch.allclose(early["v"], early["q"]) == all(called)  # the control
+
+
+def test_an_input_is_handed_on_when_those_that_saw_it_before_have_seen_it() -> None:
+    model, order = changing(), list[str]()
+    model.get_submodule("base_model.model.out").register_forward_hook(lambda *_: order.append("out was called"))
+    batches = [(torch.randn(3, 9, 16), True) for _ in range(2)]
+
+    def add(index: int, groups: Any) -> None:
+        order.extend(f"{index}: {', '.join(names)}" for names, X in groups if isinstance(X, Moments))
+
+    for name in ("q", "k", "v"):
+        model.get_submodule(f"base_model.model.{name}").base_layer.weight.requires_grad_(True)  # the graph holds x
+    collect(model, find_sites(model)[0], batches, add, early=True, on_output=lambda index, y: y.sum().backward())
+    first, second = order[: order.index("0: out") + 1], order[order.index("0: out") + 1 :]
+    assert first == ["out was called", "0: q, k, v", "0: out"]
+    assert second == ["1: q, k, v", "1: out", "out was called"]
+
+
 def test_nan_is_named_also_where_inputs_come_early() -> None:
     model = wrapped(mlp())
     x = torch.full((2, 5, find_sites(model)[0][0].in_features), float("nan")).double()

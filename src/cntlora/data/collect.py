@@ -4,13 +4,14 @@ Sites that are given the very same tensor (q, k, v; gate, up) share one accumula
 identity through weak references, so a reused address cannot be mistaken and no activation is kept alive.
 
 Statistics that simply add up are handed on as soon as no further layer can see their input: once the model has let go
-of it, or, where the graph of the loss keeps it, after the backward pass.
+of it, or, where the graph of the loss keeps it, after the backward pass. From the second batch on they are handed on
+when the sites of the batch before have seen it; the few that see it later take it once more.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,7 @@ class _Input:
         names: of the sites, in the order of their calls. tensor, version: which it is, and as which it was read.
         stats: its statistics; a count of its tokens once they were handed on.
         rows: which of its rows counted.
+        handed_on: whether they were.
     """
 
     names: list[str]
@@ -69,6 +71,7 @@ class _Input:
     version: int | None
     stats: Stats
     rows: Rows | None
+    handed_on: bool = False
 
     def is_gone(self) -> bool:
         """Return whether no site can be given it any more, as it was read."""
@@ -81,6 +84,7 @@ class _Watcher:
 
     Args:
         early: takes the moments of an input that no further site can see; None where all are wanted together.
+        expected: names of the sites that saw one input in the batch before, in the order of their calls, by the first.
     """
 
     def __init__(
@@ -91,12 +95,13 @@ class _Watcher:
         batch: int,
         facts: Facts,
         early: Callable[[Sequence[str], Moments], None] | None = None,
+        expected: Mapping[str, list[str]] | None = None,
     ) -> None:
         self.new, self.admits, self.streams, self.batch, self.facts = new, admits, streams, batch, facts
         # tensor → its version, and by how it is looked at (see `_read`) its statistics and which rows counted
         self.known: Any = WeakIdKeyDictionary()
         self.inputs: dict[str, list[_Input]] = {}
-        self.early, self.waiting = early, list[_Input]()
+        self.early, self.expected, self.waiting = early, expected or {}, list[_Input]()
 
     def hook(self, site: Site) -> Callable[..., None]:
         convolution = is_convolution(site.base)
@@ -126,7 +131,7 @@ class _Watcher:
             view = (view, site.name)  # with a mask of its own
         tokens = None if is_convolution(site.base) else x.numel() // x.shape[-1]
         admitted = self.admits(site, (view, True) in stats, tokens)
-        if (view, admitted) not in stats:
+        if (view, admitted) not in stats or stats[view, admitted].handed_on:
             made = self._new_statistics(site, x, self.new(site) if admitted else TokenCount())
             stats[view, admitted] = _Input([], TensorWeakRef(x), version, *made)
             if isinstance(made[0], Moments):
@@ -136,6 +141,8 @@ class _Watcher:
         self.inputs.setdefault(site.name, []).append(taken)
         if taken.rows is not None:
             _note_mask(self.facts[site.name], taken.rows)
+        if taken.names == self.expected.get(taken.names[0]):
+            self.hand_on(lambda one: one is taken)
 
     def hand_on(self, ready: Callable[[_Input], bool]) -> None:
         """Hand on the moments of those inputs that are ready, in the order in which they were seen."""
@@ -145,12 +152,18 @@ class _Watcher:
             self.waiting.remove(taken)
             moments = taken.stats
             assert isinstance(moments, Moments)
-            taken.stats = TokenCount.of(moments)
+            taken.stats, taken.handed_on = TokenCount.of(moments), True
             if not moments.tokens:
                 continue
             times = Counter(taken.names)  # a layer may be called twice with the same tensor
             for call in range(max(times.values())):
                 self.early([name for name, count in times.items() if count > call], moments)
+
+    def sharing(self) -> dict[str, list[str]]:
+        """Names of the sites that saw one input, by the first; not of sites that came first with several inputs."""
+        inputs = {id(one): one.names for taken in self.inputs.values() for one in taken}
+        times = Counter(names[0] for names in inputs.values())
+        return {names[0]: names for names in inputs.values() if times[names[0]] == 1}
 
     def _new_statistics(self, site: Site, x: Tensor, new: Stats) -> tuple[Stats, Rows | None]:
         """The statistics of an input, and which of its rows counted. Patches are never masked."""
@@ -270,13 +283,14 @@ def collect(
     def new(site: Site) -> Stats:
         return Moments(site.in_features, gram, totals=totals, single=single, unit=unit) if inputs else TokenCount()
 
+    expected: dict[str, list[str]] = {}
     with reading_mode(model, sites, batches), torch.set_grad_enabled(on_output is not None):
         for index, batch in enumerate(first_batches(batches, num_batches)):
             moved = to_device(batch, device)
             masks = _usable_masks(token_masks(anatomy, moved, token_mask, by_loss), sites, model, index)
             streams = Streams(anatomy, moved, masks) if masks.needed() else None
             hand_on = partial(_hand_on, on_batch, index) if early else None
-            watcher = _Watcher(new, admits, streams, index, facts, hand_on)
+            watcher = _Watcher(new, admits, streams, index, facts, hand_on, expected)
             with following(anatomy, streams), watching(sites, watcher):
                 try:
                     output = call(model, moved)
@@ -287,6 +301,7 @@ def collect(
                 _check_called(watcher, sites, index)
                 on_output(index, output)
             watcher.hand_on(lambda taken: True)
+            expected = watcher.sharing()
             _absorb_inputs(watcher, index, on_batch, facts)
             if on_first and index == 0:
                 on_first(moved, output)

@@ -1,4 +1,4 @@
-"""Symmetric matrices held by their blocks on and above the diagonal: little more than half of the numbers."""
+"""Symmetric matrices held by one triangle: half of the numbers."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ import torch
 from torch import Tensor
 
 
-def block_rows(d: int) -> int:
-    """Rows of a block of a (d, d) matrix."""
-    return max(128, -(-d // 8))
-
-
 def held_numbers(d: int) -> int:
     """Count the numbers by which a symmetric (d, d) matrix is held."""
-    step = block_rows(d)
-    return sum(min(step, d - i) * (d - i) for i in range(0, d, step))
+    return d * (d + 1) // 2
 
 
 @dataclass(frozen=True)
 class Symmetric:
-    """A symmetric (d, d) matrix.
+    """A symmetric (d, d) matrix, of which what lies on and above the diagonal is held.
+
+    With its first n = ⌈d/2⌉ rows and the rest it has four blocks, M_11, M_12 and M_22. M_12 is held as it is. The upper
+    triangle of M_11 and, transposed, that of M_22 fill one rectangle: LAPACK's rectangular full packed format.
 
     Attributes:
-        flat: its blocks of rows, each from the diagonal block on, one after another (n,). d: its rows.
+        flat: the rectangle, then M_12 (d·(d + 1)/2,). d: its rows.
     """
 
     flat: Tensor
@@ -33,31 +30,31 @@ class Symmetric:
     @classmethod
     def of(cls, M: Tensor) -> Symmetric:
         """Copy the upper triangle of M (d, d)."""
-        made = cls(M.new_empty(held_numbers(len(M))), len(M))
-        for i, block in made._blocks():
-            block.copy_(M[i : i + len(block), i:])
-        return made
+        return cls(M.new_zeros(held_numbers(len(M))), len(M)).add_(M)
 
-    def _blocks(self) -> list[tuple[int, Tensor]]:
-        """The first row of each block, and the block (rows, d − first row), which may be edited."""
-        found, start, step = [], 0, block_rows(self.d)
-        for i in range(0, self.d, step):
-            rows, columns = min(step, self.d - i), self.d - i
-            found.append((i, self.flat[start : start + rows * columns].view(rows, columns)))
-            start += rows * columns
-        return found
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Views: those places where the triangles of M_11 (n, n) and of M_22, transposed, lie, and M_12."""
+        n = -(-self.d // 2)
+        rest = self.d - n
+        pair, corner = self.flat[: (rest + 1) * n].view(rest + 1, n), self.flat[(rest + 1) * n :].view(n, rest)
+        return pair[:n], pair[1:, :rest], corner
 
     def add_(self, M: Tensor, weight: float = 1.0) -> Symmetric:
         """Add weight·M to it; returns itself."""
-        for i, block in self._blocks():
-            block.add_(M[i : i + len(block), i:], alpha=weight)
+        first, second, corner = self._parts()
+        n = len(first)
+        first.add_(M[:n, :n].triu(), alpha=weight)
+        second.add_(M[n:, n:].triu().mT, alpha=weight)
+        corner.add_(M[:n, n:], alpha=weight)
         return self
 
     def dense(self, device: torch.device | None = None) -> Tensor:
         """The matrix (d, d)."""
+        first, second, corner = self._parts()
+        n = len(first)
         M = self.flat.new_empty(self.d, self.d, device=device)
-        for i, block in self._blocks():
-            end = i + len(block)
-            M[i:end, i:] = block
-            M[end:, i:end] = M[i:end, end:].mT
+        M[:n, :n] = first.triu() + first.triu(1).mT
+        M[n:, n:] = second.tril() + second.tril(-1).mT
+        M[:n, n:] = corner
+        M[n:, :n] = M[:n, n:].mT
         return M
