@@ -363,19 +363,20 @@ def descent_delta(W: np.ndarray, X: np.ndarray, G: np.ndarray, r: int, damping: 
     return (U[:, :r] * S[:r]) @ Vt[:r] @ np.linalg.inv(root)
 
 
-def whitened_factor(W: np.ndarray, X: np.ndarray, G: np.ndarray, r: int, s: float, motion: float = 4.0) -> np.ndarray:
-    """A (r, d) of whitened mode: V_rᵀ S⁻¹, S the symmetric root of C + 0.1 mean(diag C) I, G S⁻¹ = U Σ Vᵀ.
+def whitened_factor(W: np.ndarray, X: np.ndarray, G: np.ndarray, r: int, s: float, layers: int) -> np.ndarray:
+    """A (r, d) of whitened mode: V_rᵀ S⁻¹, S the symmetric root of C + mean(diag C) I, G S⁻¹ = U Σ Vᵀ.
 
-    Of the size at which ‖A X‖_F/√n is motion·σ/s, with σ² = mean (WX)²; all tokens are of mean square 1. The rows are
-    defined up to their signs.
+    Of the size at which ‖A X‖_F/√n is 20·σ/(s √layers), with σ² = mean (WX)²; all tokens are of mean square 1. The rows
+    are defined up to their signs.
     """
     W, X, G = _f64(W), _f64(X), _f64(G)
     X = X / np.sqrt(np.mean(X**2, axis=0))
     C = X @ X.T / X.shape[1]
-    values, vectors = np.linalg.eigh(C + 0.1 * np.trace(C) / len(C) * np.eye(len(C)))
+    values, vectors = np.linalg.eigh(C + np.trace(C) / len(C) * np.eye(len(C)))
     inverse = (vectors / np.sqrt(values)) @ vectors.T
     A = np.linalg.svd(G @ inverse, full_matrices=False)[2][:r] @ inverse
-    return motion * np.sqrt(np.mean((W @ X) ** 2)) / s / np.sqrt(np.sum((A @ X) ** 2) / X.shape[1]) * A
+    size = 20 / np.sqrt(layers) * np.sqrt(np.mean((W @ X) ** 2))
+    return size / s / np.sqrt(np.sum((A @ X) ** 2) / X.shape[1]) * A
 
 
 def first_update_motion(W: np.ndarray, A: np.ndarray, X: np.ndarray, scaling: float) -> float:

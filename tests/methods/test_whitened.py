@@ -10,6 +10,7 @@ import torch
 from tests import reference
 from tests.cases import (
     SIZES,
+    Mlp,
     array,
     draw,
     gradients,
@@ -42,11 +43,12 @@ def up_to_signs(A: np.ndarray, B: np.ndarray) -> float:
 def test_a_is_that_of_the_equation_and_b_is_zero(dtype: torch.dtype, tolerance: float) -> None:
     base, batches = mlp(dtype=dtype), token_batches(SIZES, dtype=dtype)
     X, G = inputs_of(base, batches), gradients(base, batches)
-    for name, site in plan_of(base, batches).sites.items():
+    sites = plan_of(base, batches).sites
+    for name, site in sites.items():
         W = array(base.get_submodule(name).weight)
-        want = reference.whitened_factor(W, np.hstack(X[name]), G[name], 3, 2.0)
+        want = reference.whitened_factor(W, np.hstack(X[name]), G[name], 3, 2.0, len(sites))
         assert up_to_signs(array(site.A), want) < tolerance and not site.B.any()
-        other = reference.whitened_factor(W, np.hstack(X[name]), array(draw(6, *W.shape)), 3, 2.0)
+        other = reference.whitened_factor(W, np.hstack(X[name]), array(draw(6, *W.shape)), 3, 2.0, len(sites))
         assert up_to_signs(array(site.A), other) > 0.3  # control: another gradient
 
 
@@ -70,12 +72,35 @@ def test_the_outputs_of_every_layer_move_alike_at_any_rank_and_alpha() -> None:
     base, batches = mlp(), token_batches(SIZES)
     for rank, alpha in ((3, 6.0), (3, 60.0), (2, 1.0), (5, 10.0)):
         plan = plan_of(mlp(), batches, lora(r=rank, alpha=alpha), damping=0.5 / rank)
-        assert motions(plan, base, batches) == pytest.approx([4.0] * len(plan.sites), rel=1e-5)
+        assert motions(plan, base, batches) == pytest.approx(alike(20.0, len(plan.sites)), rel=1e-5)
     plain = compute_plan(wrapped(mlp()), None, InitConfig(method="lora"), progress=False)
     assert max(motions(plain, base, batches)) > 1.05 * min(motions(plain, base, batches))  # control
-    assert motions(plan_of(mlp(), batches, motion=8.0), base, batches) == pytest.approx(
-        [8.0] * len(plan.sites), rel=1e-5
+    assert motions(plan_of(mlp(), batches, motion=8.0), base, batches) == pytest.approx(alike(8.0, 5), rel=1e-5)
+
+
+def alike(together: float, layers: int) -> list[float]:
+    """Motions of layers, the same for each, whose root sum of squares is `together`."""
+    return [together / layers**0.5] * layers
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_the_motions_of_all_layers_add_up_to_the_same(layers: int) -> None:
+    base, batches = mlp(), token_batches(SIZES)
+    plan = plan_of(mlp(), batches, lora(targets=Mlp.targets[:layers]))
+    assert len(plan.sites) == layers
+    assert motions(plan, base, batches) == pytest.approx(alike(20.0, layers), rel=1e-5)
+    assert motions(plan, base, batches) != pytest.approx(alike(20.0, layers + 1), rel=1e-2)  # control
+
+
+def test_layers_that_wait_for_another_pass_count() -> None:
+    batches = token_batches(SIZES)
+    one = plan_of(mlp(), batches)
+    several = compute_plan(
+        wrapped(mlp()), batches, InitConfig(method=Whitened()), loss=squares, progress=False, max_memory="14KiB"
     )
+    assert several.memory["passes"] > 1 == one.memory["passes"]
+    for name, site in one.sites.items():
+        assert torch.allclose(site.A, several.sites[name].A, rtol=1e-9)
 
 
 def test_what_goes_into_b_is_white() -> None:
@@ -93,7 +118,7 @@ def test_folded_alpha_moves_the_outputs_as_far() -> None:
     base, batches = mlp(), token_batches(SIZES)
     config = InitConfig(method=Whitened(), fold_alpha=True)
     plan = compute_plan(wrapped(mlp()), batches, config, loss=squares, progress=False)
-    assert motions(plan, base, batches) == pytest.approx([4.0] * len(plan.sites), rel=1e-5)
+    assert motions(plan, base, batches) == pytest.approx(alike(20.0, len(plan.sites)), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", [Whitened(), Descent()], ids=["whitened", "descent"])

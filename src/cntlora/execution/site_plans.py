@@ -109,7 +109,8 @@ def _draft(site: Site, statistics: Statistics, r: int, target: Target, known: Sp
     config, method = statistics.config, statistics.config.chosen
     scaling = 1.0 if config.fold_alpha else site.scaling
     shape = (site.out_features, site.in_features)
-    of_site = SiteTarget(site.name, shape, target, known, r, method.strength_at(site.scaling) / scaling)
+    scale = method.strength_at(site.scaling) / scaling
+    of_site = SiteTarget(site.name, shape, target, known, r, scale, len(statistics.sites))
     B, A = (M.to(device=site.adapter_device, dtype=site.A.dtype) for M in method.factors(of_site, config))
     W = site.working_weight()
     first = r // 2 if config.effective_base == "paired" else r

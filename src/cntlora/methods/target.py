@@ -64,6 +64,7 @@ class SiteTarget:
         spectrum: the leading singular triplets of `target.M`.
         r: rank of the factors.
         scale: B·A = scale·[M]_r·right.
+        sites: how many sites the call initialises.
     """
 
     name: str
@@ -72,3 +73,4 @@ class SiteTarget:
     spectrum: Spectrum
     r: int
     scale: float
+    sites: int

@@ -1,10 +1,13 @@
 """Whitened mode, beyond the paper: A whitens the inputs in the directions of the gradient, in units of the outputs.
 
 Under Adam the entries of B move by about the learning rate a step, so that the outputs y = W x + s·B·A x of a layer
-move by lr·s·(A x) along random signs. With A C Aᵀ = c·I and c = κ²·(mean square of the outputs)/(r s²) that is, in root
-mean square over tokens, κ·lr of the outputs' own size: in every layer, at every rank and scaling. B's problem is as
-well conditioned as it can be, since its inputs A x are white. The directions are the r in which the gradient is largest
-in that metric, those of descent: the leading right singular vectors of G L⁻ᵀ, with C = L Lᵀ.
+move by lr·s·(A x) along random signs. Here Σ mean (A x)² = κ²·(mean square of the outputs)/s², so that they move, in
+root mean square over tokens, by κ·lr of their own size: in every layer, at every rank and scaling. The motions of
+layers add up, about like √L in a model with residual connections, so κ is `motion`/√L for L adapted layers.
+
+A whitens the inputs where they vary most, and B's problem is better conditioned: A = V[:, :r]ᵀ L⁻¹ with
+C + damping·mean(diag C)·I = L Lᵀ, and V[:, :r] the leading right singular vectors of G L⁻ᵀ, the directions in which
+the gradient is largest in that metric (those of descent).
 
 Each token is scaled to a mean square of 1 before C and σ² are taken. Language models have tokens whose activations are
 a hundred times those of all others; unscaled they would be the size of the outputs, and the others' would move by as
@@ -38,28 +41,30 @@ class Whitened(Method):
     t, the mean of V[:, :r]ᵀ L⁻¹ C L⁻ᵀ V[:, :r], makes up for the damping: Σ mean (A x)² = κ²σ²/s² whatever that is.
 
     Attributes:
-        motion: κ, the relative motion of a layer's outputs per unit of learning rate, in the first steps of Adam.
-        damping: C̃ is C + damping·mean(diag C)·I. With less, directions in which the inputs hardly vary are as large as
-            all others, noise of few tokens among them.
+        motion: κ·√L, with κ the relative motion of a layer's outputs per unit of learning rate in the first steps of
+            Adam, and L the number of layers that the call initialises.
+        damping: C̃ is C + damping·mean(diag C)·I. Directions that vary more than the mean are whitened. The others keep
+            their size; with less damping noise of few tokens is among them.
         batch_weights: one a batch, in both means; None for 1 each.
     """
 
     name = "whitened"
     summary = "A whitens the inputs in the gradient's directions, B zero"
-    source = "cntlora, A C Aᵀ = c·I in units of the outputs"
+    source = "cntlora, A (C + μ·I) Aᵀ = c·I in units of the outputs"
     reads = "gradients"
     zero_start = True
-    ranges: ClassVar[Mapping[str, Range]] = {"motion": (0.0, math.inf, "4 makes 1e-3 a good learning rate")}
+    ranges: ClassVar[Mapping[str, Range]] = {"motion": (0.0, math.inf, "20 makes 1e-3 a good learning rate")}
 
-    motion: float = 4.0
-    damping: float = 0.1
+    motion: float = 20.0
+    damping: float = 1.0
     batch_weights: tuple[float, ...] | None = None
 
     def estimator(self, weight_of: WeightOf, settings: Settings) -> Estimator:
         return WhitenedEstimator(weight_of, self.damping)
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
-        return zero_up(site.scale * self.motion * whitened_rows(site), site.shape[0])
+        motion = self.motion / site.sites**0.5
+        return zero_up(site.scale * motion * whitened_rows(site), site.shape[0])
 
 
 def whitened_rows(site: SiteTarget) -> Tensor:
