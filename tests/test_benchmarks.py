@@ -382,7 +382,7 @@ def test_bytes_of_statistics_by_hand() -> None:
     assert parts.statistics_bytes("self", groups, 2048, 4) == sums + rows
     own = 32 * 4096 * 11008 * 4  # down has k < d: shift sums (k, d) besides
     assert parts.statistics_bytes("shift", groups, 2048, 4) == sums + rows + own
-    half = 32 * 0.5625 * (3 * 4096**2 + 11008**2) * 4
+    half = 32 * 2 * (3 * 4096 * 4097 + 11008 * 11009)  # a triangle each
     gradients = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 4
     assert parts.statistics_bytes("eva", groups, 2048, 4) == half
     assert parts.statistics_bytes("lora_ga", groups, 2048, 4) == gradients
