@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.cases import (
     token_batches,
     wrapped,
 )
-from tests.tiny import KINDS, adapted, changed, one_shot, state, text_batches
+from tests.tiny import KINDS, adapted, causal_batches, changed, one_shot, state, text_batches
 from torch import Tensor, nn
 
 from cntlora import InitConfig, InitReport, compute_plan, initialize
@@ -346,3 +347,28 @@ def test_a_trainer_gives_its_own_loss(tmp_path: Any) -> None:
 
     report = initialize_from_trainer(trainer_for(adapted(), tmp_path), DESCENT)
     assert report.step["loss_after"] < report.step["loss_before"]
+
+
+@pytest.mark.parametrize("method", ["descent", "lora_ga"])
+def test_logits_are_free_in_the_backward_pass(method: str) -> None:
+    model, held, logits = adapted("llama"), list[bool](), list[Any]()
+    inner = model.get_base_model()
+
+    def look(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:  # not in the trials of descent's size
+            output.register_hook(lambda gradient: held.append(logits[-1]() is not None))
+
+    inner.lm_head.register_forward_hook(lambda module, args, output: logits.append(weakref.ref(output)))
+    inner.model.norm.register_forward_hook(look)  # its gradient comes after that of the logits
+    batches, kept = causal_batches(2), list[Any]()
+    compute_plan(model, batches, InitConfig(method=method), progress=False)
+    assert held == [False] * 2
+
+    def keeping(model: nn.Module, batch: Any) -> Tensor:
+        output = model(**batch)
+        kept.append(output.logits)
+        loss: Tensor = output.loss
+        return loss
+
+    compute_plan(model, batches, InitConfig(method=method), loss=keeping, progress=False)
+    assert held[2:] == [True] * 2  # the control

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import device_of, loss_in
+from ..data.reach import has_loss
 
 if TYPE_CHECKING:
     from ..data.batches import Forward
@@ -39,6 +40,16 @@ class Losses:
     def first(self, count: int) -> list[float]:
         """The first so many, read back from the device at once."""
         return torch.stack([loss.double().reshape(()) for loss in self._losses[:count]]).tolist() if count else []
+
+
+def loss_alone(call: Forward) -> Forward:
+    """`call` without the rest of what it gives: logits that nobody holds are free in the backward pass."""
+
+    def reduced(model: nn.Module, batch: Any) -> Any:
+        output = call(model, batch)
+        return loss_in(output, 0) if has_loss(output) else output
+
+    return reduced
 
 
 def _random_states(model: nn.Module) -> list[Tensor]:

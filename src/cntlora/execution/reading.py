@@ -36,7 +36,7 @@ from ..model.checks import check_adapter, usable_sites
 from ..model.sharded import is_sharded, reshard
 from ..model.sites import find_sites
 from ..model.weight_files import WeightFiles
-from .losses import Losses
+from .losses import Losses, loss_alone
 
 if TYPE_CHECKING:
     from ..data.collect import Groups
@@ -143,7 +143,7 @@ class Statistics:
                 # those that wait for another pass are looked at once, for whether they have a gradient
                 read = [s for s in sites if self.budget.use.passes == 1 or s.name in self.budget.admitted]
                 backward = stack.enter_context(weight_gradients(request.model, read, self._add_gradient, outputs))
-                self.losses = Losses()
+                self.losses, call = Losses(), loss_alone(call)
                 call = self.losses.recording(call) if method.has_step_size else call
             collect(
                 request.model, sites, self._kept_batches(), partial(self._absorb, facts),

@@ -40,6 +40,13 @@ class Term(NamedTuple):
     rows: Tensor
     weights: Tensor | None
 
+    def dense(self) -> Tensor:
+        """The (d, d) matrix; the rows themselves where they are all of it."""
+        n, d = self.rows.shape
+        if self.weights is not None:
+            return symmetric_product(self.rows, self.weights)
+        return self.rows if n == d else torch.cat([self.rows, self.rows.new_zeros(d - n, d)])
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -91,13 +98,13 @@ class LowRank:
         return LowRank((*weighted, Term(total, None)))
 
     def dense(self) -> Tensor:
-        """The (d, d) matrix."""
-        made: list[Tensor] = []
-        for rows, weights in self.terms:
-            n, d = rows.shape
-            padded = torch.cat([rows, rows.new_zeros(d - n, d)]) if weights is None and n < d else rows
-            made.append(padded if weights is None else symmetric_product(rows, weights))
-        return sum(made[1:], start=made[0])
+        """The (d, d) matrix; one term after another is formed, and added to the first."""
+        first, *more = self.terms
+        total = first.dense()
+        total = total.clone() if more and first.weights is None else total
+        for term in more:
+            total.add_(term.dense())
+        return total
 
 
 def low_rank(rows: Tensor, weights: Tensor | None) -> LowRank | Tensor:
