@@ -5,6 +5,7 @@
     python benchmarks/init_cost.py --device cuda --workloads llama-7b --out benchmarks/records/gpu
     python benchmarks/init_cost.py --peaks --threads 1              # peak memory alone; benchmarks/records/peaks.json
     python benchmarks/init_cost.py --table                          # the tables of the records that are there
+    python benchmarks/init_cost.py --peaks --table                  # that of peak memory
 
 A workload runs in one process with the same model, batches and threads, rows interleaved in rounds, so that ratios (to
 the forward pass of the same round) can be trusted on a noisy machine. Peak memory is measured in a process of its own
@@ -30,7 +31,7 @@ import torch
 from benchmarks.machine import RESULTS, describe
 from benchmarks.measure import measure, peaks_above_model, peaks_here
 from benchmarks.rows import ROWS
-from benchmarks.tables import markdown, overview, read_records
+from benchmarks.tables import markdown, overview, peaks_table, read_records
 from benchmarks.workloads import WORKLOADS
 from transformers.utils import logging as transformers_logging
 
@@ -72,13 +73,14 @@ def run(workload: str, rows: list[str], options: argparse.Namespace) -> None:
 
 
 def run_peaks(workload: str, rows: list[str], options: argparse.Namespace) -> None:
-    """Measure peak memory alone, and put it in the record of all workloads."""
+    """Measure peak memory alone, and put it in the record of all workloads; rows that are not measured again stay."""
     path = options.out / "peaks.json"
     record = json.loads(path.read_text()) if path.exists() else {}
+    before = record.get(workload, {}).get("rows", {})
     record[workload] = {
         "about": WORKLOADS[workload].about,
         "machine": describe(options.threads),
-        "rows": peaks_above_model(workload, rows, options.threads),
+        "rows": before | peaks_above_model(workload, rows, options.threads),
     }
     print(json.dumps(record[workload]["rows"], indent=1), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -108,6 +110,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     options = parse(arguments)
+    if options.table and options.peaks:
+        print(peaks_table(json.loads((options.out / "peaks.json").read_text())))
+        return
     if options.table:
         records = read_records(options.out)
         print("\n\n".join([overview(records), *map(markdown, records)]))

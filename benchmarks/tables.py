@@ -122,3 +122,36 @@ def inputs_table(tasks: dict[str, Any]) -> str:
         cells = [f"{facts[key]:.0e}" if key == "condition" else number(facts[key]) for key in keys]
         rows.append([task["title"], *cells])
     return table(head, rows)
+
+
+PEAKS = ("forward pass", "forward and backward pass", "descent", "lora_ga", "eva", "corda", "pissa", "olora", "self",
+         "cross", "shift")  # fmt: skip
+"""Rows of the table of peaks."""
+RIVALS = {"descent": "PEFT lora_ga", **{name: f"PEFT {name}" for name in ("lora_ga", "eva", "corda", "pissa", "olora")}}
+"""Row of ours → that of PEFT's which it stands beside: descent reads what LoRA-GA reads."""
+
+
+def peaks_table(record: dict[str, Any]) -> str:
+    """Peak memory above the model in MiB, ours / PEFT's, a column a workload; bold where ours is not above."""
+    lines = []
+    for name in PEAKS:
+        label = f"`{name}` / {RIVALS[name]}" if name in RIVALS else name
+        lines.append([label, *(_peaks_cell(part["rows"], name) for part in record.values())])
+    return table(["", *record], lines)
+
+
+def _peaks_cell(rows: dict[str, Any], name: str) -> str:
+    ours = rows.get(name, {}).get("peak_mib")
+    if ours is None:
+        return "–"
+    theirs = rows.get(RIVALS.get(name, ""), {}).get("peak_mib")
+    if theirs is None:
+        return _mib(ours)
+    one, other = _mib(ours), _mib(theirs)
+    if one == other and ours > theirs:
+        one, other = f"{ours:.1f}", f"{theirs:.1f}"
+    return f"**{one}** / {other}" if ours <= theirs else f"{one} / {other}"
+
+
+def _mib(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"

@@ -15,6 +15,7 @@ import torch
 from benchmarks import (
     accuracy,
     exact,
+    forecasts,
     init_cost,
     measure,
     parts,
@@ -28,6 +29,7 @@ from benchmarks import (
     tables,
     workloads,
 )
+from benchmarks.machine import RESULTS
 from benchmarks.peers import rows_alone
 from benchmarks.rows import BACKWARD, FLOOR, ROWS, Bench, Job
 from tests import reference
@@ -161,6 +163,22 @@ def test_peak_memory_comes_from_a_process_of_its_own() -> None:
         measure.peaks_above_model("tiny", ["nothing"])
 
 
+def test_the_table_of_peaks_says_where_ours_is_not_above() -> None:
+    rows = {name: {"peak_mib": mib} for name, mib in (("eva", 20.4), ("PEFT eva", 20.6), ("pissa", 4.0), ("self", 7.0))}
+    printed = tables.peaks_table({"one": {"rows": rows}, "two": {"rows": {**rows, "eva": {"peak_mib": 20.7}}}})
+    assert "| `eva` / PEFT eva | **20** / 21 | 20.7 / 20.6 |" in printed
+    assert "| `pissa` / PEFT pissa | 4.0 | 4.0 |" in printed and "| self | 7.0 | 7.0 |" in printed
+    assert "| `descent` / PEFT lora_ga | – | – |" in printed
+
+
+def test_the_docs_have_the_table_of_peaks() -> None:
+    record = json.loads((RESULTS / "peaks.json").read_text())
+    page = (Path(__file__).parents[1] / "docs/performance.md").read_text()
+    assert tables.peaks_table(record) in page
+    record["minilm"]["rows"]["eva"]["peak_mib"] *= 2  # the control
+    assert tables.peaks_table(record) not in page
+
+
 @pytest.mark.slow
 def test_table_4_is_resumed_and_has_the_shares(tmp_path: Path) -> None:
     out = tmp_path / "table4.json"
@@ -174,6 +192,22 @@ def test_table_4_is_resumed_and_has_the_shares(tmp_path: Path) -> None:
     assert table4.share(record, "eva") == 1.0 and table4.share(record, "self") is None
     assert "| eva | 20.0 | 1.00 % | 1.71 % | 0.34 % |" in table4.markdown(record)
     assert "| self | failed | – |" in table4.markdown(record)
+
+
+@pytest.mark.slow
+def test_what_is_foretold_stands_beside_what_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(forecasts.CASES, "tiny", {"self": (None, "1KiB")})
+    forecasts.main(["--workloads", "tiny", "--out", str(tmp_path)])
+    free, bound = json.loads((tmp_path / "forecasts.json").read_text())["tiny"]["rows"]
+    assert free["passes"] == free["foretold_passes"] == 1
+    assert abs(free["foretold_bytes"] - free["bytes"]) <= 0.15 * free["bytes"]
+    assert bound["failed"].startswith("ValueError: max_memory: 1KiB is too little")  # the control
+    first = capsys.readouterr().out
+    assert "| tiny | self | none |" in first
+    forecasts.main(["--table", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == first
 
 
 # --- workloads ------------------------------------------------------------------------------------------------
