@@ -2,6 +2,7 @@
 
     python benchmarks/count_work.py --case smollm2 --rows "forward pass,descent,self"   # adds to records/work.json
     python benchmarks/count_work.py --table                                             # what the record has
+    python benchmarks/count_work.py --rerate                                            # by the rates of today
 
 Some blocks of the model run on a CPU with all their batches, in the dtype and with the choices of a GPU, so that what
 depends on values is decided by them: which Cholesky factors hold, how many steps an iteration takes. The counts are
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +33,9 @@ from torch import Tensor, nn
 
 from cntlora.atomic import write_atomically
 from cntlora.execution import executor
-from cntlora.linalg import filtered_svd, truncated_svd
+from cntlora.linalg import filtered_svd, matrix_units, spectrum, truncated_svd
+from cntlora.linalg.matrix_units import HALF
+from cntlora.methods import estimator
 
 ROWS = (FLOOR, "forward and backward pass", "descent", "self", "cross", "cross (rtol 1e-3)", "eva", "corda", "lora_ga")
 CLASSES = 64
@@ -105,13 +109,18 @@ CASES = {
 
 
 @contextmanager
-def choices_of_a_gpu() -> Iterator[None]:
+def choices_of_a_gpu(counter: WorkCounter) -> Iterator[None]:
     """Context in which the code takes the ways of a GPU where they differ from those of a CPU."""
     with ExitStack() as stack:
+        stack.enter_context(patch.object(matrix_units, "sums_in_float32", lambda dtype, device: dtype in HALF))
+        stack.enter_context(patch.object(matrix_units, "product", counter.product_of_halves))
         looks = truncated_svd.FIRST_LOOK
         stack.enter_context(patch.dict(looks, cpu=looks["cuda"]))
+        stack.enter_context(patch.object(truncated_svd, "CHOLESKY_QR", ("cpu", "cuda")))
         stack.enter_context(patch.object(filtered_svd, "FREE_LOOKS", ()))
         stack.enter_context(patch.object(executor, "STACKING", ("cpu", "cuda")))
+        stack.enter_context(patch.object(spectrum, "FILTERED", ("cpu", "cuda")))
+        stack.enter_context(patch.object(estimator, "END_TO_END", ()))
         for module in [m for name, m in sys.modules.items() if name.startswith("cntlora.")]:
             if hasattr(module, "symmetric_product"):
                 stack.enter_context(patch.object(module, "symmetric_product", _one_product))
@@ -135,9 +144,21 @@ def counted(case: Case, row: str) -> Work:
     job = bench.job(row)
     model = job.prepare()
     bench.batches  # noqa: B018 (made before the counting)
-    with choices_of_a_gpu(), WorkCounter() as work:
+    counter = WorkCounter()
+    with choices_of_a_gpu(counter), counter as work:
         job.run(model)
     return work.times(case.blocks)
+
+
+def rerated(found: dict[str, Any], solvers: Solvers) -> dict[str, Any]:
+    """A row of the record with the seconds of its factorisations by other rates; its counts stay as they are."""
+    work = Work(waits=found["waits"])
+    for name, count in found["factorisations"].items():
+        kind, dtype, m, n, stack = re.fullmatch(r"(\w+) (\w+) (\d+) x (\d+)(?:, stacks of (\d+))?", name).groups()  # type: ignore[union-attr]
+        work.calls[kind, dtype, int(m), int(n), int(stack or 1)] = count
+    work.seconds.update({name: found["seconds"][name] for name in ("other", "products")})
+    again = work.record(solvers)
+    return {**found, "seconds": again["seconds"], "h100_seconds": again["h100_seconds"]}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -146,17 +167,18 @@ def table(record: dict[str, Any]) -> str:
     for rows in record.values():
         lines = [
             f"{rows['about']}\n",
-            "| | products, TFLOP | factorised, TFLOP | moved, GB | launches | waits | H100, seconds | most of it |",
-            "|---|---|---|---|---|---|---|---|",
+            "| | products, TFLOP | factorised, TFLOP | moved, GB | launches | waits | H100, s | PyTorch 2.11 | most |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row, found in ((name, rows["rows"][name]) for name in ROWS if name in rows["rows"]):
+            loops = rerated(found, Solvers(rates(), batched=False))["h100_seconds"]
             products = sum(n for key, n in found["operations"].items() if key.startswith("product"))
             rest = sum(found["operations"].values()) - products
             most = sorted(found["seconds"].items(), key=lambda item: -item[1])[:3]
             said = ", ".join(f"{name} {seconds:.2g}" for name, seconds in most)
             lines.append(
                 f"| `{row}` | {products / 1e12:.3g} | {rest / 1e12:.3g} | {found['bytes'] / 1e9:.3g} | "
-                f"{found['launches']:.0f} | {found['waits']:.0f} | {found['h100_seconds']:.2g} | {said} |"
+                f"{found['launches']:.0f} | {found['waits']:.0f} | {found['h100_seconds']:.2g} | {loops:.2g} | {said} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -169,9 +191,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
     parser.add_argument("--out", type=Path, default=RESULTS / "work.json")
     parser.add_argument("--table", action="store_true", help="only print what the record has")
+    parser.add_argument("--rerate", action="store_true", help="only put today's rates into the record; counts stay")
     options = parser.parse_args(arguments)
     record = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if not options.table:
+    if options.rerate:
+        solvers = Solvers(rates())
+        for of_case in record.values():
+            of_case["rows"] = {row: rerated(found, solvers) for row, found in of_case["rows"].items()}
+        write_atomically(options.out, json.dumps(record, indent=1).encode())
+    elif not options.table:
         case = CASES[options.case]
         for row in options.rows.split(","):
             if row not in (*ROWS, *OURS):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -47,6 +47,11 @@ FACTORISATIONS: Mapping[Any, tuple[str, Callable[[int, int], float]]] = {
 }
 """Operation → its name and its floating-point operations at (m, n): (n, n) of one matrix, (rows, right-hand sides) of a
 triangular solution."""
+
+BATCHED = ((64, 0.52e-3, 6.7e-5), (128, 0.64e-3, 8.5e-5), (256, 0.91e-3, 1.02e-4), (512, 1.67e-3, 2.05e-4))
+"""Eigenvectors by cuSOLVER's batched solver in float32: (rows, seconds of one matrix, of each further one of a stack),
+as an engineer of NVIDIA measured them for JAX on a GPU that he does not name, for stacks of up to 64
+(https://github.com/jax-ml/jax/issues/31368). Beyond 512 rows the cube of the size is assumed."""
 
 
 @dataclass
@@ -81,7 +86,8 @@ class Work:
         for (kind, dtype, m, n, stack), count in self.calls.items():
             at_once = kind in ("cholesky", "triangular") or (kind == "eigh" and n <= 32)  # a kernel for a whole stack
             alone = solvers(kind, m, n, getattr(torch, dtype))
-            seconds[kind] += count * max(LAUNCH, alone if at_once else alone * stack)
+            whole = solvers.stacked(n, stack, alone) if kind == "eigh" and stack > 1 else alone * stack
+            seconds[kind] += count * max(LAUNCH, alone if at_once else whole)
         seconds["waits"] = self.waits * WAIT
         return {
             "operations": {" ".join(key): value for key, value in sorted(self.operations.items())},
@@ -102,13 +108,16 @@ class Solvers:
 
     Between measured sizes on the line in log-log, beyond the largest by its rate. Below the smallest by the number of
     columns: a small factorisation takes its columns one after another, and is not bound by its operations.
-    Eigenvectors of 512 rows in float32 came from a Jacobi method there, which PyTorch takes from 33 to 512 rows; all
-    others are placed below those of 1024 rows, which did not. "cholesky" was a factor and an inverse: each half.
+    "cholesky" was a factor and an inverse: each half. Eigenvectors of up to 512 rows, and of stacks, are those of
+    cuSOLVER's batched solver (`BATCHED`), which `torch.linalg.eigh` calls from PyTorch 2.12 on; without `batched` they
+    are as measured with 2.11: those of 512 rows in float32 came from a Jacobi method, which was taken from 33 to 512
+    rows, all others are placed below those of 1024 rows, and a stack takes its matrices one after another.
     Without a record, and so assumed: an LDLᵀ as two Cholesky factors, an SVD of (m, n) as three times the eigenvectors
     of its smaller side, eigenvalues alone as with vectors, and float64 as float32.
     """
 
-    def __init__(self, rates: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    def __init__(self, rates: Mapping[str, Sequence[tuple[int, float]]], batched: bool = True) -> None:
+        self.batched = batched
         counts = {"eigh": 9.0, "cholesky": 1.0, "inverse": 2.0, "qr": 1.0}
         self._seconds = {
             part: [(n / 2 if part == "qr" else n, counts[part] * n**3 / rate) for n, rate in rates[part]]
@@ -118,6 +127,8 @@ class Solvers:
 
     def __call__(self, kind: str, m: int, n: int, dtype: torch.dtype = torch.float32) -> float:
         """Seconds of one of (m, n), or of a triangular solution with (m, m)."""
+        if kind == "eigh" and self.batched and n <= BATCHED[-1][0]:
+            return _between([(size, first) for size, first, _ in BATCHED], n)
         if kind == "eigh" and dtype == torch.float32 and 32 < n <= self._jacobi[0]:
             return self._jacobi[1] * n / self._jacobi[0]
         if kind in ("cholesky", "triangular"):
@@ -129,13 +140,22 @@ class Solvers:
         return self._at(kind, min(m, n))
 
     def _at(self, part: str, size: int) -> float:
-        points = self._seconds[part]
-        if size <= points[0][0]:
-            return points[0][1] * size / points[0][0]
-        for (low, short), (high, long) in pairwise(points):
-            if size <= high:
-                return float(short * (long / short) ** (log(size / low) / log(high / low)))
-        return float(points[-1][1] * (size / points[-1][0]) ** 3)
+        return _between(self._seconds[part], size)
+
+    def stacked(self, n: int, matrices: int, alone: float) -> float:
+        """Seconds of the eigenvectors of a stack of (n, n), one of which takes `alone`: at most one after another."""
+        more = _between([(size, further) for size, _, further in BATCHED], n) if self.batched else alone
+        return alone + (matrices - 1) * min(alone, more)
+
+
+def _between(points: Sequence[tuple[int, float]], size: int) -> float:
+    """Seconds at a size from those at others, which are sorted: in log-log, with the cube of it beyond the largest."""
+    if size <= points[0][0]:
+        return points[0][1] * size / points[0][0]
+    for (low, short), (high, long) in pairwise(points):
+        if size <= high:
+            return float(short * (long / short) ** (log(size / low) / log(high / low)))
+    return float(points[-1][1] * (size / points[-1][0]) ** 3)
 
 
 class WorkCounter:
@@ -143,14 +163,22 @@ class WorkCounter:
 
     def __init__(self) -> None:
         self.work, self._stack = Work(), ExitStack()
+        self._operations = _Operations(self.work)
 
     def __enter__(self) -> Work:
         self._stack.enter_context(_Values(self.work))
-        self._stack.enter_context(_Operations(self.work))
+        self._stack.enter_context(self._operations)
         return self.work
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+    def product_of_halves(self, left: Tensor, right: Tensor) -> Tensor:
+        """left·right in float32 of matrices in half precision, counted as the one product that a GPU takes for it."""
+        with _disable_current_modes():
+            result = left.float() @ right.float()
+        self._operations.count_product(2.0 * left.shape[0] * left.shape[1] * right.shape[1], (left, right, result))
+        return result
 
 
 class _Values(TorchFunctionMode):
@@ -183,20 +211,27 @@ class _Operations(TorchDispatchMode):
 
     def _add(self, packet: Any, args: Any, kwargs: Any, result: Any) -> None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        if operations := _products(packet, args, kwargs, result):
+            self.count_product(operations, tensors)
+            return
+        moved = self._move(tensors)
+        if packet in FACTORISATIONS:
+            self._factorise(packet, args)
+        else:
+            self.work.seconds["other"] += max(LAUNCH, moved / BYTES_PER_SECOND)
+
+    def _move(self, tensors: Sequence[Tensor]) -> int:
+        """Count one launch, and the bytes of its tensors, which are returned."""
         moved = sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors}.values())
         self.work.bytes += moved
         self.work.launches += 1
-        if packet in FACTORISATIONS:
-            self._factorise(packet, args)
-            return
-        least = max(LAUNCH, moved / BYTES_PER_SECOND)
-        operations = _products(packet, args, kwargs, result)
-        if operations:
-            dtype = tensors[0].dtype
-            self.work.operations["product", str(dtype)[6:]] += operations
-            self.work.seconds["products"] += max(least, operations / PEAK[dtype])
-        else:
-            self.work.seconds["other"] += least
+        return moved
+
+    def count_product(self, operations: float, tensors: Sequence[Tensor]) -> None:
+        """Count a product of so many operations, in the dtype of the first tensor."""
+        moved, dtype = self._move(tensors), tensors[0].dtype
+        self.work.operations["product", str(dtype)[6:]] += operations
+        self.work.seconds["products"] += max(LAUNCH, moved / BYTES_PER_SECOND, operations / PEAK[dtype])
 
     def _factorise(self, packet: Any, args: Any) -> None:
         kind, count = FACTORISATIONS[packet]

@@ -12,7 +12,7 @@ from benchmarks import count_work
 from benchmarks.work import LAUNCH, WAIT, Solvers, Work, WorkCounter
 
 RATES = {part: [(512, 1e11), (1024, 1e12), (2048, 2e12)] for part in ("eigh", "cholesky", "inverse", "qr")}
-SOLVERS = Solvers(RATES)
+SOLVERS, LOOPS = Solvers(RATES), Solvers(RATES, batched=False)
 
 
 def counted(work: Callable[[], object]) -> Work:
@@ -77,8 +77,8 @@ def test_a_backward_pass_counts_twice_its_forward_pass() -> None:
 
 def test_seconds_follow_the_measured_rates() -> None:
     assert SOLVERS("eigh", 1024, 1024) == pytest.approx(9 * 1024**3 / 1e12)
-    assert SOLVERS("eigh", 512, 512) == pytest.approx(9 * 512**3 / 1e11)  # by Jacobi in float32
-    assert SOLVERS("eigh", 512, 512, torch.float64) == pytest.approx(9 * 1024**3 / 1e12 / 2)
+    assert LOOPS("eigh", 512, 512) == pytest.approx(9 * 512**3 / 1e11)  # by Jacobi in float32
+    assert LOOPS("eigh", 512, 512, torch.float64) == pytest.approx(9 * 1024**3 / 1e12 / 2)
     assert SOLVERS("cholesky", 64, 64) == pytest.approx(SOLVERS("cholesky", 512, 512) / 8)
     assert SOLVERS("cholesky", 1024, 1024) < SOLVERS("cholesky", 1500, 1500) < SOLVERS("cholesky", 2048, 2048)
     assert SOLVERS("inverse", 4096, 4096) == pytest.approx(8 * SOLVERS("inverse", 2048, 2048))
@@ -92,6 +92,21 @@ def test_seconds_follow_the_measured_rates() -> None:
     assert counted(lambda: torch.ones(1)).seconds["other"] == pytest.approx(LAUNCH)
 
 
+def test_stacks_of_eigenvectors_follow_the_batched_solver() -> None:
+    """Its published seconds: 1.67 ms for one of 512 rows, 14.61 ms for 64 of them, 2.39 ms for 16 of 256."""
+
+    def seconds(solvers: Solvers, n: int, stack: int) -> float:
+        work = Work()
+        work.calls["eigh", "float32", n, n, stack] = 1
+        return float(work.record(solvers)["seconds"]["eigh"])
+
+    assert seconds(SOLVERS, 512, 1) == pytest.approx(1.67e-3)
+    assert seconds(SOLVERS, 512, 64) == pytest.approx(14.61e-3, rel=0.02)
+    assert seconds(SOLVERS, 256, 16) == pytest.approx(2.39e-3, rel=0.05)
+    assert seconds(SOLVERS, 2048, 2) <= 2 * seconds(SOLVERS, 2048, 1)  # never more than one after another
+    assert seconds(LOOPS, 512, 64) == pytest.approx(64 * seconds(LOOPS, 512, 1))  # control
+
+
 def test_a_method_is_counted_and_put_into_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "work.json"
     for row in ("forward pass", "self"):
@@ -103,5 +118,11 @@ def test_a_method_is_counted_and_put_into_the_record(tmp_path: Path, capsys: pyt
     assert rows["forward pass"]["factorisations"] == {}  # control
     count_work.main(["--table", "--out", str(path)])
     assert "| `self` |" in capsys.readouterr().out
+    count_work.main(["--rerate", "--out", str(path)])
+    for name, again in json.loads(path.read_text())["tiny"]["rows"].items():
+        assert again["seconds"] == pytest.approx(rows[name]["seconds"])
+        assert again["factorisations"] == rows[name]["factorisations"]
+    slower = count_work.rerated(rows["self"], LOOPS)  # control: other rates
+    assert slower["h100_seconds"] != rows["self"]["h100_seconds"] and slower["launches"] == rows["self"]["launches"]
     with pytest.raises(SystemExit, match="--rows: 'selfish' is not known"):
         count_work.main(["--rows", "selfish", "--out", str(path)])

@@ -8,7 +8,9 @@ import pytest
 import torch
 from tests import reference
 from tests.cases import CASES, Case, array, draw, moments, relative_error
+from torch import Tensor
 
+from cntlora.linalg.matrix_units import HALF
 from cntlora.linalg.moments import Moments
 from cntlora.linalg.pseudo_inverse import default_rtol
 
@@ -191,3 +193,42 @@ def test_memory_never_exceeds_d_by_d() -> None:
         m.update(draw(0, 4, 6))
         held = sum(r.numel() for r in m._rows) + (0 if m._gram is None else m._gram.numel())
         assert held <= 36
+
+
+def test_eigenvectors_of_half_precision_are_those_of_its_values_when_solved_in_float64() -> None:
+    """The sums are float32 either way; control: solved in float32, eigenvectors of small eigenvalues mix."""
+    U, V = (torch.linalg.qr(draw(i, n, 192)).Q for i, n in enumerate((192, 500)))
+    S = torch.cat([torch.ones(1), torch.linspace(1e-2, 5e-3, 191)]).double()  # one giant, and others close together
+    X = ((U * S) @ V.mT).bfloat16()
+    exact = moments(X.double()).eigenpairs(1e-6)
+    found, mixed = (moments(X).eigenpairs(1e-6, solved_in=dtype) for dtype in (torch.float64, None))
+    assert found.rows.dtype == mixed.rows.dtype == torch.float32
+    assert relative_error(found.D, exact.D) < 1e-6
+    assert relative_error(found.rows, exact.rows) < 0.02
+    assert relative_error(mixed.rows, exact.rows) > 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matrix_units_take_half_precision_as_it_is(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where small eigenvalues do not count; products of such numbers are exact in float32."""
+    multiplied: list[torch.dtype] = []
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        multiplied.append(left.dtype)
+        return left.float() @ right.float()
+
+    X = draw(0, 20, 50).to(dtype)
+    plain = {single: _gram_of(X, single) for single in (False, True)}
+    monkeypatch.setattr("cntlora.linalg.matrix_units.sums_in_float32", lambda dtype, device: dtype in HALF)
+    monkeypatch.setattr("cntlora.linalg.matrix_units.product", product)
+    assert relative_error(_gram_of(X, True), plain[True]) < 1e-6
+    assert multiplied == [dtype]
+    assert torch.equal(_gram_of(X, False), plain[False]) and multiplied == [dtype]  # control: self and shift do not
+    _gram_of(X.float(), True)
+    assert multiplied == [dtype]  # nor do inputs of float32
+
+
+def _gram_of(X: Tensor, single: bool) -> Tensor:
+    total = Moments(X.shape[0], single=single)
+    total.update(X.mT)
+    return total.gram()

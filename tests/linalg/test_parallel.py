@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from benchmarks.work import WorkCounter
 from tests.cases import draw, lora, mlp, moments, relative_error, token_batches, wrapped
 from tests.conftest import RunFresh
 from torch import Tensor
@@ -206,6 +207,41 @@ def test_a_batch_is_read_back_once_however_many_inputs_it_has(method: str) -> No
         for _ in range(3):
             bool(torch.ones(1).any())
     assert mode.count == 3
+
+
+@pytest.mark.parametrize("method", ["self", "cross"])
+def test_eigenpairs_of_equal_shapes_are_found_by_one_call(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: one call for each shape, one look at all eigenvalues, and the sums of the work one by one."""
+    solved: list[tuple[int, ...]] = []
+    solver = torch.linalg.eigh
+
+    def watched(S: Tensor) -> tuple[Tensor, Tensor]:
+        solved.append(tuple(S.shape))
+        values, vectors = solver(S)
+        return values, vectors
+
+    def sums(inputs: list[Tensor]) -> tuple[list[Tensor], int]:
+        estimator = METHODS[method]().estimator(lambda name: inputs[0], InitConfig(method="self"))
+        groups = [((f"site{i}",), moments(X)) for i, X in enumerate(inputs)]
+        with WorkCounter() as work:
+            absorb_batch(estimator, groups, 1.0)  # type: ignore[arg-type]
+        found = [estimator.accumulated[0].get(f"site{i}") for i in range(len(inputs))]
+        return [T for T in found if T is not None], int(work.waits)
+
+    primal, dual = [draw(i, 9, 40) for i in range(4)], [draw(i, 30, 7) for i in range(3)]
+    for X in (*primal, *dual):
+        X[:, 0] = X[:, 1] * (1 + 1e-9)  # rank-poor, so that † has to drop something
+        X[0] = X[1] * (1 + 1e-9)
+    monkeypatch.setattr(torch.linalg, "eigh", watched)
+    alone, _ = sums([*primal, *dual])
+    assert solved == 4 * [(1, 9, 9)] + 3 * [(1, 7, 7)]  # control
+    monkeypatch.setattr("cntlora.methods.estimator.END_TO_END", ())
+    solved.clear()
+    together, waits = sums([*primal, *dual])
+    assert solved == [(4, 9, 9), (3, 7, 7)]
+    assert len(alone) == len(together) == 7
+    assert all(relative_error(one, other) < 1e-12 for one, other in zip(together, alone, strict=True))
+    assert waits == sums([*primal[:2], *dual[:1]])[1] <= 2
 
 
 @pytest.mark.parametrize(("n", "d"), [(3, 300), (700, 300), (50, 7), (2000, 513)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cntlora.linalg.factors import svd_factors
 from cntlora.linalg.filtered_svd import filtered_triplets
-from cntlora.linalg.spectrum import EXACT_BELOW, input_spectrum, spectrum
+from cntlora.linalg.spectrum import EXACT_BELOW, input_spectrum, spectra, spectrum
 from cntlora.linalg.truncated_svd import TOLERANCE, gram_triplets, leading_triplets
 
 LAWS = {
@@ -38,9 +38,18 @@ def filtered(M: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor] | None:
     return (U, S, Vh) if bool(trusted) else None
 
 
+def as_on_a_gpu(M: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cntlora.linalg.truncated_svd.CHOLESKY_QR", ("cpu",))
+        patch.setattr("cntlora.linalg.truncated_svd.FIRST_LOOK", {"cpu": 6})
+        return leading_triplets(M, q)
+
+
 WAYS = [
     (filtered, torch.float32),
     (leading_triplets, torch.float32),
+    (as_on_a_gpu, torch.float32),
+    (as_on_a_gpu, torch.float64),
     (leading_triplets, torch.float64),
     (gram_triplets, torch.float32),
 ]
@@ -55,7 +64,8 @@ def test_triplets_are_within_their_bound(law: str, shape: tuple[int, int], way: 
     found = way(M, q)
     if found is None:
         # nothing sticks out, so that a small space cannot tell the first ones; or too much does for squares
-        assert law in {gram_triplets: ["one giant"], leading_triplets: ["flat"]}.get(way, ["one giant", "flat"])
+        blind = {gram_triplets: ["one giant"], leading_triplets: ["flat"], as_on_a_gpu: ["flat"]}
+        assert law in blind.get(way, ["one giant", "flat"])
         return
     U, values, Vh = found
     assert U.shape == (shape[0], q) and Vh.shape == (q, shape[1]) and U.dtype == dtype
@@ -115,7 +125,7 @@ def test_the_same_matrix_gives_the_same_bits_and_leaves_the_generator_alone() ->
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_a_matrix_of_lower_rank_than_asked_is_left_to_the_exact_way(rank: int) -> None:
     M = (draw(0, 300, 5)[:, :rank] @ draw(1, 5, 400)[:rank]).float()
-    assert leading_triplets(M, 8) is None
+    assert leading_triplets(M, 8) is None and as_on_a_gpu(M, 8) is None
     found = spectrum(M, 8)
     assert found.U.shape == (300, 8) and bool(torch.isfinite(found.U).all()) and bool(torch.isfinite(found.Vh).all())
     assert int((1e-5 * max(float(found.S[0]), 1e-30) < found.S).sum()) == rank
@@ -161,6 +171,27 @@ def test_a_filtered_product_is_the_truncated_svd(law: str) -> None:
             assert relative_error(values[:1], torch.linalg.svdvals(M)[:1]) < 1e-5
         basis = torch.linalg.qr(M.mT @ draw(3, 400, 8).float()).Q
         assert float(torch.linalg.matrix_norm(M - M @ basis @ basis.mT) ** 2) - tail > 1e-5 * float(M.square().sum())
+
+
+def test_large_matrices_are_filtered_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a stack of one shape, each within 3e-4 of its own truncated SVD."""
+    made = [with_law((700, 660), "falling", torch.float32)[0] * (i + 1) for i in range(2)]
+    tried: list[int] = []
+
+    def watched(M: Tensor, q: int, norm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tried.append(len(M))
+        return filtered_triplets(M, q, norm)
+
+    monkeypatch.setattr("cntlora.linalg.spectrum.filtered_triplets", watched)
+    plain = spectra(made, [8, 8], False, [True, True])
+    assert tried == []  # control
+    monkeypatch.setattr("cntlora.linalg.spectrum.FILTERED", ("cpu",))
+    for M, one, other in zip(made, spectra(made, [8, 8], False, [True, True]), plain, strict=True):
+        product, expected = ((s.U * s.S) @ s.Vh for s in (one, other))
+        assert float((product - expected).norm() / M.norm()) < 3e-4
+        assert float((product - expected / 2).norm() / M.norm()) > 0.1  # control
+    assert tried == [2]
+    assert spectra(made, [8, 8], False, [False, False])[0].S.numel() == 8 and tried == [2]  # where directions count
 
 
 def test_a_matrix_without_directions_is_not_trusted() -> None:

@@ -109,6 +109,7 @@ class Budget:
         own_sums: whether each site may need a sum (k, d) of its own besides (shift mode).
         single: whether statistics of inputs of float32 are in float32.
         early: whether inputs are added one at a time, to sums that are held by one triangle.
+        solved_in: dtype in which eigenpairs of G are found; None for that of its sums.
         use: how the room was used, for the report.
     """
 
@@ -118,6 +119,7 @@ class Budget:
     own_sums: bool = False
     single: bool = False
     early: bool = False
+    solved_in: torch.dtype | None = None
     use: MemoryUse = field(default_factory=MemoryUse)
     admitted: set[str] = field(default_factory=set)
     waiting: set[str] = field(default_factory=set)
@@ -275,7 +277,10 @@ class Budget:
         d, k = site.in_features, site.out_features
         threads = torch.get_num_threads() if d <= SIDE_BY_SIDE else 1
         side_by_side = {"cpu": threads, "cuda": STREAMS}.get(site.device.type, 1)
-        digest = 5 * self._item(site) * d * min(d, d if rows is None else rows) if self.of_inputs else 0
+        item = self._item(site)
+        if self.solved_in is not None and site.device.type == "cpu":  # a GPU solves one stack at a time, not STREAMS
+            item = max(item, self.solved_in.itemsize)
+        digest = 5 * item * d * min(d, d if rows is None else rows) if self.of_inputs else 0
         return side_by_side * max(digest, 24 * d * k)
 
     def _item(self, site: Site) -> int:

@@ -191,7 +191,10 @@ def _passes(statistics: Statistics) -> tuple[int, float]:
     estimator, budget = statistics.estimator, statistics.budget
     of_inputs = estimator.accumulated[0] if isinstance(estimator, (MapEstimator, InputEstimator)) else None
     tokens = max(statistics.facts[site.name].largest_batch for site in statistics.sites)
-    again = Budget(budget.limits, budget.of_gradients, budget.of_inputs, budget.own_sums, budget.single, budget.early)
+    again = Budget(
+        budget.limits, budget.of_gradients, budget.of_inputs, budget.own_sums, budget.single, budget.early,
+        budget.solved_in,
+    )  # fmt: skip
     again.use.free = budget.use.free
     peak = again.foretold(
         statistics.sites, lambda site: site.name if of_inputs is None else of_inputs.key(site.name), tokens

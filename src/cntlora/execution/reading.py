@@ -332,7 +332,7 @@ def prepared(request: Request, executor: Executor) -> Statistics:
     reader = statistics.estimator
     budget.of_inputs = isinstance(reader, InputReader)
     if isinstance(reader, InputReader):
-        budget.single, budget.early = reader.single, reader.early
+        budget.single, budget.early, budget.solved_in = reader.single, reader.early, reader.solved_in
     return statistics
 
 

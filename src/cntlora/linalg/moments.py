@@ -6,12 +6,16 @@ in their own dtype, and the b×b dual Xᵀ X serves; beyond that only G = X Xᵀ
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import matrix_units
 from .low_rank import LowRank, low_rank, symmetric_product
+from .parallel import read_back
 from .pseudo_inverse import (
     coarser,
     default_rtol,
@@ -94,6 +98,7 @@ class Moments:
         self._gram: Tensor | None = None
         self._total: Tensor | None = None
         self._share: Tensor | None = None  # ‖X‖_F²/σ_max², once eigenvalues are known
+        self._decomposed: tuple[Tensor, Tensor, list[float]] | None = None  # D, P or V, and D as numbers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,9 +138,15 @@ class Moments:
             self._rows.append(rows.clone())
 
     def _add_gram(self, parts: list[Tensor]) -> None:
-        """X Xᵀ of all parts, converted d tokens at a time, 1,024 at least: a small copy, and few products."""
+        """X Xᵀ of all parts, converted d tokens at a time, 1,024 at least: a small copy, and few products.
+
+        Not converted where matrix units take them as they are, and small eigenvalues do not count.
+        """
         for rows in (block for part in parts for block in part.split(max(self.dim, 1024))):
-            product = symmetric_product(rows.to(self.dtype))
+            if self.single and self.dtype == torch.float32 and matrix_units.sums_in_float32(rows.dtype, rows.device):
+                product = matrix_units.product(rows.mT, rows)
+            else:
+                product = symmetric_product(rows.to(self.dtype))
             self._gram = product if self._gram is None else self._gram.add_(product)
 
     def merge(self, other: Moments) -> None:
@@ -214,21 +225,26 @@ class Moments:
             return None
         return self._kept() if self.scale == 1.0 else self._kept() * self.scale**0.5
 
-    def eigenpairs(self, rtol: float, noise: float = 0.0, dtype: torch.dtype | None = None) -> Eigenpairs:
+    def eigenpairs(
+        self, rtol: float, noise: float = 0.0, dtype: torch.dtype | None = None, solved_in: torch.dtype | None = None
+    ) -> Eigenpairs:
         """P and D of G = P D Pᵀ with D > rtol·max D and D > noise²·Σ D (`linalg.kept`), by the b×b dual where b ≤ d
         (P = X V D^(-½)).
 
         Args:
             dtype: that P is wanted in; None for that of the sums.
+            solved_in: as for `decompose`, where that was not called before.
         """
-        rows = self.rows()
-        D, V = eigh_descending(self.gram() if rows is None else rows @ rows.mT)
-        keep = kept(D, rtol, noise)
-        count, condition = torch.stack([keep.sum(), D.amax() / torch.where(keep, D, torch.inf).amin()]).tolist()
-        self._share = torch.where(D[0] > 0, D.sum() / D[0], 1.0)
-        D, P = D[: int(count)], V[:, : int(count)].mT
+        if self._decomposed is None:
+            decompose([self], solved_in)
+        assert self._decomposed is not None
+        (D, V, values), self._decomposed = self._decomposed, None
+        rows, count = self.rows(), kept(values, rtol, noise)
+        self._share = D.new_tensor(math.fsum(values) / values[0] if values[0] > 0 else 1.0)
+        D, P = D[:count], V[:, :count].mT
         if rows is not None:
-            precise = dtype if dtype is not None and condition <= SINGLE_BELOW else self.dtype
+            single = dtype is not None and count > 0 and values[0] <= SINGLE_BELOW * values[count - 1]
+            precise = dtype if single else self.dtype
             P = (P / D.sqrt()[:, None]).to(precise) @ rows.to(precise)
         P = P.to(dtype or self.dtype)
         return Eigenpairs(P * fix_signs(P.mT)[:, None], D)
@@ -255,9 +271,40 @@ class Moments:
 
     def numerical_rank(self, rtol: float) -> int:
         """Number of eigenvalues of G above rtol·λ_max: the directions that the data determine."""
+        return numerical_rank(self._smaller(), rtol)
+
+    def _smaller(self) -> Tensor:
+        """G (d, d), or while b ≤ d its dual Xᵀ X (b, b), which has the same eigenvalues above zero."""
         rows = self.rows()
-        S = self.gram() if rows is None else rows @ rows.mT
-        return numerical_rank(S, rtol)
+        return self.gram() if rows is None else rows @ rows.mT
+
+
+STACKED = 2**26
+"""Entries of a stack that is decomposed by one call: 512 MiB in float64."""
+
+
+def decompose(moments: Sequence[Moments], dtype: torch.dtype | None = None) -> None:
+    """Find the eigenpairs of several G, which `Moments.eigenpairs` then takes.
+
+    Equal shapes are one call of the solver, which on a GPU is several times as fast for matrices of some hundred rows
+    as one by one; all eigenvalues are read back together.
+
+    Args:
+        dtype: that the solver works in; None for that of the sums.
+    """
+    stacks: dict[tuple[torch.Size, torch.dtype], list[tuple[Moments, Tensor]]] = {}
+    for X in moments:
+        S = X._smaller()
+        S = S.to(dtype or S.dtype)
+        stacks.setdefault((S.shape, S.dtype), []).append((X, S))
+    found: list[tuple[Moments, Tensor, Tensor]] = []
+    for same in stacks.values():
+        D, V = eigh_descending(
+            torch.stack([S for _, S in same]) if len(same) > 1 else same[0][1][None]
+        )  # no copy of one
+        found += [(X, D[i], V[i]) for i, (X, _) in enumerate(same)]
+    for (X, D, V), values in zip(found, read_back([D for _, D, _ in found]), strict=True):
+        X._decomposed = D, V, values
 
 
 class TokenCount:

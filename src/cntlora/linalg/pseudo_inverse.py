@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -66,9 +67,9 @@ def fix_diagonal(R: Tensor) -> Tensor:
 
 
 def eigh_descending(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,), descending and not below zero, and eigenvectors (n, n) of a positive semi-definite matrix."""
+    """Eigenvalues (…, n), descending and not below zero, and eigenvectors (…, n, n) of positive semi-definite S."""
     values, vectors = torch.linalg.eigh(S)
-    return values.flip(0).clamp_min(0.0), vectors.flip(1)
+    return values.flip(-1).clamp_min(0.0), vectors.flip(-1)
 
 
 def frobenius_condition(M: Tensor, inverse: Tensor) -> Tensor:
@@ -105,9 +106,10 @@ def full_rank(S: Tensor, rtol: float) -> Tensor:
     return torch.linalg.cholesky_ex(shifted).info == 0
 
 
-def kept(D: Tensor, rtol: float, noise: float = 0.0) -> Tensor:
-    """Tell which of the eigenvalues D (n,) of S = Y Yᵀ are above rtol·λ_max and above (noise·‖Y‖_F)²; boolean (n,)."""
-    return torch.maximum(rtol * D.amax(), noise**2 * D.sum()) < D
+def kept(D: Sequence[float], rtol: float, noise: float = 0.0) -> int:
+    """Count the eigenvalues D, descending, of S = Y Yᵀ that are above rtol·λ_max and above (noise·‖Y‖_F)²."""
+    least = max(rtol * D[0], noise**2 * math.fsum(D))
+    return sum(value > least for value in D)
 
 
 def numerical_rank(S: Tensor, rtol: float, noise: float = 0.0) -> int:

@@ -18,6 +18,9 @@ EXACT_BELOW = 256
 """Up to so many rows or columns all singular values are computed; beyond, the leading ones alone."""
 GRAM_BELOW = 640
 """Up to so many rows or columns one eigendecomposition in float32 is cheaper than the iteration."""
+FILTERED = ("cuda",)
+"""Types of devices on which larger matrices are tried by the filtered iteration too: it never waits, and its small
+eigendecompositions do not grow as those of the Krylov space do."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,14 @@ def spectrum(M: Matrix, q: int, exact: bool = False, product: bool = False, filt
 
 
 def spectra(matrices: Sequence[Matrix], q: Sequence[int], exact: bool, product: Sequence[bool]) -> list[Spectrum]:
-    """`spectrum` of each; small ones of one shape are factored as a stack, and the device is waited for once.
+    """`spectrum` of each; those of one shape are factored as a stack, and the device is waited for once.
 
     Args:
         q, product: of each matrix.
     """
     stacks: dict[tuple[torch.Size, int], list[int]] = {}
     for i, M in enumerate(matrices):
-        if not exact and product[i] and is_small(M) and _pays(M, q[i]):
+        if not exact and product[i] and (is_small(M) or _is_filtered(M)) and _pays(M, q[i]):
             stacks.setdefault((M.shape, q[i]), []).append(i)
     made = [_stacked([formed(matrices[i]) for i in same], count) for (_, count), same in stacks.items()]
     known = read_back([torch.stack([trusted.double(), norms.double()]) for *_, trusted, norms in made])
@@ -104,6 +107,11 @@ def _stacked(matrices: Sequence[Tensor], q: int) -> tuple[Tensor, Tensor, Tensor
 def is_small(M: Matrix) -> bool:
     """Return whether the leading triplets come out of the smaller Gram matrix."""
     return isinstance(M, Tensor) and M.dtype == torch.float32 and min(M.shape) <= GRAM_BELOW
+
+
+def _is_filtered(M: Matrix) -> bool:
+    """Return whether a larger matrix is tried by the filtered iteration."""
+    return isinstance(M, Tensor) and M.dtype == torch.float32 and M.device.type in FILTERED
 
 
 def _of_small(M: Tensor, q: int, norm: float, filtered: bool) -> tuple[Tensor, Tensor, Tensor] | None:

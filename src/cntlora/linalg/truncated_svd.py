@@ -22,6 +22,9 @@ TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-7}
 FIRST_LOOK = {"cuda": 6}
 """Steps before the first look at the triplets, by device; 2 elsewhere: a GPU must be waited for at each look."""
 
+CHOLESKY_QR = ("cuda",)
+"""Types of devices on which blocks are made orthonormal by a Cholesky factor: a QR takes column after column there."""
+
 
 def leading_triplets(
     M: Matrix, q: int, tolerance: float | None = None, norm: float | None = None
@@ -73,7 +76,7 @@ class _Krylov:
 
     def __init__(self, tall: Matrix, block: int) -> None:
         self.tall, self.steps = tall, 1
-        self.basis = torch.linalg.qr(_start(tall, block)).Q
+        self.basis = _thin_qr(_thin_qr(_start(tall, block))[0])[0]
         self._next, self._last = self.basis, tall @ self.basis
         self.images = self._last.double()
         self.gram = self.images.mT @ self.images
@@ -82,7 +85,7 @@ class _Krylov:
         """R (block, block) float64 of MᵀM·basis = basis·gram + next·[0 … 0 R], next being orthonormal to `basis`."""
         block, R = self.tall.mT @ self._last, None
         for _ in range(3):  # a third time for blocks that are nothing but rounding, once all directions are found
-            block, factor = torch.linalg.qr(block - self.basis @ (self.basis.mT @ block))
+            block, factor = _thin_qr(block - self.basis @ (self.basis.mT @ block))
             R = factor.double() if R is None else factor.double() @ R
         self._next = block
         assert R is not None
@@ -99,6 +102,26 @@ class _Krylov:
         self.gram = torch.cat([torch.cat([self.gram, column[:j]], 1), torch.cat([column[:j].mT, column[j:]], 1)])
         self.steps += 1
         return True
+
+
+def _thin_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (n, j), near to orthonormal, and R (j, j) of Y = Q·R.
+
+    Of a block whose columns are nearly dependent a Cholesky factor gives a Q that is orthonormal once this has been
+    done twice (Fukaya et al. 2020, "Shifted Cholesky QR for computing the QR factorization of ill-conditioned
+    matrices").
+    """
+    if Y.device.type not in CHOLESKY_QR:
+        Q, R = torch.linalg.qr(Y)
+        return Q, R
+    wide = Y.double()
+    size = torch.linalg.vector_norm(wide, dim=0).clamp_min(torch.finfo(Y.dtype).tiny)
+    wide = wide / size
+    gram = wide.mT @ wide
+    gram.diagonal().add_(len(gram) * 1e-14)  # above the rounding of the products, so that there is a factor
+    L, _ = torch.linalg.cholesky_ex(gram)
+    Q = torch.linalg.solve_triangular(L, wide.mT, upper=False).mT
+    return Q.to(Y.dtype), (L.mT * size).to(Y.dtype)
 
 
 def gram_triplets(M: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor] | None:

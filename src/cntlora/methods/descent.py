@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg import matrix_units
 from ..linalg.damping import DampedRows, damped_rows, whitening
 from ..linalg.low_rank import LowRank, root_rows
 from .estimator import Estimator
@@ -124,7 +125,10 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | DampedRows]], Gradi
     def mean_square(self, name: str, G: Tensor, shared: tuple[Tensor, Tensor | DampedRows]) -> Tensor:
         """σ² (), the mean square of the site's outputs W x, in the precision of its gradient G."""
         moment, inverse = shared
-        W = self.weight_of(name).to(G)
+        W, precision = self.weight_of(name).to(G), self.facts[name].precision
         if isinstance(inverse, DampedRows):
             return (W @ moment.to(G).mT).square().sum() / W.shape[0]
+        if precision == torch.bfloat16 and matrix_units.sums_in_float32(precision, W.device):
+            # W is exact there, and what C loses cancels out in a sum over all of its entries
+            return (matrix_units.product(W.to(precision), moment.to(precision)) * W).sum() / W.shape[0]
         return mean_square(W, moment.to(G))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..linalg.moments import decompose
 from ..linalg.parallel import full_precision, read_back, side_by_side
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .facts import Facts
     from .target import Target
 
+END_TO_END = ("cpu",)
+"""Types of devices on which every input is worked on from end to end; on others several are queued together."""
 QUEUED = 2**30
 """Bytes of d×d results that are queued on a GPU before anything is read back: every layer at once would double what the
 sums take."""
@@ -73,6 +76,7 @@ class InputReader(Estimator, Protocol):
         totals: whether it needs Σ x of the inputs.
         single: whether float32 will do for X Xᵀ of inputs of float32.
         unit: whether every token is scaled to a mean square of 1 first.
+        solved_in: the dtype in which eigenpairs of G are found; None for that of the sums.
         early: whether inputs simply add up, so that each may come as soon as all sites that see it are known, and those
             of several calls of one layer apart.
     """
@@ -81,9 +85,13 @@ class InputReader(Estimator, Protocol):
     single: bool
     unit: bool
     early: bool
+    solved_in: torch.dtype | None
 
     def prepare(self, names: Sequence[str], X: Moments) -> tuple[Any, Tensor | None]:
         """The quick way, and the numbers (m,) float64 that tell whether it holds; None where it always does."""
+
+    def asks_pairs(self, numbers: Sequence[float]) -> bool:
+        """Return whether `finish` takes the eigenpairs of G, so that several G may be decomposed together before."""
 
     def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Contribution:
         """The contribution, by the quick way if `numbers` allow it."""
@@ -132,12 +140,13 @@ def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], A
     """Add one batch, times w_j: for every distinct input the sites that saw it, and its `Moments`.
 
     On the CPU small inputs are worked on side by side, each from end to end, so that what it needed is free again.
-    On a GPU the work of some is queued first, QUEUED bytes of it, and what decides how to go on is read back together.
+    On a GPU the work of some is queued first, QUEUED bytes of it, and what decides how to go on is read back together;
+    eigenpairs of equal shapes are found together.
     """
     if not groups:
         return
     device = groups[0][1].device
-    if device.type == "cpu":
+    if device.type in END_TO_END:
         lock = Lock()
 
         def absorb(group: tuple[Sequence[str], Any]) -> None:
@@ -152,6 +161,8 @@ def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], A
         for part in _queues(groups):
             prepared = [estimator.prepare(*group) for group in part]
             known = read_back([numbers for _, numbers in prepared])
+            asking = [X for (_, X), numbers in zip(part, known, strict=True) if estimator.asks_pairs(numbers)]
+            decompose(asking, estimator.solved_in)
             work = [(*group, ready, numbers) for group, (ready, _), numbers in zip(part, prepared, known, strict=True)]
             contributions = side_by_side(lambda item: estimator.finish(*item), work, [X.dim for _, X in part], device)
             for (names, _), contribution in zip(part, contributions, strict=True):

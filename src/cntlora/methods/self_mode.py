@@ -28,6 +28,10 @@ from .method import Method, Settings, WeightOf
 from .statistics import MapEstimator
 from .target import SiteTarget
 
+SOLVED_IN = torch.float64
+"""dtype of the eigendecomposition, also where the sums are float32: in that the solver mixes eigenvectors of small
+eigenvalues. In bfloat16 it moved B·A by 0.05 to 0.11 of ‖ΔW‖ on real layers, and float32 in the sums by 7e-4."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Self(Method):
@@ -65,7 +69,7 @@ class Self(Method):
         map = partial(self_map, root=self.root, rtol=self.rtol, rounded=True)
         quick = partial(self_quick, rtol=self.rtol) if self.root == "cholesky" else None
         noise = Moments.noise_rtol if self.rtol is None else None
-        return MapEstimator(weight_of, map, quick, noise, self.initial_weight)
+        return MapEstimator(weight_of, map, quick, noise, self.initial_weight, solved_in=SOLVED_IN)
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
         return product_factors(site, self.decomposition, self.p)
@@ -97,7 +101,8 @@ def self_map(
         T (d, d) and the numerical rank of G.
     """
     dtype = X.seen_dtype if rounded else X.dtype
-    pairs = X.eigenpairs(_root_rtol(X, rtol), _root_noise(X, rtol), None if root == "cholesky" else dtype)
+    wanted = None if root == "cholesky" else dtype
+    pairs = X.eigenpairs(_root_rtol(X, rtol), _root_noise(X, rtol), wanted, SOLVED_IN)
     P, S = pairs.rows, pairs.D.sqrt().to(pairs.rows)[:, None]
     if root == "symmetric":
         return low_rank(P, 1 / S[:, 0]), len(P)

@@ -84,6 +84,7 @@ class ShiftEstimator:
     """
 
     totals = single = unit = early = False
+    solved_in = None
 
     def __init__(
         self,
@@ -105,6 +106,9 @@ class ShiftEstimator:
         full = full_rank(S, self._rank_rtol(X))
         eps = torch.full_like(condition, torch.finfo(X.dtype).eps)
         return resolvent, torch.stack([holds.double(), condition.double(), full.double(), eps.double()])
+
+    def asks_pairs(self, numbers: Sequence[float]) -> bool:
+        return False
 
     def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Contribution:
         full = numbers[2]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..linalg.low_rank import LowRank, Matrix, has_root, root_rows, symmetric_product, updated
 from ..linalg.moments import Moments
-from ..linalg.pseudo_inverse import default_rtol, full_rank, numerical_rank, rank_with_gap, rounding_noise
+from ..linalg.pseudo_inverse import default_rtol, numerical_rank, rank_with_gap, rounding_noise
 from ..linalg.sums import SharedSums
 from .estimator import Contribution
 from .facts import Facts
@@ -59,6 +59,7 @@ class MapEstimator:
         rtol: the tolerance of † (), where it follows from the inputs; None where it is given.
         initial_weight: W_0 of eq. 18.
         single: whether float32 will do for X Xᵀ of inputs of float32.
+        solved_in: the dtype in which `map` finds eigenpairs of G; None for that of the sums.
     """
 
     totals = unit = early = False
@@ -71,8 +72,9 @@ class MapEstimator:
         rtol: Callable[[Moments], Tensor] | None = None,
         initial_weight: str = "pretrained",
         single: bool = False,
+        solved_in: torch.dtype | None = None,
     ) -> None:
-        self.initial_weight, self.single = initial_weight, single
+        self.initial_weight, self.single, self.solved_in = initial_weight, single, solved_in
         self.weight_of, self.map, self.quick, self.rtol = weight_of, map, quick, rtol
         self.sums = SharedSums()
         self.accumulated: tuple[SharedSums, ...] = (self.sums,)
@@ -85,8 +87,11 @@ class MapEstimator:
         T, holds, rank = self.quick(X)
         return (T, rank), holds.double()[None]
 
+    def asks_pairs(self, numbers: Sequence[float]) -> bool:
+        return not (numbers and numbers[0])
+
     def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Contribution:
-        if prepared is not None and numbers[0]:
+        if not self.asks_pairs(numbers):
             T, rank = prepared
         else:
             self._failed.update(names)
@@ -120,9 +125,9 @@ class WeightEstimator:
 
 
 Shared = TypeVar("Shared")
-COUNTED = 4096
-"""Most features of an input of deficient rank whose rank is counted: eigenvalues for the report alone would cost more
-than all else that EVA and CorDA do."""
+COUNTED = 2048
+"""Most features of an input whose rank is counted: for the report alone, the two factorisations of a larger one take as
+long on a GPU as all else that EVA does with it."""
 
 
 class InputEstimator(Generic[Shared]):
@@ -139,7 +144,7 @@ class InputEstimator(Generic[Shared]):
         single: whether float32 will do for X Xᵀ of inputs of float32: leading directions are wanted, or it is damped.
     """
 
-    unit, early = False, True
+    unit, early, solved_in = False, True, None
 
     def __init__(
         self,
@@ -161,6 +166,9 @@ class InputEstimator(Generic[Shared]):
         count = torch.zeros_like(total)
         count[:1].fill_(X.tokens)  # and not count[0] = …, for which a GPU waits
         return (X.second_moment(), torch.stack([total, count])), None
+
+    def asks_pairs(self, numbers: Sequence[float]) -> bool:
+        return False
 
     def finish(self, names: Sequence[str], X: Moments, prepared: Any, numbers: Sequence[float]) -> Contribution:
         return Contribution(shared=prepared[0], counts=prepared[1], precision=X.precision)
@@ -193,13 +201,11 @@ class InputEstimator(Generic[Shared]):
             raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
         if isinstance(gram, LowRank) and not (self.by_rows and has_root(gram)):
             gram = gram.dense()
-        smaller = gram if isinstance(gram, Tensor) else symmetric_product(root_rows(gram).mT)  # of the same rank
-        rtol = default_rtol(total.numel(), int(tokens), smaller.dtype)
-        noise = rounding_noise(precision, total.numel(), int(tokens))
-        rank: int | None
-        if len(smaller) > COUNTED:
-            rank = len(smaller) if bool(full_rank(smaller, max(rtol, noise**2))) else None
-        else:
+        rank: int | None = None
+        if (gram.shape[0] if isinstance(gram, Tensor) else gram.rank) <= COUNTED:
+            smaller = gram if isinstance(gram, Tensor) else symmetric_product(root_rows(gram).mT)  # of the same rank
+            rtol = default_rtol(total.numel(), int(tokens), smaller.dtype)
+            noise = rounding_noise(precision, total.numel(), int(tokens))
             rounded = self.single and torch.finfo(smaller.dtype).eps >= torch.finfo(precision).eps
             rank = (rank_with_gap if rounded else numerical_rank)(smaller, rtol, noise)
         wide = gram.double() if isinstance(gram, Tensor) else gram.to(torch.float64)
