@@ -47,6 +47,7 @@ METHODS = {
     "self": "self",
     "descent": "descent",
     "whitened": "whitened",
+    "whitened_descent": "whitened descent",
 }
 """The methods, where there are records, without the word that their batches are unseen ones."""
 UNTUNED = (1e-4, 2e-4, 1e-3)

@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_error_and_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", ["lora_ga", "lora_one", "lora_da", "gora", "descent"])
+@pytest.mark.parametrize("method", ["lora_ga", "lora_one", "lora_da", "gora", "descent", "whitened_descent"])
 def test_gradients_are_summed_in_a_file_too_but_in_one_pass(method: str) -> None:
     config, batches = InitConfig(method=method), text_batches()
     free = cntlora.compute_plan(adapted("bert"), batches, config)

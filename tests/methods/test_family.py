@@ -154,7 +154,8 @@ def test_methods_of_the_weights_alone_need_no_data(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["self", "descent", "whitened", "eva", "corda", "lora_ga", "lora_one", "lora_da", "gora"]
+    "method",
+    ["self", "descent", "whitened", "whitened_descent", "eva", "corda", "lora_ga", "lora_one", "lora_da", "gora"],
 )
 def test_methods_that_read_data_say_so(method: str) -> None:
     with pytest.raises(ValueError, match=f"method '{method}' reads (inputs|gradients)"):
@@ -183,7 +184,20 @@ def test_how_rows_are_split_into_batches_changes_nothing(method: str) -> None:
     ("method", "side"),  # BERT's pooler reads position 0, which padding on the left hides: gradients differ by right
     [
         *(("eva", "left"), ("corda", "left")),
-        *((m, "right") for m in ("eva", "corda", "descent", "whitened", "lora_ga", "lora_one", "lora_da", "gora")),
+        *(
+            (m, "right")
+            for m in (
+                "eva",
+                "corda",
+                "descent",
+                "whitened",
+                "whitened_descent",
+                "lora_ga",
+                "lora_one",
+                "lora_da",
+                "gora",
+            )
+        ),
     ],
 )
 def test_padding_changes_nothing(method: str, side: str) -> None:

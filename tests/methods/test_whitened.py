@@ -23,7 +23,7 @@ from tests.cases import (
     wrapped,
 )
 
-from cntlora import Descent, InitConfig, InitPlan, Whitened, compute_plan
+from cntlora import Descent, InitConfig, InitPlan, Whitened, WhitenedDescent, compute_plan, initialize
 from cntlora.linalg.moments import Moments
 from cntlora.methods.estimator import absorb_batch
 from cntlora.methods.target import Target
@@ -137,3 +137,61 @@ def test_a_token_counts_the_same_however_large_it_is(method: Any) -> None:
     usual, large = target(1.0), target(300.0)
     same = torch.allclose(usual.right, large.right, rtol=1e-9) and torch.allclose(usual.M, large.M, rtol=1e-9)
     assert same == (method.name == "whitened")  # control: descent minds, as its step is one of these outputs
+
+
+# --- with a step in B ---------------------------------------------------------------------------------------
+
+
+def stepped(config: Any = None, **options: Any) -> InitPlan:
+    chosen = InitConfig(method=WhitenedDescent(**options))
+    return compute_plan(wrapped(mlp(), config), token_batches(SIZES), chosen, loss=squares, progress=False)
+
+
+def test_the_step_is_that_of_descent_for_tokens_of_unit_size() -> None:
+    base, batches = mlp(), token_batches(SIZES)
+    X, G = inputs_of(base, batches), gradients(base, batches)
+    first = Mlp.targets[0]
+    plan = stepped(lora(rank_pattern={first: 2}, alpha_pattern={first: 10.0}), strength=0.1)
+    sizes, others = [], []
+    for name, site in plan.sites.items():
+        W, x = array(base.get_submodule(name).weight), units(X[name])
+        moved = site.scaling * array(site.B) @ array(site.A)
+        want, other = (reference.descent_delta(W, x, G[name], site.rank, damping) for damping in (1.0, 0.01))
+        sizes.append((moved * want).sum() / (want**2).sum())
+        others.append(relative_error(moved, sizes[-1] * other))
+        assert relative_error(moved, sizes[-1] * want) < 1e-7
+    assert sizes == pytest.approx([sizes[0]] * len(sizes), rel=1e-7)  # one number for all sites
+    assert min(others) > 1e-2  # control: another damping
+    assert len({site.scaling for site in plan.sites.values()}) == 2
+
+
+def test_a_is_that_of_whitened_and_b_a_gradient_step() -> None:
+    base, batches = mlp(), token_batches(SIZES)
+    G, plain, plan = gradients(base, batches), plan_of(mlp(), batches), stepped(strength=0.1)
+    for name, site in plan.sites.items():
+        assert torch.equal(site.A, plain.sites[name].A)
+        down = -G[name] @ array(site.A).T
+        other = -array(draw(6, *G[name].shape)) @ array(site.A).T
+        along, control = ((array(site.B) * d).sum() / np.linalg.norm(array(site.B)) for d in (down, other))
+        assert along == pytest.approx(np.linalg.norm(down), rel=1e-7)
+        assert control < 0.9 * np.linalg.norm(other)
+
+
+def test_the_size_of_the_step_is_found_by_the_loss() -> None:
+    batches = token_batches(SIZES)
+
+    def loss_of(model: Any) -> float:
+        with torch.no_grad():
+            return float(np.mean([float(squares(model, x)) for x in batches[:4]]))
+
+    model = wrapped(mlp())
+    before = loss_of(model)
+    report = initialize(model, batches, config=InitConfig(method="whitened_descent"), loss=squares, progress=False)
+    step = report.step
+    assert step["loss_before"] == pytest.approx(before, rel=1e-9)
+    assert step["loss_after"] == pytest.approx(loss_of(model), rel=1e-6) and step["loss_after"] < before
+    offset = wrapped(mlp())
+    initialize(
+        offset, batches, config=InitConfig(method="whitened_descent", base="offset"), loss=squares, progress=False
+    )
+    assert loss_of(offset) == pytest.approx(before, rel=1e-9)  # control: the function is kept

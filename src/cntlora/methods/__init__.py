@@ -22,7 +22,7 @@ from .olora import Olora
 from .pissa import Pissa
 from .self_mode import Self
 from .shift import Shift
-from .whitened import Whitened
+from .whitened import Whitened, WhitenedDescent
 
 __all__ = [  # noqa: RUF022
     "Cross",
@@ -30,6 +30,7 @@ __all__ = [  # noqa: RUF022
     "Shift",
     "Descent",
     "Whitened",
+    "WhitenedDescent",
     "Lora",
     "Pissa",
     "Olora",

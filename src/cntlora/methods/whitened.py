@@ -1,5 +1,7 @@
 """Whitened mode, beyond the paper: A whitens the inputs in the directions of the gradient, in units of the outputs.
 
+`Whitened` leaves B = 0; `WhitenedDescent` makes descent's step in B.
+
 Under Adam the entries of B move by about the learning rate a step, so that the outputs y = W x + s·B·A x of a layer
 move by lr·s·(A x) along random signs. Here Σ mean (A x)² = κ²·(mean square of the outputs)/s², so that they move, in
 root mean square over tokens, by κ·lr of their own size: in every layer, at every rank and scaling. The motions of
@@ -63,17 +65,50 @@ class Whitened(Method):
         return WhitenedEstimator(weight_of, self.damping)
 
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
-        motion = self.motion / site.sites**0.5
-        return zero_up(site.scale * motion * whitened_rows(site), site.shape[0])
+        rows = directions(site)
+        return zero_up(self.size(site, rows) * rows, site.shape[0])
+
+    def size(self, site: SiteTarget, rows: Tensor) -> float:
+        """κ·σ/(s·√(r·t)), of which A is `rows`: Σ mean (A x)² is κ²σ²/s²."""
+        total = site.r - site.target.shift * float(rows.square().sum())  # tr R C Rᵀ, where R (C + μ·I) Rᵀ = I
+        return site.scale * self.motion / site.sites**0.5 * site.target.size / total**0.5
 
 
-def whitened_rows(site: SiteTarget) -> Tensor:
-    """σ/√(r·t)·V[:, :r]ᵀ L⁻¹ (r, d): Σ mean (A x)² over its rows is σ²."""
-    target = site.target
-    assert target.right is not None
-    A = times(site.spectrum.Vh[: site.r], target.right)
-    total = site.r - target.shift * float(A.square().sum())  # tr A C Aᵀ, where A (C + μ·I) Aᵀ = I
-    return target.size / total**0.5 * A
+@dataclass(frozen=True, kw_only=True)
+class WhitenedDescent(Whitened):
+    """A of whitened mode, and B·A = [−η G L⁻ᵀ]_r L⁻¹: descent's step, in factors that train on at a known pace.
+
+    With η one common number times σ². In the metric of A that is B = −(η/a²)·∂L/∂B/s with A (C + μ·I) Aᵀ = a²·I: a
+    step of gradient descent in B.
+
+    Attributes:
+        strength: the largest ‖scaling·B·A‖/‖W‖ of all sites; None for the one that lowers the loss most (at most 0.5;
+            measured on the first four batches).
+    """
+
+    name = "whitened_descent"
+    summary = "whitened's A, and in B one step down the loss, of a size that the loss finds"
+    source = "cntlora, eq. 4 with targets W X − η ∂L/∂Y and A (C + μ·I) Aᵀ = c·I"
+    zero_start = False
+    base = "keep"
+    has_step_size = True
+
+    strength: float | None = None
+
+    def strength_at(self, scaling: float) -> float:
+        return 1.0  # the size is found when the factors are there
+
+    def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
+        rows = directions(site)
+        size = self.size(site, rows)
+        step = site.scale * site.target.size**2 / size * site.spectrum.S[: site.r]
+        return (site.spectrum.U[:, : site.r] * step).to(rows), size * rows
+
+
+def directions(site: SiteTarget) -> Tensor:
+    """V[:, :r]ᵀ L⁻¹ (r, d)."""
+    assert site.target.right is not None
+    return times(site.spectrum.Vh[: site.r], site.target.right)
 
 
 class WhitenedEstimator(DescentEstimator):

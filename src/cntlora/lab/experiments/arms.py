@@ -22,6 +22,7 @@ LABELS = {
     "shift": "CNTLoRA-Sh",
     "descent": "CNTLoRA-D",
     "whitened": "CNTLoRA-W",
+    "whitened_descent": "CNTLoRA-WD",
     "pissa": "PiSSA",
     "olora": "OLoRA",
     "eva": "EVA",

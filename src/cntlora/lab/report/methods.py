@@ -12,7 +12,7 @@ PEERS = (
     *("lora_da", "gora"),
     *("dora", "rslora", "eva+dora"),
 )
-OURS = ("cross", "self", "shift", "descent", "whitened")
+OURS = ("cross", "self", "shift", "descent", "whitened", "whitened_descent")
 GROUNDS = ("#ffffff", "#14161a")  # of the page, light and dark
 LEGIBLE = 2.2  # least contrast of a colour with both
 BANDS = 8  # with more methods than this, bands of spread would hide the lines
@@ -37,6 +37,7 @@ _HUES = {
     "rslora": "#cc6677",
     "descent": "#b5179e",  # last, so that the others keep their markers
     "whitened": "#e4572e",
+    "whitened_descent": "#2f8f4e",
 }
 _MARKERS = (
     *("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "pentagon", "hexagon"),
