@@ -31,7 +31,7 @@ import torch
 from benchmarks.machine import RESULTS, describe
 from benchmarks.measure import measure, peaks_above_model, peaks_here
 from benchmarks.rows import ROWS
-from benchmarks.tables import markdown, overview, peaks_table, read_records
+from benchmarks.tables import beside_peft, markdown, overview, peaks_table, read_records
 from benchmarks.workloads import WORKLOADS
 from transformers.utils import logging as transformers_logging
 
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.table:
         records = read_records(options.out)
-        print("\n\n".join([overview(records), *map(markdown, records)]))
+        print("\n\n".join([overview(records), beside_peft(records), *map(markdown, records)]))
         return
     shown = [name for name, workload in WORKLOADS.items() if not workload.hidden]
     workloads = names_of(options.workloads, list(WORKLOADS), shown, "--workloads")

@@ -124,6 +124,33 @@ def inputs_table(tasks: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def beside_peft(records: Sequence[dict[str, Any]]) -> str:
+    """Seconds, ours / PEFT's, a column a workload; bold where ours is not slower.
+
+    In parentheses the ratio to what a method cannot avoid: the forward and backward pass for those that read gradients,
+    else the forward pass; none for those that read no data.
+    """
+    names = [name for name in dict.fromkeys(n for record in records for n in record["rows"]) if "PEFT" not in name]
+    lines = []
+    for name in names:
+        label = f"`{name}` / {RIVALS[name]}" if name in RIVALS else name
+        lines.append([label, *(_seconds_cell(record["rows"], name) for record in records)])
+    return table(["", *(record["workload"] for record in records)], lines)
+
+
+def _seconds_cell(rows: dict[str, Any], name: str) -> str:
+    row, rival = rows.get(name, {}), rows.get(RIVALS.get(name, ""), {})
+    if "seconds" not in row:
+        return "–"
+    reads_none = name in ("forward pass", "pissa", "olora")
+    ratio = row["ratio_backward"] if "ratio_backward" in row and name in ("descent", "lora_ga") else row["ratio"]
+    ours = number(row["seconds"]) if reads_none else f"{number(row['seconds'])} ({ratio:.2f})"
+    if "seconds" not in rival:
+        return ours
+    bold = f"**{ours}**" if row["seconds"] <= rival["seconds"] else ours
+    return f"{bold} / {number(rival['seconds'])}"
+
+
 PEAKS = ("forward pass", "forward and backward pass", "descent", "lora_ga", "eva", "corda", "pissa", "olora", "self",
          "cross", "shift")  # fmt: skip
 """Rows of the table of peaks."""

@@ -171,6 +171,21 @@ def test_the_table_of_peaks_says_where_ours_is_not_above() -> None:
     assert "| `descent` / PEFT lora_ga | – | – |" in printed
 
 
+def test_seconds_stand_beside_those_of_peft() -> None:
+    rows: dict[str, Any] = {
+        FLOOR: {"seconds": 1.0, "ratio": 1.0},
+        "lora_ga": {"seconds": 3.0, "ratio": 3.0, "ratio_backward": 1.25},
+        "PEFT lora_ga": {"seconds": 3.5, "ratio": 3.5},
+        "eva": {"seconds": 1.5, "ratio": 1.5},
+        "PEFT eva": {"seconds": 1.4, "ratio": 1.4},
+        "olora": {"seconds": 0.5, "ratio": 0.5},
+    }
+    printed = tables.beside_peft([{"workload": "one", "rows": rows}, {"workload": "two", "rows": {FLOOR: rows[FLOOR]}}])
+    assert "| forward pass | 1.00 | 1.00 |" in printed and "| `olora` / PEFT olora | 0.50 | – |" in printed
+    assert "| `lora_ga` / PEFT lora_ga | **3.00 (1.25)** / 3.50 | – |" in printed
+    assert "| `eva` / PEFT eva | 1.50 (1.50) / 1.40 | – |" in printed
+
+
 def test_the_docs_have_the_table_of_peaks() -> None:
     record = json.loads((RESULTS / "peaks.json").read_text())
     page = (Path(__file__).parents[1] / "docs/performance.md").read_text()
