@@ -1,4 +1,4 @@
-"""What `cntlora init --dry-run` foretells beside what the call then takes: peak memory, passes, and its own cost.
+"""Compare what `cntlora init --dry-run` foretells with what the call then takes: peak memory, passes, and its own cost.
 
     python benchmarks/forecasts.py            # writes benchmarks/records/forecasts.json, a workload at a time
     python benchmarks/forecasts.py --table    # only prints that record

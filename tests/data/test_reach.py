@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 from cntlora import InitConfig, InitPlan, compute_plan, initialize
 from cntlora.data import reach
-from cntlora.data.batches import default_forward
+from cntlora.data.batches import default_forward, has_loss
 from cntlora.model.sites import find_sites
 
 LINE = "the loss of the first row does not depend on it"
@@ -128,8 +128,8 @@ def test_hooks_of_the_user_are_not_called_once_more() -> None:
 
 
 def test_a_tensor_alone_is_not_taken_for_a_loss() -> None:
-    assert reach.has_loss({"loss": torch.ones(())}) and not reach.has_loss(torch.ones(()))
-    assert not reach.has_loss((torch.ones(()),)) and not reach.has_loss({"loss": torch.ones(2)})
+    assert has_loss({"loss": torch.ones(())}) and not has_loss(torch.ones(()))
+    assert not has_loss((torch.ones(()),)) and not has_loss({"loss": torch.ones(2)})
 
 
 def test_nothing_is_kept_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,12 @@ REPEATABLE: set[Forward] = {default_forward}
 """Our own ways to call a model, which may call it once more: a function of the user may count or print."""
 
 
+def has_loss(output: Any) -> bool:
+    """Return whether what a model gave names its loss: a tensor alone, or the first of a tuple, may be anything."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return isinstance(loss, Tensor) and loss.numel() == 1
+
+
 def loss_in(output: Any, index: int) -> Tensor:
     """The loss in what a model gave: itself, `output.loss`, `output["loss"]`, or the first of a tuple.
 

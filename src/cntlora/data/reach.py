@@ -27,12 +27,6 @@ def is_watched(model: nn.Module) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def has_loss(output: Any) -> bool:
-    """Return whether what a model gave names its loss: a tensor alone, or the first of a tuple, may be anything."""
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return isinstance(loss, Tensor) and loss.numel() == 1
-
-
 def unreached(model: nn.Module, sites: Iterable[Site], call: Forward, batch: Any) -> list[str]:
     """Names of the sites that are called and on whose output the loss of the first row does not depend.
 

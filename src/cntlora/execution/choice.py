@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import InitConfig
-from ..data.batches import REPEATABLE, KeptBatches, default_forward, device_of, to_device, unwrapped
-from ..data.reach import first_row, has_loss, is_watched
+from ..data.batches import REPEATABLE, KeptBatches, default_forward, device_of, has_loss, to_device, unwrapped
+from ..data.reach import first_row, is_watched
 from ..data.reading_mode import as_found, reading_mode
 from ..methods.method import find
 from ..model.checks import gradient_refusal

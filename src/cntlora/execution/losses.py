@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import device_of, loss_in
-from ..data.reach import has_loss
+from ..data.batches import device_of, has_loss, loss_in
 
 if TYPE_CHECKING:
     from ..data.batches import Forward

@@ -18,6 +18,7 @@ from ..data.batches import (
     KeptBatches,
     body_forward,
     default_forward,
+    has_loss,
     has_spare_logits,
     scalar_loss,
     unwrapped,
@@ -26,7 +27,7 @@ from ..data.collect import collect
 from ..data.free_memory import free_bytes
 from ..data.gradients import weight_gradients
 from ..data.memory import Budget, parse_limits
-from ..data.reach import has_loss, is_watched, unreached
+from ..data.reach import is_watched, unreached
 from ..linalg.moments import Moments
 from ..messages import counted, quoted
 from ..methods.estimator import GradientReader, InputReader, OutputGradientReader
