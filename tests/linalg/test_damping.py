@@ -12,6 +12,7 @@ from cntlora.linalg.damping import damped, damped_inverse, damped_rows, whitenin
 from cntlora.linalg.factors import svd_factors
 from cntlora.linalg.low_rank import LowRank, Shifted, Updated, formed, has_root, low_rank, root_rows, times
 from cntlora.linalg.moments import Moments
+from cntlora.linalg.pseudo_inverse import full_rank, numerical_rank
 from cntlora.linalg.spectrum import spectrum
 from cntlora.methods.corda import Corda
 from cntlora.methods.descent import Descent, descent_target
@@ -149,3 +150,13 @@ def test_a_weight_below_zero_is_summed_in_the_formed_matrix(method: str) -> None
     held = target_of(method, torch.float64, (1.0, -1e-4))
     assert held.right is None or isinstance(held.right, Tensor)
     assert bool(torch.isfinite(product(held)).all())
+
+
+def test_what_is_damped_or_counted_is_left_as_it_is() -> None:
+    X = torch.randn(12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    C = X @ X.mT  # of rank 8
+    before = C.clone()
+    regular, rank = damped(C, 0.1), numerical_rank(C, 1e-9)
+    assert torch.equal(C, before) and rank == 8 and not bool(full_rank(C, 1e-9))
+    assert torch.allclose(regular, C + 0.1 * C.diagonal().mean() * torch.eye(12, dtype=torch.float64), rtol=1e-14)
+    assert bool(full_rank(regular, 1e-9)) and not torch.equal(regular, before)  # the control

@@ -22,7 +22,9 @@ def shift_of(C: Tensor, damping: float) -> Tensor:
 
 def damped(C: Tensor, damping: float) -> Tensor:
     """C̃ = C + damping·mean(diag C)·I."""
-    return C + shift_of(C, damping) * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
+    regular = C.clone()
+    regular.diagonal().add_(shift_of(C, damping))
+    return regular
 
 
 def damped_inverse(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:

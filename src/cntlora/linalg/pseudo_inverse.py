@@ -102,8 +102,14 @@ def full_rank(S: Tensor, rtol: float) -> Tensor:
     Returns:
         Boolean ().
     """
-    shifted = S - rtol * S.diagonal().sum() * torch.eye(S.shape[0], dtype=S.dtype, device=S.device)
-    return torch.linalg.cholesky_ex(shifted).info == 0
+    return torch.linalg.cholesky_ex(_lowered(S, rtol * S.diagonal().sum())).info == 0
+
+
+def _lowered(S: Tensor, by: Tensor) -> Tensor:
+    """S − by·I, without an identity of its size."""
+    lowered = S.clone()
+    lowered.diagonal().sub_(by)
+    return lowered
 
 
 def kept(D: Sequence[float], rtol: float, noise: float = 0.0) -> int:
@@ -126,7 +132,7 @@ def numerical_rank(S: Tensor, rtol: float, noise: float = 0.0) -> int:
 def _count_above(S: Tensor, least: Tensor, noise: float) -> int:
     """Number of eigenvalues above `least` () and above the noise."""
     tau = torch.maximum(least, noise**2 * S.diagonal().sum())
-    LD, pivots, _ = torch.linalg.ldl_factor_ex(S - tau * torch.eye(S.shape[0], dtype=S.dtype, device=S.device))
+    LD, pivots, _ = torch.linalg.ldl_factor_ex(_lowered(S, tau))
     alone, paired = pivots > 0, pivots < 0
     return int((alone & (LD.diagonal() > 0)).sum() + paired.sum() // 2)
 

@@ -64,5 +64,5 @@ def eva_target(gram: Tensor | LowRank, total: Tensor, tokens: float, center: boo
         rows = root_rows(gram, total / tokens if center else 0.0)
         return Target(known=once(partial(rows_spectrum, rows, exact=exact)))
     if center:
-        gram = gram - torch.outer(total, total) / tokens
+        gram = torch.addr(gram, total, total, alpha=-1.0 / tokens)
     return Target(known=once(partial(input_spectrum, gram, exact=exact)))  # once for all sites that share the input

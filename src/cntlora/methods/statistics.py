@@ -182,6 +182,7 @@ class InputEstimator(Generic[Shared]):
     def target(self, name: str, batches: int) -> Target:
         with self._lock:  # neighbours may be made side by side
             if self._last is None or not self.sums.same(self._last[0], name):
+                self._last = None  # its room is free for the next
                 self._last = name, *self._shared(name)
             _, shared, rank = self._last
             if rank is not None:
@@ -209,6 +210,7 @@ class InputEstimator(Generic[Shared]):
             rounded = self.single and torch.finfo(smaller.dtype).eps >= torch.finfo(precision).eps
             rank = (rank_with_gap if rounded else numerical_rank)(smaller, rtol, noise)
         wide = gram.double() if isinstance(gram, Tensor) else gram.to(torch.float64)
+        del gram, smaller  # as large as what is made of it
         return self.share(wide, total, tokens), rank
 
 
