@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from cntlora.atomic import write_atomically
 from cntlora.execution import executor
-from cntlora.linalg import filtered_svd, matrix_units, spectrum, truncated_svd
-from cntlora.linalg.matrix_units import HALF
+from cntlora.linalg import filtered_svd, spectrum, truncated_svd
+from cntlora.linalg.low_rank import HALF
 from cntlora.methods import estimator
 
 ROWS = (FLOOR, "forward and backward pass", "descent", "self", "cross", "cross (rtol 1e-3)", "eva", "corda", "lora_ga")
@@ -111,9 +111,12 @@ CASES = {
 @contextmanager
 def choices_of_a_gpu(counter: WorkCounter) -> Iterator[None]:
     """Context in which the code takes the ways of a GPU where they differ from those of a CPU."""
+    ways: dict[str, Any] = {
+        "symmetric_product": _one_product,
+        "sums_in_float32": lambda dtype, device: dtype in HALF,
+        "product_of_halves": counter.product_of_halves,
+    }
     with ExitStack() as stack:
-        stack.enter_context(patch.object(matrix_units, "sums_in_float32", lambda dtype, device: dtype in HALF))
-        stack.enter_context(patch.object(matrix_units, "product", counter.product_of_halves))
         looks = truncated_svd.FIRST_LOOK
         stack.enter_context(patch.dict(looks, cpu=looks["cuda"]))
         stack.enter_context(patch.object(truncated_svd, "CHOLESKY_QR", ("cpu", "cuda")))
@@ -122,8 +125,9 @@ def choices_of_a_gpu(counter: WorkCounter) -> Iterator[None]:
         stack.enter_context(patch.object(spectrum, "FILTERED", ("cpu", "cuda")))
         stack.enter_context(patch.object(estimator, "END_TO_END", ()))
         for module in [m for name, m in sys.modules.items() if name.startswith("cntlora.")]:
-            if hasattr(module, "symmetric_product"):
-                stack.enter_context(patch.object(module, "symmetric_product", _one_product))
+            for name, instead in ways.items():
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, instead))
         yield
 
 

@@ -19,7 +19,7 @@ from cntlora.data.collect import collect
 from cntlora.execution.arguments import Request
 from cntlora.execution.executor import LocalExecutor
 from cntlora.execution.reading import read_statistics
-from cntlora.linalg.matrix_units import product, sums_in_float32
+from cntlora.linalg.low_rank import product_of_halves, sums_in_float32
 from cntlora.linalg.parallel import STREAMS, side_by_side
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -119,7 +119,7 @@ def exact(x: Tensor) -> Tensor:
 def test_matrix_units_sum_in_float32() -> None:
     left, right = (torch.randn(300, 2000, generator=torch.Generator().manual_seed(i)).bfloat16().cuda() for i in (0, 1))
     assert sums_in_float32(left.dtype, left.device)
-    found, expected = product(left, right.mT).double(), left.double() @ right.double().mT
+    found, expected = product_of_halves(left, right.mT).double(), left.double() @ right.double().mT
     assert found.dtype == torch.float64 and float((found - expected).norm() / expected.norm()) < 1e-5
     assert float(((left @ right.mT).double() - expected).norm() / expected.norm()) > 1e-4  # control: rounded sums
 

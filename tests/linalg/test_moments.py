@@ -10,7 +10,7 @@ from tests import reference
 from tests.cases import CASES, Case, array, draw, moments, relative_error
 from torch import Tensor
 
-from cntlora.linalg.matrix_units import HALF
+from cntlora.linalg.low_rank import HALF, LowRank, root_rows
 from cntlora.linalg.moments import Moments
 from cntlora.linalg.pseudo_inverse import default_rtol
 
@@ -219,13 +219,25 @@ def test_matrix_units_take_half_precision_as_it_is(dtype: torch.dtype, monkeypat
 
     X = draw(0, 20, 50).to(dtype)
     plain = {single: _gram_of(X, single) for single in (False, True)}
-    monkeypatch.setattr("cntlora.linalg.matrix_units.sums_in_float32", lambda dtype, device: dtype in HALF)
-    monkeypatch.setattr("cntlora.linalg.matrix_units.product", product)
+    for module in ("moments", "low_rank"):
+        monkeypatch.setattr(f"cntlora.linalg.{module}.sums_in_float32", lambda dtype, device: dtype in HALF)
+        monkeypatch.setattr(f"cntlora.linalg.{module}.product_of_halves", product)
     assert relative_error(_gram_of(X, True), plain[True]) < 1e-6
     assert multiplied == [dtype]
     assert torch.equal(_gram_of(X, False), plain[False]) and multiplied == [dtype]  # control: self and shift do not
     _gram_of(X.float(), True)
     assert multiplied == [dtype]  # nor do inputs of float32
+    few = X[:, :7]  # fewer tokens than features, held as they are
+    monkeypatch.setattr("cntlora.linalg.low_rank.LARGE", 8)
+    total = Moments(20, single=True)
+    total.update(few.mT)
+    held = total.second_moment()
+    assert isinstance(held, LowRank) and held.terms[0].rows.dtype == dtype
+    assert relative_error(held.scaled(0.3).dense(), 0.3 * few.float() @ few.float().mT) < 1e-6
+    assert relative_error(held.dense(), 0.3 * few.float() @ few.float().mT) > 0.5  # control
+    assert held.scaled(0.3).dense().dtype == torch.float32 and multiplied == 4 * [dtype]
+    Y = root_rows(held.scaled(0.3).to(torch.float64))
+    assert relative_error(Y.mT @ Y, 0.3 * few.double() @ few.double().mT) < 1e-6
 
 
 def _gram_of(X: Tensor, single: bool) -> Tensor:

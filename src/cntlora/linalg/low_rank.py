@@ -7,6 +7,7 @@ there are tokens. Held by its rows it takes n·d numbers in place of d², and ne
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,29 @@ from torch import Tensor
 
 LARGE = 1024
 """Features of an input at which products with a (d, d) matrix begin to cost more than those with its rows."""
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def sums_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether `product_of_halves` takes tensors of this dtype there: PyTorch has it for CUDA from 2.8 on."""
+    return dtype in HALF and device.type == "cuda" and _has_units(device)
+
+
+@cache
+def _has_units(device: torch.device) -> bool:
+    known = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+    return known and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def product_of_halves(left: Tensor, right: Tensor) -> Tensor:
+    """left·right (m, n) in float32 of matrices in half precision, by the matrix units of a GPU.
+
+    The product of two numbers in half precision is exact in float32, so that only the sums round. On an H100 that is
+    ten times as fast as a product of float32, which the library computes without TF32.
+    """
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def symmetric_product(rows: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -34,16 +58,19 @@ class Term(NamedTuple):
     """A (d, d) matrix of rank n: rowsᵀ·diag(weights)·rows, or `rows` with zeros below where `weights` is None.
 
     Attributes:
-        rows: (n, d). weights: (n,) or None.
+        rows: (n, d), in half precision where matrix units multiply them. weights: (n,) or None; all alike of rows in
+            half precision, which must not be rounded again.
     """
 
     rows: Tensor
     weights: Tensor | None
 
     def dense(self) -> Tensor:
-        """The (d, d) matrix; the rows themselves where they are all of it."""
+        """The (d, d) matrix, in float32 at least; the rows themselves where they are all of it."""
         n, d = self.rows.shape
         if self.weights is not None:
+            if sums_in_float32(self.rows.dtype, self.rows.device):
+                return product_of_halves(self.rows.mT, self.rows).mul_(self.weights[0])
             return symmetric_product(self.rows, self.weights)
         return self.rows if n == d else torch.cat([self.rows, self.rows.new_zeros(d - n, d)])
 

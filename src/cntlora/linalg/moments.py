@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import matrix_units
-from .low_rank import LowRank, low_rank, symmetric_product
+from .low_rank import HALF, LowRank, low_rank, product_of_halves, sums_in_float32, symmetric_product
 from .parallel import read_back
 from .pseudo_inverse import (
     coarser,
@@ -53,8 +52,7 @@ def accumulation_dtype(dtype: torch.dtype, single: bool = False) -> torch.dtype:
     Args:
         single: whether those are dropped anyway, so that float32 will do for inputs of float32.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half or (single and dtype == torch.float32) else torch.float64
+    return torch.float32 if dtype in HALF or (single and dtype == torch.float32) else torch.float64
 
 
 def of_unit_size(rows: Tensor) -> Tensor:
@@ -62,6 +60,10 @@ def of_unit_size(rows: Tensor) -> Tensor:
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     size = torch.linalg.vector_norm(wide, dim=1, keepdim=True) / rows.shape[1] ** 0.5
     return (wide / torch.where(size > 0, size, torch.ones_like(size))).to(rows.dtype)
+
+
+STACKED = 2**26
+"""Entries of a stack that is decomposed by one call: 512 MiB in float64."""
 
 
 class Moments:
@@ -143,11 +145,17 @@ class Moments:
         Not converted where matrix units take them as they are, and small eigenvalues do not count.
         """
         for rows in (block for part in parts for block in part.split(max(self.dim, 1024))):
-            if self.single and self.dtype == torch.float32 and matrix_units.sums_in_float32(rows.dtype, rows.device):
-                product = matrix_units.product(rows.mT, rows)
+            if self._on_matrix_units(rows):
+                product = product_of_halves(rows.mT, rows)
             else:
                 product = symmetric_product(rows.to(self.dtype))
             self._gram = product if self._gram is None else self._gram.add_(product)
+
+    def _on_matrix_units(self, rows: Tensor) -> bool:
+        """Return whether tokens are multiplied as they are: in half precision, where small eigenvalues do not count."""
+        if not self.single or self.dtype != torch.float32:
+            return False
+        return sums_in_float32(rows.dtype, rows.device)
 
     def merge(self, other: Moments) -> None:
         """Add what `other` has seen (a module called several times in one forward pass)."""
@@ -209,8 +217,9 @@ class Moments:
         """X Xᵀ (d, d), whatever `gram` is, by the tokens themselves where that pays; after the first token."""
         if self._gram is not None:
             return self._gram
-        rows = self._kept()
-        return low_rank(rows, rows.new_ones(len(rows)))
+        as_they_are = self._on_matrix_units(self._rows[0])
+        rows = torch.cat(self._rows) if as_they_are else self._kept()
+        return low_rank(rows, torch.ones(len(rows), dtype=self.dtype, device=rows.device))
 
     def gram(self) -> Tensor:
         """G (d, d) = X Xᵀ, times 1/b if `gram="mean"`. Not to be edited."""
@@ -233,10 +242,10 @@ class Moments:
 
         Args:
             dtype: that P is wanted in; None for that of the sums.
-            solved_in: as for `decompose`, where that was not called before.
+            solved_in: the `dtype` of `decompose`, where that was not called before.
         """
         if self._decomposed is None:
-            decompose([self], solved_in)
+            self.decompose(dtype=solved_in)
         assert self._decomposed is not None
         (D, V, values), self._decomposed = self._decomposed, None
         rows, count = self.rows(), kept(values, rtol, noise)
@@ -248,6 +257,29 @@ class Moments:
             P = (P / D.sqrt()[:, None]).to(precise) @ rows.to(precise)
         P = P.to(dtype or self.dtype)
         return Eigenpairs(P * fix_signs(P.mT)[:, None], D)
+
+    def decompose(self, others: Sequence[Moments] = (), dtype: torch.dtype | None = None) -> None:
+        """Find the eigenpairs of this G and of others, which `eigenpairs` of each then takes.
+
+        Equal shapes are one call of the solver, which on a GPU is several times as fast for matrices of some hundred
+        rows as one by one; all eigenvalues are read back together.
+
+        Args:
+            dtype: that the solver works in; None for that of the sums.
+        """
+        stacks: dict[tuple[torch.Size, torch.dtype], list[tuple[Moments, Tensor]]] = {}
+        for X in (self, *others):
+            S = X._smaller()
+            S = S.to(dtype or S.dtype)
+            stacks.setdefault((S.shape, S.dtype), []).append((X, S))
+        found: list[tuple[Moments, Tensor, Tensor]] = []
+        for (shape, _), alike in stacks.items():
+            most = max(1, STACKED // shape.numel())
+            for same in (alike[i : i + most] for i in range(0, len(alike), most)):
+                D, V = eigh_descending(torch.stack([S for _, S in same]) if len(same) > 1 else same[0][1][None])
+                found += [(X, D[i], V[i]) for i, (X, _) in enumerate(same)]
+        for (X, D, V), values in zip(found, read_back([D for _, D, _ in found]), strict=True):
+            X._decomposed = D, V, values
 
     def noise_rtol(self) -> Tensor:
         """`noise` over σ_max(X) and not over ‖X‖_F, at least the tolerance of the sums, as a tolerance on singular
@@ -277,34 +309,6 @@ class Moments:
         """G (d, d), or while b ≤ d its dual Xᵀ X (b, b), which has the same eigenvalues above zero."""
         rows = self.rows()
         return self.gram() if rows is None else rows @ rows.mT
-
-
-STACKED = 2**26
-"""Entries of a stack that is decomposed by one call: 512 MiB in float64."""
-
-
-def decompose(moments: Sequence[Moments], dtype: torch.dtype | None = None) -> None:
-    """Find the eigenpairs of several G, which `Moments.eigenpairs` then takes.
-
-    Equal shapes are one call of the solver, which on a GPU is several times as fast for matrices of some hundred rows
-    as one by one; all eigenvalues are read back together.
-
-    Args:
-        dtype: that the solver works in; None for that of the sums.
-    """
-    stacks: dict[tuple[torch.Size, torch.dtype], list[tuple[Moments, Tensor]]] = {}
-    for X in moments:
-        S = X._smaller()
-        S = S.to(dtype or S.dtype)
-        stacks.setdefault((S.shape, S.dtype), []).append((X, S))
-    found: list[tuple[Moments, Tensor, Tensor]] = []
-    for same in stacks.values():
-        D, V = eigh_descending(
-            torch.stack([S for _, S in same]) if len(same) > 1 else same[0][1][None]
-        )  # no copy of one
-        found += [(X, D[i], V[i]) for i, (X, _) in enumerate(same)]
-    for (X, D, V), values in zip(found, read_back([D for _, D, _ in found]), strict=True):
-        X._decomposed = D, V, values
 
 
 class TokenCount:

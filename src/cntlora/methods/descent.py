@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import matrix_units
 from ..linalg.damping import DampedRows, damped_rows, whitening
-from ..linalg.low_rank import LowRank, root_rows
+from ..linalg.low_rank import LowRank, product_of_halves, root_rows, sums_in_float32
 from .estimator import Estimator
 from .factors import product_factors
 from .method import Method, Settings, WeightOf
@@ -128,7 +127,7 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | DampedRows]], Gradi
         W, precision = self.weight_of(name).to(G), self.facts[name].precision
         if isinstance(inverse, DampedRows):
             return (W @ moment.to(G).mT).square().sum() / W.shape[0]
-        if precision == torch.bfloat16 and matrix_units.sums_in_float32(precision, W.device):
+        if precision == torch.bfloat16 and sums_in_float32(precision, W.device):
             # W is exact there, and what C loses cancels out in a sum over all of its entries
-            return (matrix_units.product(W.to(precision), moment.to(precision)) * W).sum() / W.shape[0]
+            return (product_of_halves(W.to(precision), moment.to(precision)) * W).sum() / W.shape[0]
         return mean_square(W, moment.to(G))

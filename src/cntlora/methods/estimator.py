@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..linalg.moments import decompose
 from ..linalg.parallel import full_precision, read_back, side_by_side
 
 if TYPE_CHECKING:
@@ -162,7 +161,8 @@ def absorb_batch(estimator: InputReader, groups: Sequence[tuple[Sequence[str], A
             prepared = [estimator.prepare(*group) for group in part]
             known = read_back([numbers for _, numbers in prepared])
             asking = [X for (_, X), numbers in zip(part, known, strict=True) if estimator.asks_pairs(numbers)]
-            decompose(asking, estimator.solved_in)
+            if asking:
+                asking[0].decompose(asking[1:], estimator.solved_in)
             work = [(*group, ready, numbers) for group, (ready, _), numbers in zip(part, prepared, known, strict=True)]
             contributions = side_by_side(lambda item: estimator.finish(*item), work, [X.dim for _, X in part], device)
             for (names, _), contribution in zip(part, contributions, strict=True):
