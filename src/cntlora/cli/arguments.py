@@ -17,7 +17,9 @@ def method_names() -> tuple[str, ...]:
     named: dict[str, str] = {}
     for file in _METHODS.glob("*.py"):
         named.update(
-            re.findall(r"^class (\w+)\(Method\):.*?^    name = \"(\w+)\"", file.read_text("utf-8"), re.S | re.M)
+            re.findall(
+                r"^class (\w+)\(\w+\):(?:(?!^class ).)*?^    name = \"(\w+)\"", file.read_text("utf-8"), re.S | re.M
+            )
         )
     listed = re.search(r"^__all__ = \[(.*?)\]", (_METHODS / "__init__.py").read_text("utf-8"), re.S | re.M)
     return tuple(named[name] for name in re.findall(r"\"(\w+)\"", listed[1] if listed else "") if name in named)
