@@ -210,7 +210,7 @@ def test_eigenvectors_of_half_precision_are_those_of_its_values_when_solved_in_f
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_matrix_units_take_half_precision_as_it_is(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where small eigenvalues do not count; products of such numbers are exact in float32."""
+    """Keep half precision where small eigenvalues do not count; products of such numbers are exact in float32."""
     multiplied: list[torch.dtype] = []
 
     def product(left: Tensor, right: Tensor) -> Tensor:
