@@ -143,6 +143,8 @@ def _step_line(step: Mapping[str, float]) -> str:
         losses = (
             f"; loss {step['loss_before']:.4f} → {step['loss_after']:.4f} on {counted(int(step['batches']), 'batch')}"
         )
+    if losses and step["size"] == 0.0:
+        return f"step: none (B = 0), since it would lower the loss of {step['loss_before']:.4f} by too little"
     return f"step: ‖s·B·A‖/‖W‖ is {step['size']:.3g} at the site where it is largest{losses}"
 
 

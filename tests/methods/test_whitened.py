@@ -195,3 +195,20 @@ def test_the_size_of_the_step_is_found_by_the_loss() -> None:
         offset, batches, config=InitConfig(method="whitened_descent", base="offset"), loss=squares, progress=False
     )
     assert loss_of(offset) == pytest.approx(before, rel=1e-9)  # control: the function is kept
+
+
+def test_a_step_that_hardly_lowers_the_loss_is_left_out() -> None:
+    batches = token_batches(SIZES)
+
+    def made(method: str, rest: float) -> Any:
+        config = InitConfig(method=method)
+        return initialize(
+            model := wrapped(mlp()), batches, config, loss=lambda m, x: squares(m, x) + rest, progress=False
+        ), max(float(p.abs().max()) for name, p in model.named_parameters() if "lora_B" in name)
+
+    report, largest = made("whitened_descent", 1e6)
+    assert largest == 0.0 and report.step["size"] == 0.0 and report.step["loss_after"] == report.step["loss_before"]
+    assert "step: none (B = 0)" in str(report)
+    for method, rest in (("whitened_descent", 0.0), ("descent", 1e6)):  # controls
+        report, largest = made(method, rest)
+        assert largest > 0.0 and report.step["size"] > 0.0 and "step: none" not in str(report)

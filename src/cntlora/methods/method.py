@@ -61,6 +61,8 @@ class Method(Protocol):
         ranked: whether it has a spectrum to share ranks out by.
         has_step_size: whether `strength` is the largest ‖scaling·B·A‖/‖W‖ of all sites, and the loss finds it where it
             is None (`execution.step_size`).
+        least_gain: the share of the loss by which the step has to lower it, or else is left out (B = 0); None to take
+            it in any case.
         site_sums: whether its estimator may need a sum for each site besides the one for each input.
         gram: G of a batch as the "sum" over its tokens, or the "mean".
         batch_weights: weight w_j of each batch in all sums; None for 1 each.
@@ -76,6 +78,7 @@ class Method(Protocol):
     width: ClassVar[int] = 1
     ranked: ClassVar[bool] = True
     has_step_size: ClassVar[bool] = False
+    least_gain: ClassVar[float | None] = None
     site_sums: ClassVar[bool] = False
     ranges: ClassVar[Mapping[str, Range]] = {}
 

@@ -83,7 +83,7 @@ class WhitenedDescent(Whitened):
 
     Attributes:
         strength: the largest ‖scaling·B·A‖/‖W‖ of all sites; None for the one that lowers the loss most (at most 0.5;
-            measured on the first four batches).
+            measured on the first four batches), or no step (B = 0) where that lowers it by less than 1 %.
     """
 
     name = "whitened_descent"
@@ -92,6 +92,7 @@ class WhitenedDescent(Whitened):
     zero_start = False
     base = "keep"
     has_step_size = True
+    least_gain = 0.01
 
     strength: float | None = None
 
