@@ -31,6 +31,8 @@ from torch import Tensor, nn
 import cntlora
 from cntlora import InitConfig, apply_plan, compute_plan, initialize
 from cntlora.data.batches import scalar_loss
+from cntlora.linalg import low_rank
+from cntlora.methods import statistics
 from cntlora.methods.method import METHODS, all_options, option_names
 
 PRODUCT = ("pissa", "olora", "corda", "lora_ga", "lora_one", "lora_da", "gora")
@@ -151,6 +153,21 @@ def test_methods_of_the_weights_alone_need_no_data(method: str) -> None:
     read = compute_plan(wrapped(mlp()), token_batches(SIZES), InitConfig(method="self"), progress=False)
     shown, control = (str(cntlora.InitReport.of(plan)) for plan in (plans[0], read))
     assert "eff. rank" not in shown and "eff. rank" in control
+
+
+@pytest.mark.parametrize("method", ["eva", "corda", "descent", "whitened"])
+@pytest.mark.parametrize("large", [1024, 1])  # inputs held as they are, and by their rows
+def test_a_rank_that_costs_too_much_is_left_out(method: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "LARGE", large)
+    plans = []
+    for counted in (statistics.COUNTED, 1):
+        monkeypatch.setattr(statistics, "COUNTED", counted)
+        config = InitConfig(method=method)
+        plans.append(compute_plan(wrapped(mlp()), token_batches(SIZES), config, loss=squares, progress=False))
+    for name, site in plans[0].sites.items():
+        other = plans[1].sites[name]
+        assert other.effective_rank is None and site.effective_rank is not None  # the control
+        assert torch.equal(site.A, other.A) and torch.equal(site.B, other.B)
 
 
 @pytest.mark.parametrize(

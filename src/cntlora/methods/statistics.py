@@ -202,16 +202,19 @@ class InputEstimator(Generic[Shared]):
             raise ValueError(f"batch_weights: expected a sum over all tokens above 0, got {tokens:g}")
         if isinstance(gram, LowRank) and not (self.by_rows and has_root(gram)):
             gram = gram.dense()
-        rank: int | None = None
-        if (gram.shape[0] if isinstance(gram, Tensor) else gram.rank) <= COUNTED:
-            smaller = gram if isinstance(gram, Tensor) else symmetric_product(root_rows(gram).mT)  # of the same rank
-            rtol = default_rtol(total.numel(), int(tokens), smaller.dtype)
-            noise = rounding_noise(precision, total.numel(), int(tokens))
-            rounded = self.single and torch.finfo(smaller.dtype).eps >= torch.finfo(precision).eps
-            rank = (rank_with_gap if rounded else numerical_rank)(smaller, rtol, noise)
+        rank = self._rank(gram, total.numel(), precision, int(tokens))
         wide = gram.double() if isinstance(gram, Tensor) else gram.to(torch.float64)
-        del gram, smaller  # as large as what is made of it
+        del gram  # as large as what is made of it
         return self.share(wide, total, tokens), rank
+
+    def _rank(self, gram: Tensor | LowRank, d: int, precision: torch.dtype, tokens: int) -> int | None:
+        """The numerical rank of X Xᵀ, for the report; None where it would cost too much."""
+        if (gram.shape[0] if isinstance(gram, Tensor) else gram.rank) > COUNTED:
+            return None
+        smaller = gram if isinstance(gram, Tensor) else symmetric_product(root_rows(gram).mT)  # of the same rank
+        rtol, noise = default_rtol(d, tokens, smaller.dtype), rounding_noise(precision, d, tokens)
+        rounded = self.single and torch.finfo(smaller.dtype).eps >= torch.finfo(precision).eps
+        return (rank_with_gap if rounded else numerical_rank)(smaller, rtol, noise)
 
 
 class GradientSums:
