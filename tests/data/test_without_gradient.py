@@ -20,7 +20,7 @@ from transformers import (
 from cntlora import InitConfig, initialize
 from cntlora.model.sites import Site, find_sites
 
-METHODS = ["descent", "whitened_descent", "lora_ga", "lora_one", "lora_da", "gora"]
+METHODS = ["descent", "lora_ga", "lora_one", "lora_da", "gora"]
 NO_GRADIENT = "the loss does not depend on it: its gradient is zero in every batch"
 
 
