@@ -59,9 +59,6 @@ class Descent(Method):
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
         return descent_factors(*product_factors(site))
 
-    def strength_at(self, scaling: float) -> float:
-        return 1.0  # the size is found when the factors are there
-
 
 def mean_square(W: Tensor, C: Tensor) -> Tensor:
     """The mean square of the outputs W x: tr(W C Wᵀ)/k (), over tokens and output features."""

@@ -109,8 +109,11 @@ class Method(Protocol):
     def strength_at(self, scaling: float) -> float:
         """The strength in scaling·B·A = strength·[ΔW]_r at a layer of this scaling.
 
-        It is the scaling itself where `strength` is None: the source does not divide by it, so that B·A = [ΔW]_r.
+        It is the scaling itself where `strength` is None: the source does not divide by it, so that B·A = [ΔW]_r. Of
+        a method whose step size is found when the factors are there it is 1.
         """
+        if self.has_step_size:
+            return 1.0
         strength: float | None = getattr(self, "strength", 1.0)
         return scaling if strength is None else float(strength)
 

@@ -96,9 +96,6 @@ class WhitenedDescent(Whitened):
 
     strength: float | None = None
 
-    def strength_at(self, scaling: float) -> float:
-        return 1.0  # the size is found when the factors are there
-
     def factors(self, site: SiteTarget, settings: Settings) -> tuple[Tensor, Tensor]:
         rows = directions(site)
         size = self.size(site, rows)
