@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from .messages import check_flag, check_integer, unknown_name, warn_caller
+from .messages import check_flag, check_integer, check_number, unknown_name, warn_caller
 from .methods.method import (
     EARLIER_DEFAULTS,
     METHODS,
@@ -48,6 +49,10 @@ class InitConfig:
         exact_svd: compute all singular values in float64. Otherwise the leading ones of a large layer come from a
             truncated SVD with an error bound, in the model's precision (float32 at least): B·A is the same within 1e-3
             of ‖ΔW‖.
+        learning_rate: the peak rate of AdamW that you will train with, for a method whose start is made for one rate
+            (whitened: 1e-3). A start for another rate is brought to it: A and B are divided by f and the scaling is
+            multiplied by f², with f the method's rate divided by yours. It then learns at your rate what it learns at
+            the method's own (docs/math/learning_rate.md). None leaves it as it is made.
         fold_alpha: write the factors for scaling 1 (alpha = rank, no rsLoRA), so that a reader that ignores
             `rank_pattern` and `alpha_pattern` gets the same function. The scaling that trains is then 1.
         seed: of everything random: the Gaussian C of shift mode, the A of lora and gora, and the noise of a loss that
@@ -65,6 +70,7 @@ class InitConfig:
     min_rank: int
     max_rank: int | None
     exact_svd: bool
+    learning_rate: float | None
     fold_alpha: bool
     seed: int
 
@@ -79,6 +85,7 @@ class InitConfig:
         min_rank: int = 0,
         max_rank: int | None = None,
         exact_svd: bool = False,
+        learning_rate: float | None = None,
         fold_alpha: bool = False,
         seed: int = 0,
         **options: Any,
@@ -117,6 +124,7 @@ class InitConfig:
             check_integer("max_rank", self.max_rank, max(self.min_rank, 1))
         if self.rank_budget is not None:
             check_integer("rank_budget", self.rank_budget, 1)
+        self._check_rate()
         given = [name for name in ("rank_budget", "min_rank", "max_rank") if getattr(self, name)]
         if self.adaptive_ranks and self.method is not None and not self.method.ranked:
             raise ValueError(
@@ -125,6 +133,28 @@ class InitConfig:
             )
         if given and not self.adaptive_ranks:
             raise ValueError(f"{given[0]} has no effect without adaptive_ranks=True; set it, or leave {given[0]} out")
+
+    def _check_rate(self) -> None:
+        if self.learning_rate is None:
+            return
+        check_number(
+            "learning_rate", self.learning_rate, 0.0, math.inf, "the peak rate of your training", open_low=True
+        )
+        if self.fold_alpha:
+            raise ValueError(
+                "learning_rate: it is met by the scaling, which fold_alpha=True sets to 1; leave one of them out"
+            )
+        if self.method is not None and self.method.rate is None:
+            able = ", ".join(name for name, cls in METHODS.items() if cls.rate is not None)
+            raise ValueError(
+                f"learning_rate: method {self.method.name!r} is made for no rate of its own ({able} are); leave it "
+                "out, and call cntlora.fit_learning_rate(model, rate, batches) after initialize"
+            )
+
+    @property
+    def pace(self) -> float:
+        """f: the rate that the method's start is made for, divided by `learning_rate`; 1 without one of them."""
+        return 1.0 if self.learning_rate is None else (self.chosen.rate or self.learning_rate) / self.learning_rate
 
     @property
     def chosen(self) -> Method:
@@ -166,6 +196,8 @@ class InitConfig:
         for name, earlier in EARLIER_DEFAULTS.items():
             if name not in own or getattr(self.method, name) == own_default(self.method, name):
                 values[name] = earlier
+        if values["learning_rate"] is None:  # which earlier records do not have
+            del values["learning_rate"]
         rtol = getattr(self.method, "rtol", 0.0)
         return {**values, "base": self.stated_base, "rtol": "rounding" if rtol is None else rtol or None}
 

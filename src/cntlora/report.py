@@ -121,6 +121,7 @@ class InitReport:
         lines += [_far_line(self.far, c)] if self.far else []
         lines += _unmasked_lines(self.sites)
         lines += [_step_line(self.step)] if self.step else []
+        lines += [_rate_line(c)] if c.chosen.rate is not None else []
         lines += _memory_lines(self.memory)
         lines += [f"{name}: shares the factors of {leader}, made there" for name, leader in self.shared.items()]
         lines += [f"{name}: {_UNREACHED}" for name in self.unreached]
@@ -146,6 +147,16 @@ def _step_line(step: Mapping[str, float]) -> str:
     if losses and step["size"] == 0.0:
         return f"step: none (B = 0), since it would lower the loss of {step['loss_before']:.4f} by too little"
     return f"step: ‖s·B·A‖/‖W‖ is {step['size']:.3g} at the site where it is largest{losses}"
+
+
+def _rate_line(config: InitConfig) -> str:
+    """The learning rate that the start is made for, and how it was brought to another."""
+    made = f"learning rate: made for AdamW with a peak of {config.chosen.rate:g}"
+    if config.learning_rate is None:
+        return f"{made}; InitConfig(learning_rate=…) makes it for yours"
+    return (
+        f"{made}, brought to {config.learning_rate:g}: scaling times {config.pace**2:.4g}, A and B divided by its root"
+    )
 
 
 def _unmasked_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:

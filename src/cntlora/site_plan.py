@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +82,14 @@ class SitePlan:
             return None
         first = float(self.singular_values[: self.rank].double().square().sum())
         return min(first / self.factored_norm**2, 1.0) if self.factored_norm > 0 else 0.0
+
+    def at_pace(self, factor: float) -> SitePlan:
+        """The same start, which AdamW at a rate trains as it does this one at `factor` times that rate.
+
+        AdamW moves every entry by about its rate. So A/f, B/f and f²·s at the rate lr/f learn what A, B and s do at lr.
+        """
+        A, B, square = self.A / factor, self.B / factor, factor**2
+        return replace(self, A=A, B=B, scaling=self.scaling * square, alpha=self.alpha * square)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values, without the matrices."""

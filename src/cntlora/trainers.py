@@ -84,6 +84,18 @@ def training_arguments(
     return {"batches": loader, "forward": forward or _for_the_model, "loss": loss}
 
 
+def said_of_rate(trainer: Any, config: InitConfig) -> str:
+    """A warning where the trainer's rate is not within a factor of two of the one that the start is for; else ""."""
+    rate = getattr(getattr(trainer, "args", None), "learning_rate", None)
+    made = config.chosen.rate if config.learning_rate is None else config.learning_rate
+    if made is None or not isinstance(rate, (int, float)) or not rate > 0 or made / 2 <= rate <= 2 * made:
+        return ""
+    return (
+        f"the trainer's learning rate is {rate:g}, and the start is for {made:g}; "
+        f"InitConfig(learning_rate={rate:g}) makes it for the trainer's"
+    )
+
+
 def _generates(trainer: Any) -> bool:
     """Return whether its batches are prompts alone, to which the model writes the answers (TRL's GRPO, RLOO, …)."""
     return callable(getattr(trainer, "_generate", None))

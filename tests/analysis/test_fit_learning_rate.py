@@ -12,7 +12,15 @@ from tests.cases import draw, lora, mlp, relative_error, squares, token_batches,
 from tests.tiny import adapted, base_model, changed, logits, state, text_batches
 from torch import Tensor, nn
 
-from cntlora import InitConfig, fit_learning_rate, initialize, propose_learning_rate
+from cntlora import (
+    InitConfig,
+    InitPlan,
+    apply_plan,
+    compute_plan,
+    fit_learning_rate,
+    initialize,
+    propose_learning_rate,
+)
 from cntlora.model.lora_layers import lora_layers
 from cntlora.model.writer import change_rate
 
@@ -50,6 +58,55 @@ def test_at_another_rate_it_trains_as_it_did_at_the_first(kind: str) -> None:
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(trained(other, 1e-3), want, strict=True))
     assert relative_error(trained(control, 1e-3)[-1], want[-1]) > 1e-2
     assert relative_error(want[-1], want[0]) > 1e-2  # it did train
+
+
+@pytest.mark.parametrize(
+    ("method", "base"), [("whitened", None), ("whitened_descent", None), ("whitened_descent", "offset")]
+)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_start_that_is_told_the_rate_trains_as_at_its_own(
+    method: str, base: Any, rslora: bool, tmp_path: Path
+) -> None:
+    def told(rate: float | None) -> Any:
+        model = wrapped(mlp(), lora(use_rslora=rslora))
+        plan = compute_plan(model, token_batches(SIZES), InitConfig(method, base, learning_rate=rate), loss=squares)
+        plan.save(tmp_path / "plan.safetensors")
+        apply_plan(model, InitPlan.load(tmp_path / "plan.safetensors"))
+        return model
+
+    first, other, control = told(None), told(1e-3 / 30), told(None)
+    assert relative_error(other(draw(99, 5, 10)), first(draw(99, 5, 10))) < 1e-12
+    assert relative_error(told(1e-3)(draw(99, 5, 10)), first(draw(99, 5, 10))) < 1e-12
+    want = trained(first, 1e-3)
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(trained(other, 1e-3 / 30), want, strict=True))
+    assert relative_error(trained(control, 1e-3 / 30)[-1], want[-1]) > 1e-3
+    layer = next(iter(dict(lora_layers(other, "default")).values()))
+    root = layer.r["default"] ** 0.5 if rslora else layer.r["default"]
+    assert layer.scaling["default"] == pytest.approx(layer.lora_alpha["default"] / root)
+
+
+def test_the_report_says_what_rate_the_start_is_for() -> None:
+    def lines(**options: Any) -> str:
+        model = wrapped(mlp(), lora())
+        config = InitConfig(**options)
+        return str(initialize(model, token_batches(SIZES), config, loss=squares, progress=False))
+
+    assert "made for AdamW with a peak of 0.001; InitConfig(learning_rate=…)" in lines(method="whitened")
+    assert "brought to 0.0001: scaling times 100" in lines(method="whitened", learning_rate=1e-4)
+    assert "learning rate" not in lines(method="descent")
+
+
+def test_a_rate_that_cannot_be_met_is_refused() -> None:
+    for rate in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="learning_rate: expected a finite number"):
+            InitConfig("whitened", learning_rate=rate)
+    with pytest.raises(TypeError, match="learning_rate: expected a number, got str '1e-3'"):
+        InitConfig("whitened", learning_rate="1e-3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="method 'eva' is made for no rate of its own.*whitened.*fit_learning_rate"):
+        InitConfig("eva", learning_rate=1e-4)
+    with pytest.raises(ValueError, match="learning_rate: it is met by the scaling, which fold_alpha"):
+        InitConfig("whitened", learning_rate=1e-4, fold_alpha=True)
+    assert InitConfig.from_dict(InitConfig("whitened", learning_rate=1e-4).to_dict()).learning_rate == 1e-4
 
 
 def test_sgd_does_not_train_alike() -> None:

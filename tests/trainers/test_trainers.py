@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,23 @@ def test_the_callers_configuration_stays_as_it_is(tmp_path: Path) -> None:
     initialize_from_trainer(trainer_for(model, tmp_path), config=InitConfig(method="self"))
     assert config.to_dict() == before
     assert model.peft_config["default"].r == 2 * config.r == model.base_model.peft_config["default"].r
+
+
+def test_a_start_for_another_rate_than_the_trainers_is_named(tmp_path: Path) -> None:
+    def warnings_at(rate: float, **options: Any) -> list[str]:
+        trainer = trainer_for(adapted(), tmp_path, learning_rate=rate)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            initialize_from_trainer(trainer, InitConfig(**options), progress=False)
+        return [str(w.message) for w in seen if "learning rate" in str(w.message)]
+
+    (said,) = warnings_at(5e-5, method="whitened")
+    assert said.startswith("the trainer's learning rate is 5e-05, and the start is for 0.001")
+    assert "InitConfig(learning_rate=5e-05)" in said
+    assert not warnings_at(5e-5, method="whitened", learning_rate=5e-5)
+    assert not warnings_at(7e-4, method="whitened")
+    assert not warnings_at(5e-5, method="descent")
+    assert warnings_at(1e-3, method="whitened", learning_rate=1e-4)
 
 
 def test_what_is_no_trainer_is_refused() -> None:

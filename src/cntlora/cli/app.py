@@ -137,9 +137,14 @@ def init(
     batch_size: Annotated[int, typer.Option(help="Texts a batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens a text; longer ones are cut.")] = 256,
     seed: Annotated[int, typer.Option(help="Order of the texts, and what else is random.")] = 0,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="whitened: peak rate of your AdamW; met by alpha.  [default: the method's, 1e-3]"),
+    ] = None,
     fold_alpha: Annotated[
-        bool, typer.Option(help="Write alpha = rank, right for every reader.", show_default=True)
-    ] = True,
+        bool | None,
+        typer.Option(help="Write alpha = rank, right for every reader.  [default: yes without --learning-rate]"),
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="Also keep the plan, one safetensors file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in --out.")] = False,
     dry_run: Annotated[
@@ -160,6 +165,7 @@ def init(
             raise ValueError("--base subtract changes the base model, which a file cannot do; use offset, or Python")
         options["shift_constant"] = _number_or_name(shift_constant)
         options["batch_weights"] = _numbers(batch_weights)
+        options["fold_alpha"] = learning_rate is None if fold_alpha is None else fold_alpha
 
         from ..lab.recipes.initialising import LoraOptions, Source, initialise
 
@@ -191,7 +197,7 @@ def init(
 _CONFIG_OPTIONS = (
     "method", "base", "decomposition", "p", "strength", "adaptive_ranks", "rank_budget", "min_rank", "max_rank", "gram",
     "root", "rtol", "shift_constant", "center", "damping", "variance", "samples", "batch_weights", "initial_weight",
-    "num_batches", "seed", "fold_alpha",
+    "num_batches", "seed", "learning_rate", "fold_alpha",
 )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def _plan(draft: _Draft, statistics: Statistics, numbers: Sequence[list[float]],
     _check_fits(site, draft.W, draft.B, draft.A, scaling, base, bool(fine))
     B, A = _arranged(draft.B, draft.A, r, base)
     use_rslora = site.use_rslora and not config.fold_alpha
-    return SitePlan(
+    made = SitePlan(
         A=A.contiguous(),
         B=B.contiguous(),
         rank=r,
@@ -153,6 +153,7 @@ def _plan(draft: _Draft, statistics: Statistics, numbers: Sequence[list[float]],
         mask=", ".join(sorted(facts.masks)),
         unmasked="; ".join(sorted(facts.unmasked)),
     )
+    return made if config.pace == 1.0 else made.at_pace(config.pace)
 
 
 def _check_fits(site: Site, W: Tensor, B: Tensor, A: Tensor, scaling: float, base: str, fits: bool) -> None:

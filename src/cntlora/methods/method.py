@@ -63,6 +63,7 @@ class Method(Protocol):
             is None (`execution.step_size`).
         least_gain: the share of the loss by which the step has to lower it, or else is left out (B = 0); None to take
             it in any case.
+        rate: the peak learning rate of AdamW that its start is made for; None where it is made for none.
         site_sums: whether its estimator may need a sum for each site besides the one for each input.
         gram: G of a batch as the "sum" over its tokens, or the "mean".
         batch_weights: weight w_j of each batch in all sums; None for 1 each.
@@ -79,6 +80,7 @@ class Method(Protocol):
     ranked: ClassVar[bool] = True
     has_step_size: ClassVar[bool] = False
     least_gain: ClassVar[float | None] = None
+    rate: ClassVar[float | None] = None
     site_sums: ClassVar[bool] = False
     ranges: ClassVar[Mapping[str, Range]] = {}
 

@@ -55,6 +55,7 @@ class Whitened(Method):
     source = "cntlora, A (C + μ·I) Aᵀ = c·I in units of the outputs"
     reads = "gradients"
     zero_start = True
+    rate = 1e-3
     ranges: ClassVar[Mapping[str, Range]] = {"motion": (0.0, math.inf, "20 makes 1e-3 a good learning rate")}
 
     motion: float = 20.0

@@ -67,7 +67,7 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
     if config is not None:
         plan = compute_plan(adapted, some, replace(config, num_batches=len(some)), progress=False)
         apply_plan(adapted, plan)
-    if arm.fitted:
+    if arm.fitted and (config is None or config.learning_rate is None):
         fit_learning_rate(adapted, run.learning_rate, some)
     seconds = time.perf_counter() - start
     if arm.peft == "adalora":

@@ -58,7 +58,8 @@ class Arm:
         data: what its initialisation reads instead of the training data as it is, see `controls.read`.
         peft: PEFT's own initialisation, one of `PEFT_LABELS`; None for PEFT's default (Kaiming A, B = 0).
         full: all weights train and there is no adapter.
-        fitted: its start is rescaled for the learning rate of the run (`cntlora.fit_learning_rate`).
+        fitted: its start is rescaled for the learning rate of the run: by `InitConfig.learning_rate` if its method is
+            made for one rate, else by `cntlora.fit_learning_rate`.
     """
 
     name: str

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,10 @@ class Run:
 
     def init_config(self) -> InitConfig | None:
         """The resolved configuration of cntlora; None for an arm that has none."""
-        return self.experiment.init_config(self.arm, self.seed)
+        config = self.experiment.init_config(self.arm, self.seed)
+        if config is not None and self.arm.fitted and config.chosen.rate is not None:
+            return replace(config, learning_rate=self.learning_rate)
+        return config
 
     def config(self) -> dict[str, Any]:
         """All that the outcome depends on. The grid of the sweep is no part of it, so a sweep can grow."""
