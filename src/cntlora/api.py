@@ -24,7 +24,7 @@ from .model.writer import write_plan
 from .plan import InitPlan
 from .report import InitReport, far_cure
 from .site_plan import FAR
-from .trainers import check_trainer, closed, left_as_found, said_of_rate, training_arguments
+from .trainers import check_trainer, closed, left_as_found, training_arguments
 from .version import VERSION
 
 
@@ -120,10 +120,7 @@ def initialize_from_trainer(request: TrainerRequest) -> InitReport:
     check_trainer(trainer, config)
     with left_as_found(trainer):
         given = training_arguments(trainer, config, request.forward, request.loss, request.adapter_name)
-        report = initialize(trainer.model, config=config, **{**request.options(), **given})
-    if said := said_of_rate(trainer, report.config):
-        warn_caller(said)
-    return report
+        return initialize(trainer.model, config=config, **{**request.options(), **given})
 
 
 def make_plan(request: Request, executor: Executor) -> InitPlan:

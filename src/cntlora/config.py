@@ -22,6 +22,8 @@ from .methods.method import (
 )
 
 Base = Literal["offset", "paired", "subtract", "keep"]
+WITH_LOSS, WITHOUT_LOSS = "whitened", "self"
+"""The methods that are taken where none is named: where gradients of a loss can be read, and where not."""
 BASES: tuple[Base, ...] = ("offset", "paired", "subtract", "keep")
 
 
@@ -34,7 +36,7 @@ class InitConfig:
 
     Attributes:
         method: a method such as `cntlora.Self()` or its name, see `cntlora.methods()`. Or a function of tensors of
-            yours, or its place "file.py:function" (`cntlora.from_function`). None leaves it to what is there: descent
+            yours, or its place "file.py:function" (`cntlora.from_function`). None leaves it to what is there: whitened
             where there is a loss and weights whose gradients can be read, else self.
         base: what keeps the model's function at the start. "offset": rank 2r, the negative half frozen, starts at
             zero; "paired": the same at rank r with r/2 directions, both halves train; "subtract": W ← W − s·B·A;

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import InitConfig
+from .config import WITH_LOSS, WITHOUT_LOSS, InitConfig
 from .data.batches import REPEATABLE, Forward, default_forward
 from .model.checks import gradient_refusal
 from .model.sites import find_sites
@@ -65,7 +65,7 @@ def training_arguments(
     reads: str = "inputs" if config.method is None else config.method.reads
     if config.method is None:
         found = find_sites(trainer.model, adapter)
-        refusal = gradient_refusal(trainer.model, found, adapter, InitConfig("descent"), InitConfig("self"))
+        refusal = gradient_refusal(trainer.model, found, adapter, InitConfig(WITH_LOSS), InitConfig(WITHOUT_LOSS))
         reads = "inputs" if refusal else "gradients"
     if reads == "weights":
         return {"batches": None, "forward": forward, "loss": loss}
@@ -82,18 +82,6 @@ def training_arguments(
     if callable(getattr(trainer, "collect_features", None)) and forward is None:
         return {"batches": Columns(loader, trainer.collect_features), "forward": _one_argument, "loss": loss}
     return {"batches": loader, "forward": forward or _for_the_model, "loss": loss}
-
-
-def said_of_rate(trainer: Any, config: InitConfig) -> str:
-    """A warning where the trainer's rate is not within a factor of two of the one that the start is for; else ""."""
-    rate = getattr(getattr(trainer, "args", None), "learning_rate", None)
-    made = config.chosen.rate if config.learning_rate is None else config.learning_rate
-    if made is None or not isinstance(rate, (int, float)) or not rate > 0 or made / 2 <= rate <= 2 * made:
-        return ""
-    return (
-        f"the trainer's learning rate is {rate:g}, and the start is for {made:g}; "
-        f"InitConfig(learning_rate={rate:g}) makes it for the trainer's"
-    )
 
 
 def _generates(trainer: Any) -> bool:

@@ -103,7 +103,7 @@ def least_free(model: nn.Module, config: InitConfig, bounded: bool) -> float:
     return high
 
 
-@pytest.mark.parametrize("method", ["self", "eva", "lora_ga", "descent", "lora_da", "gora"])
+@pytest.mark.parametrize("method", ["self", "eva", "lora_ga", "descent", "whitened", "lora_da", "gora"])
 def test_several_passes_where_little_is_free(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, batches = InitConfig(method=method), text_batches()
     free = cntlora.compute_plan(adapted("bert"), batches, config)
@@ -278,7 +278,7 @@ def _shares(name: str) -> bool:
     ("method", "bits", "memory", "passes"),
     [
         ("self", 16, 80e9, 1), ("eva", 16, 80e9, 1), ("lora_ga", 16, 80e9, 1), ("descent", 16, 80e9, 2),
-        ("self", 4, 24e9, 5), ("eva", 4, 24e9, 2), ("self", 16, 24e9, 20),
+        ("whitened", 16, 80e9, 2), ("self", 4, 24e9, 5), ("eva", 4, 24e9, 2), ("self", 16, 24e9, 20),
     ],
 )  # fmt: skip
 def test_a_7b_model_fits(method: str, bits: int, memory: float, passes: int) -> None:

@@ -20,7 +20,7 @@ from transformers import (
 from cntlora import InitConfig, initialize
 from cntlora.model.sites import Site, find_sites
 
-METHODS = ["descent", "lora_ga", "lora_one", "lora_da", "gora"]
+METHODS = ["descent", "whitened", "lora_ga", "lora_one", "lora_da", "gora"]
 NO_GRADIENT = "the loss does not depend on it: its gradient is zero in every batch"
 
 
@@ -97,8 +97,14 @@ def has_a_gradient(model: Any, batches: list[Any]) -> dict[str, bool]:
     return found
 
 
-def plain(site: Site) -> bool:
-    return bool(site.A.any()) and not bool(site.B.any())
+def rows_of(model: Any) -> dict[str, Tensor]:
+    """A copy of every site's A."""
+    return {site.name: site.A.detach().clone() for site in find_sites(model)[0]}
+
+
+def plain(site: Site, before: Tensor) -> bool:
+    """Return whether a site is the LoRA that it was before: A as it was, B zero."""
+    return torch.equal(site.A, before) and not bool(site.B.any())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -108,6 +114,7 @@ def test_sites_without_a_gradient_stay_plain_lora(kind: str, method: str) -> Non
     heard = has_a_gradient(*MODELS[kind]())
     silent = {name for name, has in heard.items() if not has}
     assert 0 < len(silent) < len(heard) / 2
+    before = rows_of(model)
     with pytest.warns(UserWarning, match="its gradient is zero in every batch of 2; left as plain LoRA") as caught:
         report = initialize(model, batches, InitConfig(method=method, base="offset"))
     ours = [w for w in caught if "left as plain LoRA" in str(w.message)]
@@ -115,7 +122,7 @@ def test_sites_without_a_gradient_stay_plain_lora(kind: str, method: str) -> Non
     assert dict(report.skipped) == dict.fromkeys(report.skipped, NO_GRADIENT) and set(report.skipped) == silent
     assert all(f"{name}: left as plain LoRA" in str(report) for name in silent)
     sites = {site.name: site for site in find_sites(model)[0]}
-    assert all(plain(sites[name]) == (name in silent) for name in sites)
+    assert all(plain(sites[name], before[name]) == (name in silent) for name in sites)
 
 
 def test_without_such_a_site_nothing_is_said() -> None:
@@ -147,6 +154,7 @@ def test_where_none_has_one_nothing_is_left(on_missing: str) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        before = rows_of(model)
         with pytest.raises(ValueError, match="gradient is zero in every batch"):
             initialize(model, rows, InitConfig(method="lora_ga"), loss=loss, on_missing=on_missing)
-    assert all(plain(site) for site in find_sites(model)[0])
+    assert all(plain(site, before[site.name]) for site in find_sites(model)[0])

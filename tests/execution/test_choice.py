@@ -1,4 +1,4 @@
-"""The method where the configuration leaves it open: descent where there is a loss that can be read, else self."""
+"""The method where the configuration leaves it open: whitened where a loss can be read, else self."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def without_labels() -> list[dict[str, torch.Tensor]]:
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in text_batches()]
 
 
-def test_a_loss_in_the_output_gives_descent_and_none_gives_self() -> None:
-    assert method_of(adapted(), text_batches()) == ("descent", "the model gives a loss for the batches")
+def test_a_loss_in_the_output_gives_whitened_and_none_gives_self() -> None:
+    assert method_of(adapted(), text_batches()) == ("whitened", "the model gives a loss for the batches")
     assert method_of(adapted(), without_labels()) == ("self", "the model gives no loss for the batches")
 
 
 def test_a_loss_that_is_given_counts() -> None:
     batches = token_batches([(4, 6), (3, 5)])
-    assert method_of(wrapped(mlp()), batches, loss=squares) == ("descent", "a loss was given")
+    assert method_of(wrapped(mlp()), batches, loss=squares) == ("whitened", "a loss was given")
     assert method_of(wrapped(mlp()), batches)[0] == "self"
 
 
@@ -47,7 +47,7 @@ def test_a_first_row_without_a_label_does_not_hide_the_loss() -> None:
     """All labels of a row may be −100: a prompt that was cut before its answer."""
     batches = causal_batches()
     batches[0]["labels"][0] = -100
-    assert method_of(adapted("llama"), batches) == ("descent", "the model gives a loss for the batches")
+    assert method_of(adapted("llama"), batches) == ("whitened", "the model gives a loss for the batches")
 
 
 def test_a_loss_that_is_not_finite_is_named_where_it_is_read() -> None:
@@ -63,7 +63,7 @@ def test_weights_whose_gradient_cannot_be_read_give_self() -> None:
     attention.value.base_layer.weight = attention.query.base_layer.weight  # tied: its gradient is that of both
     name, why = method_of(model, text_batches())
     assert name == "self" and why.startswith("gradients cannot be read: site") and "tied" in why
-    assert method_of(adapted(), text_batches())[0] == "descent"  # the control
+    assert method_of(adapted(), text_batches())[0] == "whitened"  # the control
 
 
 def test_without_batches_it_says_what_to_give() -> None:
@@ -91,8 +91,18 @@ def test_plan_and_report_say_what_was_chosen_and_why(tmp_path: Path) -> None:
     back = InitPlan.load(tmp_path / "plan.safetensors")
     report = InitReport.of(back)
     assert back.choice == plan.choice and back.config == plan.config
-    assert f"method descent: {plan.choice}" in str(report)
-    assert report.to_dict()["choice"] == plan.choice and report.to_dict()["config"]["method"] == "descent"
+    assert f"method whitened: {plan.choice}" in str(report)
+    assert report.to_dict()["choice"] == plan.choice and report.to_dict()["config"]["method"] == "whitened"
+
+
+def test_a_rate_is_used_where_the_chosen_method_is_made_for_one() -> None:
+    plan = compute_plan(adapted(), text_batches(), InitConfig(learning_rate=1e-4), progress=False)
+    plain = compute_plan(adapted(), text_batches(), OPEN, progress=False)
+    name = next(iter(plan.sites))
+    assert plan.sites[name].scaling == pytest.approx(100 * plain.sites[name].scaling)
+    other = compute_plan(adapted(), without_labels(), InitConfig(learning_rate=1e-4), progress=False)
+    assert other.choice.endswith("made for no learning rate, so that 0.0001 is not used")
+    assert other.config.learning_rate is None and "learning rate" in str(InitReport.of(other))
 
 
 # --- as found -------------------------------------------------------------------------------------------------
@@ -103,7 +113,7 @@ def test_a_one_shot_iterator_loses_no_batch() -> None:
     iterator = iter(given)
     plan = compute_plan(adapted(), iterator, InitConfig(method=None, num_batches=3), progress=False)
     assert plan.batches == 3 and list(iterator) == given[3:]
-    whole = compute_plan(adapted(), given, InitConfig(method="descent", num_batches=3), progress=False)
+    whole = compute_plan(adapted(), given, InitConfig(method="whitened", num_batches=3), progress=False)
     assert all(torch.equal(plan.sites[name].B, whole.sites[name].B) for name in plan.sites)
 
 
@@ -136,7 +146,7 @@ def test_each_row_is_read_once_and_random_states_are_as_found() -> None:
     assert not changed(found, model)
 
 
-@pytest.mark.parametrize(("batches", "method"), [(text_batches, "descent"), (without_labels, "self")])
+@pytest.mark.parametrize(("batches", "method"), [(text_batches, "whitened"), (without_labels, "self")])
 def test_hooks_are_called_as_often_as_for_the_method_named(batches: Any, method: str) -> None:
     calls = []
     for config in (OPEN, InitConfig(method=method)):
@@ -158,7 +168,7 @@ def test_a_function_of_the_caller_is_not_called_just_to_look() -> None:
 
     name, why = method_of(adapted(), without_labels(), forward=forward)
     assert (name, len(calls)) == ("self", 3) and "no labels" in why
-    assert method_of(adapted(), text_batches(), forward=forward) == ("descent", "the batches have labels")
+    assert method_of(adapted(), text_batches(), forward=forward) == ("whitened", "the batches have labels")
 
 
 def test_a_source_is_begun_once() -> None:
@@ -185,12 +195,12 @@ def test_a_trainer_gives_its_loss(tmp_path: Path) -> None:
     rows = [{key: value[i] for key, value in batch.items()} for batch in text_batches(4) for i in range(8)]
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, per_device_train_batch_size=4)
     report = initialize_from_trainer(Trainer(model=adapted(), args=arguments, train_dataset=rows), OPEN)  # type: ignore[arg-type]
-    assert report.config.method is not None and report.config.method.name == "descent"
+    assert report.config.method is not None and report.config.method.name == "whitened"
     assert report.choice == "a loss was given"
 
 
 def test_other_kinds_of_models() -> None:
     batches = KINDS["llama"].batches()
-    assert method_of(adapted("llama"), batches)[0] == "descent"
+    assert method_of(adapted("llama"), batches)[0] == "whitened"
     plain = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
     assert method_of(adapted("llama"), plain)[0] == "self"

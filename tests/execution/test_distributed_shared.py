@@ -18,7 +18,20 @@ from cntlora.execution.distributed import distribute, linked_names
 from cntlora.execution.step_size import TRIED
 from cntlora.model.sites import find_sites
 
-METHODS = ("cross", "self", "shift", "eva", "corda", "lora_ga", "lora_one", "lora_da", "gora", "pissa", "descent")
+METHODS = (
+    "cross",
+    "self",
+    "shift",
+    "eva",
+    "corda",
+    "lora_ga",
+    "lora_one",
+    "lora_da",
+    "gora",
+    "pissa",
+    "descent",
+    "whitened",
+)
 UNSEEN = "bert.encoder.layer.1.attention.self.value"
 Batch = dict[str, Any]
 
@@ -46,7 +59,11 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def call(method: str) -> dict[str, Any]:
-    return {"loss": loss} if method in ("lora_ga", "lora_one", "lora_da", "gora", "descent") else {"forward": forward}
+    return (
+        {"loss": loss}
+        if method in ("lora_ga", "lora_one", "lora_da", "gora", "descent", "whitened")
+        else {"forward": forward}
+    )
 
 
 def products(plan: Any) -> dict[str, Tensor]:
@@ -224,5 +241,5 @@ def test_what_any_sum_links_is_one_group() -> None:
 def test_all_processes_choose_the_same_method(results: dict[str, list[Any]]) -> None:
     """Descent where all have a loss (the control), else self, everywhere and for the same reason."""
     for found in results["job_choice"]:
-        assert found["methods"] == ["self", "descent"] and found["same"]
+        assert found["methods"] == ["self", "whitened"] and found["same"]
         assert found["choice"] == "the model gives no loss for the batches"

@@ -19,7 +19,7 @@ def test_a_forecast_writes_nothing_and_counts_what_is_read(method: str | None) -
     before, random = state(model), torch.get_rng_state()
     found = forecast(model, iter(batches), InitConfig(method=method, num_batches=3))
     assert not changed(before, model) and torch.equal(random, torch.get_rng_state())
-    assert found.method == (method or "descent") and found.sites == 4
+    assert found.method == (method or "whitened") and found.sites == 4
     assert 0 <= found.data_seconds <= found.seconds and found.passes == 1 and found.peak > 0
     assert (found.data_seconds == 0) == (method == "pissa")
     assert f"{found.method}, 4 sites: about" in str(found) and "in one pass" in str(found)

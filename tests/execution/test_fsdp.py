@@ -32,7 +32,20 @@ from cntlora.model.sites import find_sites
 
 pytestmark = FSDP_ON_CPU
 
-METHODS = ("cross", "self", "shift", "descent", "eva", "corda", "lora_ga", "lora_da", "gora", "pissa", "lora")
+METHODS = (
+    "cross",
+    "self",
+    "shift",
+    "descent",
+    "whitened",
+    "eva",
+    "corda",
+    "lora_ga",
+    "lora_da",
+    "gora",
+    "pissa",
+    "lora",
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
     "paired": {"base": "paired"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,21 +130,16 @@ def test_the_callers_configuration_stays_as_it_is(tmp_path: Path) -> None:
     assert model.peft_config["default"].r == 2 * config.r == model.base_model.peft_config["default"].r
 
 
-def test_a_start_for_another_rate_than_the_trainers_is_named(tmp_path: Path) -> None:
-    def warnings_at(rate: float, **options: Any) -> list[str]:
-        trainer = trainer_for(adapted(), tmp_path, learning_rate=rate)
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            initialize_from_trainer(trainer, InitConfig(**options), progress=False)
-        return [str(w.message) for w in seen if "learning rate" in str(w.message)]
+def test_the_trainers_rate_is_used_where_it_is_told(tmp_path: Path) -> None:
+    """Not by itself: preference trainers have small rates on purpose."""
 
-    (said,) = warnings_at(5e-5, method="whitened")
-    assert said.startswith("the trainer's learning rate is 5e-05, and the start is for 0.001")
-    assert "InitConfig(learning_rate=5e-05)" in said
-    assert not warnings_at(5e-5, method="whitened", learning_rate=5e-5)
-    assert not warnings_at(7e-4, method="whitened")
-    assert not warnings_at(5e-5, method="descent")
-    assert warnings_at(1e-3, method="whitened", learning_rate=1e-4)
+    def scaling(**options: Any) -> float:
+        trainer = trainer_for(adapted(), tmp_path, learning_rate=5e-5)
+        report = initialize_from_trainer(trainer, InitConfig(**options), progress=False)
+        return next(iter(report.sites.values()))["scaling"] / find_sites(adapted())[0][0].scaling
+
+    assert scaling(learning_rate=5e-5) == scaling(method="whitened", learning_rate=5e-5) == pytest.approx(400.0)
+    assert scaling() == scaling(learning_rate=1e-3) == pytest.approx(1.0)
 
 
 def test_what_is_no_trainer_is_refused() -> None:

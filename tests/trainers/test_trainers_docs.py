@@ -128,8 +128,8 @@ def test_the_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = names["unet"] if name == "diffusers" else names["model"]
     sites = find_sites(model)[0]
     start = start_of(model, "default")
-    assert start is not None and start.base in ("offset", "keep")
-    rank = 8 if start.base == "offset" else 4  # of descent, which a trainer with a loss may choose, as of LoraConfig
+    assert start is not None and start.base in ("offset", "zero")
+    rank = 8 if start.base == "offset" else 4  # of whitened, which a trainer with a loss takes, as of LoraConfig
     assert sites and all(site.rank == rank and bool(site.B.detach().all(dim=0).any()) for site in sites)
     if name == "diffusers":
         assert_exported(tmp_path)

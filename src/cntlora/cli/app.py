@@ -74,7 +74,7 @@ def init(
         str | None,
         typer.Option(
             help=f"{', '.join(method_names())}; or FILE.PY:FUNCTION.  "
-            "[default: descent, or self where there is no loss or no gradient]"
+            "[default: whitened, or self where there is no loss or no gradient]"
         ),
     ] = None,
     base: Annotated[

@@ -1,4 +1,4 @@
-"""The choice of a method where the configuration leaves it open: descent where it can be read, else self."""
+"""The choice of a method where the configuration leaves it open: by whether gradients of a loss can be read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import InitConfig
+from ..config import WITH_LOSS, WITHOUT_LOSS, InitConfig
 from ..data.batches import REPEATABLE, KeptBatches, default_forward, device_of, has_loss, to_device, unwrapped
 from ..data.reach import first_row, is_watched
 from ..data.reading_mode import as_found, reading_mode
@@ -41,14 +41,17 @@ def with_method(request: Request, executor: Executor) -> Iterator[tuple[Request,
         batches = request.batches if request.batches is None else KeptBatches(request.batches, config.num_batches)
         found = executor.run(lambda: _usable(replace(request, batches=batches)), "the choice of a method")
         everywhere = executor.gather(found)
-        descent = all(has for has, _ in everywhere)
-        reason = next(why for has, why in everywhere if has == descent)
-        method = find("descent" if descent else "self")()
+        usable = all(has for has, _ in everywhere)
+        reason = next(why for has, why in everywhere if has == usable)
+        method = find(WITH_LOSS if usable else WITHOUT_LOSS)()
+        if config.learning_rate is not None and method.rate is None:
+            reason += f"; it is made for no learning rate, so that {config.learning_rate:g} is not used"
+            config = replace(config, learning_rate=None)
         yield replace(request, batches=batches, config=replace(config, method=method)), reason
 
 
 def _usable(request: Request) -> tuple[bool, str]:
-    """Return whether descent can be taken, and why or why not.
+    """Return whether gradients of a loss can be read, and why or why not.
 
     Raises:
         ValueError: if there are no batches.
@@ -61,7 +64,9 @@ def _usable(request: Request) -> tuple[bool, str]:
     if torch.is_inference_mode_enabled():
         return False, "gradients cannot be read in torch.inference_mode"
     found = find_sites(request.model, request.adapter_name)
-    refusal = gradient_refusal(request.model, found, request.adapter_name, InitConfig("descent"), InitConfig("self"))
+    refusal = gradient_refusal(
+        request.model, found, request.adapter_name, InitConfig(WITH_LOSS), InitConfig(WITHOUT_LOSS)
+    )
     if refusal is not None:
         return False, f"gradients cannot be read: {refusal}"
     if request.loss is not None:
