@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -47,9 +48,12 @@ METHODS = {
     "self": "self",
     "descent": "descent",
     "whitened": "whitened",
+    "whitened+fitted": "whitened, told the rate",
     "whitened_descent": "whitened descent",
 }
 """The methods, where there are records, without the word that their batches are unseen ones."""
+TOLD = "whitened+fitted"
+"""Whose start is brought to the rate of the run. At `FIXED`, which whitened is made for, that changes nothing."""
 UNTUNED = (1e-4, 2e-4, 1e-3)
 WITHIN = 0.01
 """How far above its lowest loss a rate is still a good one."""
@@ -113,15 +117,18 @@ def tasks_of(results: Path) -> Tasks:
     for study in STUDIES:
         source = next((p for p in (results / f"{study}.parquet", results / study) if p.exists()), None)
         for record in load_records(source) if source else ():
-            name, _, modifiers = record["method"].partition("+")
-            if name in METHODS and modifiers in ("", "unseen"):
+            name = record["method"].replace("+unseen", "")
+            if name in METHODS:
                 found.setdefault(study, {}).setdefault(name, Runs()).add(record)
+    for methods in found.values():
+        if TOLD in methods and FIXED in methods.get("whitened", Runs()).along:
+            methods[TOLD].along[FIXED] = methods["whitened"].along[FIXED]
     return {study: {m: runs for m, runs in methods.items() if runs.along} for study, methods in found.items()}
 
 
-def known_methods(tasks: Tasks, only: Iterable[str] = METHODS) -> list[str]:
-    """The methods with records on any task, in their order."""
-    return [name for name in only if any(name in methods for methods in tasks.values())]
+def known_methods(tasks: Tasks, told: bool = False) -> list[str]:
+    """The methods with records on any task, in their order; `TOLD` only where it is asked for."""
+    return [m for m in METHODS if (told or m != TOLD) and any(m in methods for methods in tasks.values())]
 
 
 def ends(tasks: Tasks) -> str:
@@ -213,7 +220,7 @@ def _width(runs: Runs) -> str:
 def untuned(tasks: Tasks) -> str:
     """Return how far the loss at one rate is above that of tuned plain LoRA: median and worst over the tasks."""
     rows = []
-    for method in known_methods(tasks):
+    for method in known_methods(tasks, told=True):
         cells = []
         for rate in UNTUNED:
             found = [
@@ -225,6 +232,24 @@ def untuned(tasks: Tasks) -> str:
             cells.append(f"{_percent(median(excess))} ({_percent(max(excess))}; {len(excess)})" if excess else "–")
         rows.append([METHODS[method], *cells])
     return table(["above tuned plain LoRA: median (worst; tasks)", *(f"{rate:g}" for rate in UNTUNED)], rows)
+
+
+def at_rate(tasks: Tasks, rate: float) -> str:
+    """Return the held-out loss at the end at one rate, a column a task, below that of tuned plain LoRA."""
+    rows = [["plain LoRA, tuned", *(_mean(runs["lora"].ends(runs["lora"].tuned)) for runs in tasks.values())]]
+    for method in known_methods(tasks, told=True):
+        cells = [_mean(runs[method].ends(rate)) if _has(runs, method, rate) else "–" for runs in tasks.values()]
+        if set(cells) != {"–"}:
+            rows.append([METHODS[method], *cells])
+    return table([f"at {rate:g}", *(STUDIES[study] for study in tasks)], rows)
+
+
+def _has(runs: Mapping[str, Runs], method: str, rate: float) -> bool:
+    return method in runs and rate in runs[method].along
+
+
+def _mean(ends: Mapping[int, float]) -> str:
+    return f"{mean(ends.values()):.3f} ({len(ends)})"
 
 
 def _excess(mine: Mapping[int, float], its: Mapping[int, float]) -> float | None:
@@ -250,7 +275,7 @@ def one_rate(tasks: Tasks) -> str:
 
 
 TABLES = {"ends": ends, "against": against, "reached": reached, "widths": widths, "untuned": untuned}
-TABLES |= {"one_rate": one_rate}
+TABLES |= {"one_rate": one_rate, **{f"at_{rate:g}": partial(at_rate, rate=rate) for rate in UNTUNED}}
 """Name in the template → its table."""
 
 

@@ -29,6 +29,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cross (rtol 1e-3)": {"method": "cross"},
     "shift (rtol 1e-3)": {"method": "shift"},
     "descent": {"method": "descent"},
+    "whitened": {"method": "whitened"},
     "eva": {"method": "eva"},
     "corda": {"method": "corda"},
     "lora_ga": {"method": "lora_ga"},

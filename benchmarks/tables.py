@@ -143,7 +143,7 @@ def _seconds_cell(rows: dict[str, Any], name: str) -> str:
     if "seconds" not in row:
         return "–"
     reads_none = name in ("forward pass", "pissa", "olora")
-    ratio = row["ratio_backward"] if "ratio_backward" in row and name in ("descent", "lora_ga") else row["ratio"]
+    ratio = row["ratio_backward"] if "ratio_backward" in row and name in OF_GRADIENTS else row["ratio"]
     ours = number(row["seconds"]) if reads_none else f"{number(row['seconds'])} ({ratio:.2f})"
     if "seconds" not in rival:
         return ours
@@ -151,11 +151,17 @@ def _seconds_cell(rows: dict[str, Any], name: str) -> str:
     return f"{bold} / {number(rival['seconds'])}"
 
 
-PEAKS = ("forward pass", "forward and backward pass", "descent", "lora_ga", "eva", "corda", "pissa", "olora", "self",
-         "cross", "shift")  # fmt: skip
+PEAKS = ("forward pass", "forward and backward pass", "whitened", "descent", "lora_ga", "eva", "corda", "pissa",
+         "olora", "self", "cross", "shift")  # fmt: skip
 """Rows of the table of peaks."""
-RIVALS = {"descent": "PEFT lora_ga", **{name: f"PEFT {name}" for name in ("lora_ga", "eva", "corda", "pissa", "olora")}}
-"""Row of ours → that of PEFT's which it stands beside: descent reads what LoRA-GA reads."""
+OF_GRADIENTS = ("whitened", "descent", "lora_ga", "lora_one")
+"""Rows whose floor is the forward and backward pass."""
+RIVALS = {
+    "whitened": "PEFT lora_ga",
+    "descent": "PEFT lora_ga",
+    **{name: f"PEFT {name}" for name in ("lora_ga", "eva", "corda", "pissa", "olora")},
+}
+"""Row of ours → that of PEFT's which it stands beside: whitened and descent read what LoRA-GA reads."""
 
 
 def peaks_table(record: dict[str, Any]) -> str:

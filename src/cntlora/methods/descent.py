@@ -60,6 +60,10 @@ class Descent(Method):
         return descent_factors(*product_factors(site))
 
 
+SINGLE_ERROR = 1e-3
+"""Most of the condition of a damped C times the rounding of float32, for it to be factored in that."""
+
+
 def mean_square(W: Tensor, C: Tensor) -> Tensor:
     """The mean square of the outputs W x: tr(W C Wᵀ)/k (), over tokens and output features."""
     return ((W @ C) * W).sum() / W.shape[0]
@@ -111,8 +115,12 @@ class DescentEstimator(InputEstimator[tuple[Tensor, Tensor | DampedRows]], Gradi
         InputEstimator.__init__(
             self, lambda gram, total, n: _of_input(gram, n, damping), None, by_rows=True, single=True
         )
-        self.weight_of = weight_of
+        self.weight_of, self.damping = weight_of, damping
         self.accumulated = (self.sums, self.counts, self.gradients)
+
+    def factors_in_single(self, d: int) -> bool:
+        """The condition of C + μ·I is at most 1 + d/damping: float32 will do where that leaves its error small."""
+        return d * torch.finfo(torch.float32).eps <= SINGLE_ERROR * self.damping
 
     def made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | DampedRows]) -> Target:
         G = self.mean_gradient(name, batches)

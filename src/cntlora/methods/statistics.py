@@ -125,9 +125,9 @@ class WeightEstimator:
 
 
 Shared = TypeVar("Shared")
-COUNTED = 2048
-"""Most features of an input whose rank is counted: for the report alone, the two factorisations of a larger one take as
-long on a GPU as all else that EVA does with it."""
+COUNTED = 1024
+"""Most features of an input whose rank is counted: for the report alone, the three factorisations of a larger one take
+longer than all else that is done with it."""
 
 
 class InputEstimator(Generic[Shared]):
@@ -203,9 +203,14 @@ class InputEstimator(Generic[Shared]):
         if isinstance(gram, LowRank) and not (self.by_rows and has_root(gram)):
             gram = gram.dense()
         rank = self._rank(gram, total.numel(), precision, int(tokens))
-        wide = gram.double() if isinstance(gram, Tensor) else gram.to(torch.float64)
+        single = self.factors_in_single(total.numel()) and isinstance(gram, Tensor)
+        wide = gram if single else gram.to(torch.float64)
         del gram  # as large as what is made of it
         return self.share(wide, total, tokens), rank
+
+    def factors_in_single(self, d: int) -> bool:
+        """Return whether X Xᵀ (d, d) is factored in float32, where that is its precision."""
+        return False
 
     def _rank(self, gram: Tensor | LowRank, d: int, precision: torch.dtype, tokens: int) -> int | None:
         """The numerical rank of X Xᵀ, for the report; None where it would cost too much."""

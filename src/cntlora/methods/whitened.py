@@ -115,10 +115,6 @@ class WhitenedEstimator(DescentEstimator):
 
     unit = True
 
-    def __init__(self, weight_of: WeightOf, damping: float) -> None:
-        super().__init__(weight_of, damping)
-        self.damping = damping
-
     def made(self, name: str, batches: int, shared: tuple[Tensor, Tensor | DampedRows]) -> Target:
         (moment, inverse), G = shared, self.mean_gradient(name, batches)
         shift = inverse.mu if isinstance(inverse, DampedRows) else float(shift_of(moment, self.damping))

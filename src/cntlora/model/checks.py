@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,12 @@ def usable_sites(
     factors_weight = method.reads != "gradients" and not method.zero_start
     tied = {t.site.name: t for group in shared for t in group.led_by(leader_of(group, method.reads))}
     refused |= _unfit(shared, config)
+    owners = _owners(model)
     for site in sites:
         check_fresh(site)
         if site.name in refused or site.name in tied:
             continue
-        reason = _out_of_reach(model, site, config)
+        reason = _out_of_reach(owners, site, config)
         if reason is not None:
             refused[site.name] = reason
         elif factors_weight and not _has_values(site):
@@ -70,9 +72,10 @@ def gradient_refusal(
     for name, reason in _unfit(shared, gradients).items():
         if name not in either:
             return f"site {name}: {reason}"
+    owners = _owners(model)
     for site in sites:
-        refusal = _out_of_reach(model, site, gradients)
-        if refusal is not None and site.name not in either and _out_of_reach(model, site, inputs) is None:
+        refusal = _out_of_reach(owners, site, gradients)
+        if refusal is not None and site.name not in either and _out_of_reach(owners, site, inputs) is None:
             return f"site {site.name}: {refusal}"
     return None
 
@@ -93,8 +96,21 @@ def _unfit(found: Iterable[Group], config: InitConfig) -> dict[str, str]:
     return refused
 
 
-def _out_of_reach(model: nn.Module, site: Site, config: InitConfig) -> str | None:
-    """Return why a method cannot read what it needs of a site, or its adapter not hold what it gives, or None."""
+def _owners(model: nn.Module) -> Mapping[int, list[str]]:
+    """The id of every parameter → the paths of the modules that hold it."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            found[id(parameter)].append(path)
+    return found
+
+
+def _out_of_reach(owners: Mapping[int, list[str]], site: Site, config: InitConfig) -> str | None:
+    """Return why a method cannot read what it needs of a site, or its adapter not hold what it gives, or None.
+
+    Args:
+        owners: from `_owners`.
+    """
     if config.adaptive_ranks and site.unseen == INSIDE_ATTENTION:
         return (
             "PEFT's files have one rank for both projections of an nn.MultiheadAttention, and adaptive_ranks gives "
@@ -109,11 +125,10 @@ def _out_of_reach(model: nn.Module, site: Site, config: InitConfig) -> str | Non
         return None
     if site.fixed is not None:
         return f"method {config.chosen.name!r} reads the gradient by its weight, and {site.fixed}; take another method"
-    named, stored = list(model.named_modules()), site.stored
-    owners = [path for path, module in named for p in module._parameters.values() if p is stored]
-    if len(owners) > 1:
+    tied = owners[id(site.stored)]
+    if len(tied) > 1:
         return (
-            f"method {config.chosen.name!r} reads the gradient by its weight, which is tied ({', '.join(owners)}), so "
+            f"method {config.chosen.name!r} reads the gradient by its weight, which is tied ({', '.join(tied)}), so "
             "that the gradient is that of all of them; untie it, take another method or leave it out of target_modules"
         )
     return None
