@@ -1,9 +1,8 @@
-"""The figure and the table of README.md, from the records of the studies.
+"""The figure and the table of README.md, from the records of the studies of 300 steps.
 
     python benchmarks/headline.py     # writes docs/assets/heldout_tweets.svg, prints the rows of the table
 
-Held-out losses, each method at the learning rate with the lowest one at the end. Descent has read batches that the
-training never comes to ("unseen"), the peers those that it begins with.
+Held-out losses at the end. Plain LoRA at the best of its rates, and both at one rate that nobody tuned.
 """
 
 from __future__ import annotations
@@ -11,43 +10,41 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.overview import RUNS, final, peers, study_of
-
-from cntlora.lab.report.study import Group
+from benchmarks.lasting import FIXED, tasks_of
+from benchmarks.overview import RUNS
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "assets" / "heldout_tweets.svg"
 TASKS = {
-    "tweets": "tweets in 3 classes, MiniLM-L6, 40 steps, 3 seeds",
-    "vision_emoji": "emoji images in 10 classes, DINOv2-S, 40 steps, 5 seeds (peers: 3)",
-    "language": "tales, SmolLM2-135M, 30 steps, 3 seeds",
-}
-LINES = {
-    "lora": ("plain LoRA", "#888888", "o"),
-    "eva": ("EVA", "#d08030", "s"),
-    "descent+unseen": ("descent", "#3050b0", "D"),
+    "tweets_300": "tweets in 3 classes, MiniLM-L6",
+    "pairs_300": "pairs of texts, MiniLM-L6",
+    "vision_fashion_mnist_300": "Fashion-MNIST, DINOv2-S",
+    "vision_emoji_300": "emoji images in 10 classes, DINOv2-S",
+    "language_300": "dialogue, SmolLM2-135M",
 }
 
 
 def rows(results: Path) -> list[list[str]]:
-    """Task, plain LoRA, the best peer, descent: held-out losses at the end of the training, mean ± spread."""
+    """Task, plain LoRA tuned and at one rate, whitened at that rate: held-out losses at the end, mean ± spread.
+
+    Of the seeds that all three have.
+    """
     found = []
-    for name, title in TASKS.items():
-        study = study_of(results, name, "loss")
-        peer = min(peers(study), key=lambda group: group.final("loss").mean or 0.0)
-        plain, ours = (final(study.best[method], "loss") for method in ("lora", "descent+unseen"))
-        found.append([title, plain, f"{final(peer, 'loss')} ({study.labels[peer.method]})", ours])
+    for study, runs in tasks_of(results).items():
+        plain, ours = runs["lora"], runs["whitened"]
+        columns = [plain.ends(plain.tuned), plain.ends(FIXED), ours.ends(FIXED)]
+        seeds = sorted(set.intersection(*map(set, columns)))
+        count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        found.append([f"{TASKS[study]}, {count}", *(_cell([ends[seed] for seed in seeds]) for ends in columns)])
     return found
 
 
-def curve(group: Group) -> tuple[list[int], list[list[float]]]:
-    """The steps of the evaluations, and at each the held-out losses of all seeds."""
-    steps = [e["step"] for e in group.finished[0]["evaluations"]]
-    losses = [[run["evaluations"][i]["loss"] for run in group.finished] for i in range(len(steps))]
-    return steps, losses
+def _cell(values: list[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def figure(results: Path) -> bytes:
@@ -57,23 +54,29 @@ def figure(results: Path) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    study = study_of(results, "tweets", "loss")
+    runs = tasks_of(results)["tweets_300"]
+    best = runs["lora"].tuned
+    lines = (
+        (f"plain LoRA at its best rate, {best:g}", runs["lora"].along[best], "#888888", "s", "--"),
+        (f"plain LoRA at {FIXED:g}", runs["lora"].along[FIXED], "#888888", "o", "-"),
+        (f"whitened at {FIXED:g}", runs["whitened"].along[FIXED], "#3050b0", "D", "-"),
+    )
     settings = {"svg.fonttype": "none", "svg.hashsalt": "cntlora", "font.family": "sans-serif", "font.size": 9}
     with pyplot.rc_context(settings):
         drawing, axes = pyplot.subplots(figsize=(5.6, 2.9), layout="constrained")
-        for shift, (method, (label, colour, marker)) in zip((-0.4, 0.0, 0.4), LINES.items(), strict=True):
-            steps, losses = curve(study.best[method])
-            means = [sum(values) / len(values) for values in losses]
-            down = [mean - min(values) for mean, values in zip(means, losses, strict=True)]
-            up = [max(values) - mean for mean, values in zip(means, losses, strict=True)]
+        for shift, (label, seeds, colour, marker, style) in zip((-1.5, 0.0, 1.5), lines, strict=True):
+            steps = [step for step, _ in next(iter(seeds.values()))]
+            losses = [[run[i][1] for run in seeds.values()] for i in range(len(steps))]
+            means = [mean(values) for values in losses]
+            down = [average - min(values) for average, values in zip(means, losses, strict=True)]
+            up = [max(values) - average for average, values in zip(means, losses, strict=True)]
             axes.errorbar(
                 [step + shift for step in steps], means, [down, up], label=label, color=colour, marker=marker,
-                markersize=4, linewidth=1.4, elinewidth=0.7, capsize=2,
+                linestyle=style, markersize=4, linewidth=1.4, elinewidth=0.7, capsize=2,
             )  # fmt: skip
         axes.set_xlabel("training step")
         axes.set_ylabel("held-out loss")
-        axes.set_title("Tweets in 3 classes, MiniLM-L6, rank 8, 3 seeds, learning rates tuned", fontsize=9)
-        axes.set_xticks(steps)
+        axes.set_title("Tweets in 3 classes, MiniLM-L6, rank 8, 3 seeds", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         written = io.BytesIO()

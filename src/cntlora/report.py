@@ -109,6 +109,8 @@ class InitReport:
             told.discard("file rank")
         if not any(site["tokens"] for site in self.sites.values()):  # a method that reads the weights alone
             told.discard("tokens")
+        if not any(site["start_norm"] for site in self.sites.values()):  # B = 0, as the title says
+            told.discard("‖s·B·A‖/‖W‖")
         heads = [head for head in _HEADS if head in told]
         return heads, [(name, *(row[head] for head in heads)) for name, row in cells.items()]
 

@@ -3,7 +3,7 @@
     plugins:
       - cntlora.integrations.axolotl.CntLora
     cntlora:
-      method: descent
+      method: whitened
       num_batches: 8
 
 Every option of `cntlora.InitConfig` can stand under `cntlora:`, and two more: `plan`, a saved plan to apply instead of
