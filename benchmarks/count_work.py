@@ -37,18 +37,8 @@ from cntlora.linalg import filtered_svd, spectrum, truncated_svd
 from cntlora.linalg.low_rank import HALF
 from cntlora.methods import estimator
 
-ROWS = (
-    FLOOR,
-    "forward and backward pass",
-    "descent",
-    "whitened",
-    "self",
-    "cross",
-    "cross (rtol 1e-3)",
-    "eva",
-    "corda",
-    "lora_ga",
-)
+ROWS = (FLOOR, "forward and backward pass", "descent", "whitened", "self", "cross", "cross (rtol 1e-3)", "eva", "corda",
+        "lora_ga")  # fmt: skip
 CLASSES = 64
 
 

@@ -39,10 +39,10 @@ from cntlora.methods.method import METHODS
 CPU = torch.device("cpu")
 Cases = dict[str, tuple[str | None, ...]]
 CASES: dict[str, Cases] = {
-    "minilm": {"self": (None, "40MiB", "30MiB"), "descent": (None, "60MiB", "40MiB")},
-    "roberta-large": {"self": (None, "150MiB"), "descent": (None, "150MiB")},
-    "smollm2": {"self": (None, "300MiB", "150MiB"), "descent": (None, "300MiB")},
-    "tiny": {"self": (None,), "descent": (None,)},
+    "minilm": {"self": (None, "40MiB", "30MiB"), "whitened": (None, "60MiB", "40MiB")},
+    "roberta-large": {"self": (None, "150MiB"), "whitened": (None, "150MiB")},
+    "smollm2": {"self": (None, "300MiB", "150MiB"), "whitened": (None, "300MiB")},
+    "tiny": {"self": (None,), "whitened": (None,)},
 }
 """Workload → method → `max_memory`. "tiny" is for tests."""
 

@@ -67,7 +67,7 @@ def one_thread() -> Any:
 
 
 @pytest.mark.parametrize("limit", [None, "4MiB", "3MiB", "2MiB"])
-@pytest.mark.parametrize("method", ["self", "eva", "corda", "descent", "lora_ga"])
+@pytest.mark.parametrize("method", ["self", "eva", "corda", "descent", "whitened", "lora_ga"])
 def test_memory_is_what_was_foretold(method: str, limit: str | None) -> None:
     found = forecast(model(), batches(), InitConfig(method=method), max_memory=limit)
     taken = measured(method, limit)
@@ -97,7 +97,7 @@ def test_inputs_are_added_one_at_a_time() -> None:
     assert measured("self") > forward.most + 6 * (4 * 96**2 + one) + 6 * one
 
 
-@pytest.mark.parametrize("method", ["descent", "lora_da", "eva", "self"])
+@pytest.mark.parametrize("method", ["descent", "whitened", "lora_da", "eva", "self"])
 def test_sums_are_free_when_the_call_is_over(method: str) -> None:
     """An estimator that holds itself would keep its sums until Python looks for such cycles."""
     adapted, read, config = model(), batches(), InitConfig(method=method)
