@@ -36,10 +36,10 @@ def filtered_triplets(M: Tensor, q: int, norm: Tensor) -> tuple[Tensor, Tensor, 
     """U (…, k, q), S (…, q), Vᵀ (…, q, d) of M (…, k, d) in float32, and whether they may be trusted (…).
 
     ‖Mᵀu_i − s_i v_i‖ ≤ tolerance·max(s_i, ‖M‖_F/√q) for each of them, as for `leading_triplets` with a norm: [M]_q is
-    what counts. On a CPU there are fewer rounds where fewer do.
+    what counts. With a norm of 0 each triplet does. On a CPU there are fewer rounds where fewer do.
 
     Args:
-        norm: ‖M‖_F (…).
+        norm: ‖M‖_F, or 0 (…).
     """
     wide = M.shape[-2] < M.shape[-1]
     tall = M.mT if wide else M

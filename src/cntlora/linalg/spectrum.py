@@ -66,7 +66,7 @@ def spectrum(M: Matrix, q: int, exact: bool = False, product: bool = False, filt
     q = min(q, *M.shape)
     if not exact and _pays(M, q):
         norm = frobenius(M)
-        small = _of_small(formed(M), q, norm, product and filtered) if is_small(M) else None
+        small = _of_small(formed(M), q, norm if product else 0.0, filtered) if is_small(M) else None
         found = small or leading_triplets(M, q, norm=norm if product else None)
         if found is not None:
             return _signed(*found, norm)
@@ -81,9 +81,12 @@ def spectra(matrices: Sequence[Matrix], q: Sequence[int], exact: bool, product: 
     """
     stacks: dict[tuple[torch.Size, int], list[int]] = {}
     for i, M in enumerate(matrices):
-        if not exact and product[i] and (is_small(M) or _is_filtered(M)) and _pays(M, q[i]):
+        if not exact and (is_small(M) or _is_filtered(M)) and _pays(M, q[i]):
             stacks.setdefault((M.shape, q[i]), []).append(i)
-    made = [_stacked([formed(matrices[i]) for i in same], count) for (_, count), same in stacks.items()]
+    made = [
+        _stacked([formed(matrices[i]) for i in same], count, [product[i] for i in same])
+        for (_, count), same in stacks.items()
+    ]
     known = read_back([torch.stack([trusted.double(), norms.double()]) for *_, trusted, norms in made])
     found: dict[int, Spectrum] = {}
     for same, (U, S, Vh, _, _), numbers in zip(stacks.values(), made, known, strict=True):
@@ -95,11 +98,13 @@ def spectra(matrices: Sequence[Matrix], q: Sequence[int], exact: bool, product: 
     ]
 
 
-def _stacked(matrices: Sequence[Tensor], q: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _stacked(
+    matrices: Sequence[Tensor], q: int, product: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """U, S and Vᵀ of a stack with their signs, whether each may be trusted, and ‖M‖_F of each."""
     stack = torch.stack(list(matrices))
     norms = torch.linalg.matrix_norm(stack)
-    U, S, Vh, trusted = filtered_triplets(stack, q, norms)
+    U, S, Vh, trusted = filtered_triplets(stack, q, norms * norms.new_tensor(product))
     signs = torch.stack([fix_signs(rows.mT) for rows in Vh])
     return U * signs[:, None, :], S, Vh * signs[:, :, None], trusted, norms
 
@@ -115,7 +120,11 @@ def _is_filtered(M: Matrix) -> bool:
 
 
 def _of_small(M: Tensor, q: int, norm: float, filtered: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The triplets by the filtered iteration, or by squares where that fails or is not to be tried."""
+    """The triplets by the filtered iteration, or by squares where that fails or is not to be tried.
+
+    Args:
+        norm: ‖M‖_F where the product of the factors is what counts; 0 where each triplet does.
+    """
     if filtered:
         *triplets, trusted = filtered_triplets(M, q, torch.tensor(norm, device=M.device))
         if bool(trusted):
