@@ -275,7 +275,7 @@ def one_rate(tasks: Tasks) -> str:
 
 
 TABLES = {"ends": ends, "against": against, "reached": reached, "widths": widths, "untuned": untuned}
-TABLES |= {"one_rate": one_rate, **{f"at_{rate:g}": partial(at_rate, rate=rate) for rate in UNTUNED}}
+TABLES |= {"one_rate": one_rate, **{f"at_{rate:g}".replace(".", "_"): partial(at_rate, rate=rate) for rate in UNTUNED}}
 """Name in the template → its table."""
 
 

@@ -68,6 +68,20 @@ def test_only_seeds_of_both_are_compared(tmp_path: Path) -> None:
     assert "| whitened | – | – | −16.7 % (−16.7 %; 1) |" in lasting.untuned(tasks)
 
 
+def test_told_the_rate_it_is_whitened_itself_at_the_rate_that_it_is_made_for(tmp_path: Path) -> None:
+    assert "told" not in lasting.at_rate(found(tmp_path, [*LORA[:2], *WHITENED]), 1e-3)  # control
+    told = run("whitened+fitted+unseen", 2e-4, 0, (3.0, 2.0, 0.9))
+    tasks = found(tmp_path, [*LORA[:2], *WHITENED, run("lora", 2e-4, 0, (3.0, 3.0, 2.0)), told])
+    small, own = (lasting.at_rate(tasks, rate).splitlines() for rate in (2e-4, 1e-3))
+    assert small[2:] == [
+        "| plain LoRA, tuned | 1.100 (2) |",
+        "| plain LoRA | 2.000 (1) |",
+        "| whitened, told the rate | 0.900 (1) |",
+    ]
+    assert own[-1] == "| whitened, told the rate | 0.900 (2) |" and own[-2] == "| whitened | 0.900 (2) |"
+    assert "told" not in lasting.ends(tasks)
+
+
 def test_ranges_say_that_they_may_go_on(tmp_path: Path) -> None:
     rates = {1e-4: 1.2, 1e-3: 1.0, 1e-2: 1.2}
     tasks = found(tmp_path, [run("lora", rate, 0, (3.0, 2.0, loss)) for rate, loss in rates.items()])
