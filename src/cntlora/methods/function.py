@@ -37,8 +37,8 @@ PARAMETERS = {
 """Parameters that a function may have besides its options, with what each is. Tensors are float64."""
 
 OF_INPUTS = {"C", "mean", "n"}
-_FIELDS = ("base", "num_batches", "adaptive_ranks", "rank_budget", "min_rank", "max_rank", "exact_svd", "fold_alpha",
-           "seed", "method")  # fmt: skip
+_FIELDS = ("base", "num_batches", "adaptive_ranks", "rank_budget", "min_rank", "max_rank", "exact_svd",
+           "learning_rate", "fold_alpha", "seed", "method")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _out_of_reach(owners: Mapping[int, list[str]], site: Site, config: InitConfi
         return None
     if site.fixed is not None:
         return f"method {config.chosen.name!r} reads the gradient by its weight, and {site.fixed}; take another method"
-    tied = owners[id(site.stored)]
+    tied = owners.get(id(site.stored), [])
     if len(tied) > 1:
         return (
             f"method {config.chosen.name!r} reads the gradient by its weight, which is tied ({', '.join(tied)}), so "
