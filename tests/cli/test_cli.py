@@ -102,6 +102,25 @@ def test_without_a_method_it_is_whitened_where_there_is_a_loss(model_folder: Pat
     assert code == 1 and "needs a loss" in err
 
 
+def test_a_learning_rate_is_met_by_alpha(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    fixed = ("--data", data, "--label", "label", "--targets", "query,value", "--rank", 4, "--num-batches", 2)
+
+    def made(name: str, *more: Any) -> tuple[int, str, Any]:
+        code, _, err = cntlora("init", model_folder, "--out", tmp_path / name, *fixed, *more)
+        config = tmp_path / name / "adapter_config.json"
+        return code, err, json.loads(config.read_text())["lora_alpha"] if config.exists() else None
+
+    assert made("told", "--learning-rate", "2e-4") == (0, "", 25 * 2 * 4)
+    assert made("as_made")[2] == 4  # the control: alpha is folded
+    for name, more, said in (
+        ("eva", ("--method", "eva"), "method 'eva' is made for no rate of its own"),
+        ("folded", ("--fold-alpha",), "fold_alpha=True sets to 1"),
+        ("none", ("--learning-rate", "0"), "learning_rate: expected a finite number"),
+    ):
+        code, err, alpha = made(name, "--learning-rate", "2e-4", *more)
+        assert code == 1 and said in err and err.count("\n") == 1 and alpha is None
+
+
 def test_keep_moves_the_function(model_folder: Path, data: Path, tmp_path: Path) -> None:
     """The control of the test above: with base keep the loaded adapter is no longer neutral."""
     assert init(model_folder, data, tmp_path / "adapter", "--base", "keep")[0] == 0
