@@ -103,7 +103,8 @@ def test_a_stack_gives_the_plan_of_single_sites(method: str, monkeypatch: pytest
     monkeypatch.setattr("cntlora.execution.executor.STACKING", ("cpu",))
     before = len(stacked)
     together = plan()
-    assert stacked[before:] == ([3] if method in ("descent", "self") else [])  # one stack; control: others take none
+    # one stack; control: others take none
+    assert stacked[before:] == ([3] if method in ("descent", "self", "lora_ga") else [])
     assert list(alone.sites) == list(together.sites)
     for name, site in alone.sites.items():
         one, other = (s.B.double() @ s.A.double() for s in (site, together.sites[name]))

@@ -191,7 +191,11 @@ def test_large_matrices_are_filtered_where_that_is_asked_for(monkeypatch: pytest
         assert float((product - expected).norm() / M.norm()) < 3e-4
         assert float((product - expected / 2).norm() / M.norm()) > 0.1  # control
     assert tried == [2]
-    assert spectra(made, [8, 8], False, [False, False])[0].S.numel() == 8 and tried == [2]  # where directions count
+    for M, one in zip(made, spectra(made, [8, 8], False, [False, False]), strict=True):  # where directions count
+        residual = torch.linalg.vector_norm(M.mT.double() @ one.U.double() - (one.S[:, None] * one.Vh).mT, dim=0)
+        assert float((residual / one.S).max()) < 2e-4
+        assert float(torch.linalg.vector_norm(M.mT @ one.U, dim=0).min() / one.S.max()) > 0.1  # control: U is not zero
+    assert tried == [2, 2]
 
 
 def test_a_matrix_without_directions_is_not_trusted() -> None:
