@@ -120,7 +120,7 @@ def init(
     ] = None,
     damping: Annotated[
         float | None,
-        typer.Option(help="corda, descent, lora_da: relative damping of the input covariance.  [default: 0.01]"),
+        typer.Option(help="Relative damping of the input covariance.  [default: 0.01; whitened: 1]"),
     ] = None,
     variance: Annotated[
         float | None, typer.Option(help="lora_da: weight of the variance of the gradients.  [default: 0.03]")
