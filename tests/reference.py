@@ -439,3 +439,36 @@ def gora_ranks(
     budget, total = reference * sum(cost.values()), sum(importance.values())
     wanted = {name: round(budget * importance[name] / total / cost[name]) for name in shapes}
     return {name: int(min(max(rank, low), high, *shapes[name])) for name, rank in wanted.items()}
+
+
+def head_objective(
+    D: np.ndarray,
+    e: np.ndarray,
+    X: np.ndarray,
+    z: np.ndarray,
+    y: np.ndarray,
+    w: np.ndarray,
+    loss: str,
+    ridge: float,
+    bias: bool,
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Σ w ℓ(z + D x + e, y)/Σ w + ½ ridge·v·‖D‖² and its gradients by D (c, d) and e (c,); X (n, d), z and y (n, c).
+
+    v is the mean over features of the weighted variance of x, or of its square where there is no bias.
+    """
+    share = w / w.sum()
+    centred = X - share @ X if bias else X
+    v = float((share @ centred**2).mean())
+    out = z + X @ D.T + e
+    if loss == "cross-entropy":
+        shifted = np.exp(out - out.max(axis=1, keepdims=True))
+        p = shifted / shifted.sum(axis=1, keepdims=True)
+        values = -(y * np.log(p)).sum(axis=1)
+    elif loss == "binary cross-entropy":
+        p = 1 / (1 + np.exp(-out))
+        values = -(y * np.log(p) + (1 - y) * np.log(1 - p)).sum(axis=1)
+    else:
+        p, values = out, 0.5 * ((out - y) ** 2).sum(axis=1)
+    by_out = share[:, None] * (p - y)
+    value = float(share @ values) + 0.5 * ridge * v * float((D**2).sum())
+    return value, by_out.T @ X + ridge * v * D, by_out.sum(axis=0)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # `X as X` is public for type checkers; `_HOMES` imports the 
     from .analysis.diagnostics import StartDiagnostics as StartDiagnostics
     from .analysis.diagnostics import start_curvature as start_curvature
     from .analysis.diagnostics import start_diagnostics as start_diagnostics
+    from .analysis.head import FittedHead as FittedHead
+    from .analysis.head import fit_head as fit_head
     from .analysis.learning_rate import ProposedRate as ProposedRate
     from .analysis.learning_rate import fit_learning_rate as fit_learning_rate
     from .analysis.learning_rate import propose_learning_rate as propose_learning_rate
@@ -46,6 +48,7 @@ __version__ = VERSION
 _HOMES: dict[str, tuple[str, ...]] = {
     "analysis.comparison": ("AdapterComparison", "compare_adapters", "snapshot"),
     "analysis.diagnostics": ("StartDiagnostics", "start_curvature", "start_diagnostics"),
+    "analysis.head": ("FittedHead", "fit_head"),
     "analysis.learning_rate": ("ProposedRate", "fit_learning_rate", "propose_learning_rate"),
     "api": ("apply_plan", "compute_plan", "initialize", "initialize_from_trainer"),
     "config": ("InitConfig",),

@@ -71,6 +71,9 @@ def test_options_reach_the_configuration() -> None:
     assert parse_arm("self+r4").lora == {"r": 4} and parse_arm("self+n2").init == {"method": "self", "num_batches": 2}
     assert parse_arm("self+fitted").fitted and parse_arm("lora+fitted").fitted and not parse_arm("lora").fitted
     assert parse_arm("peft:eva+fitted").meaning != parse_arm("peft:eva").meaning
+    assert parse_arm("lora+head").fit_head and parse_arm("lora+head+unseen").data == {"unseen": True}
+    assert parse_arm("pissa+head+unseen").data == {"unseen": True} and not parse_arm("whitened").fit_head
+    assert parse_arm("lora+head").meaning != parse_arm("lora").meaning
     assert parse_arm("self+foreign+split2").data == {"content": "foreign", "parts": 2}
 
 
@@ -104,6 +107,7 @@ def test_order_of_modifiers_means_nothing() -> None:
         ("dora+dora", "comes twice"),
         ("self+shuffled+foreign", "both set content"),
         ("pissa+shuffled", "reads no data"),
+        ("lora+unseen", "no effect on 'lora'"),
         ("peft:eva+shuffled", "no effect on 'peft:eva'"),
         ("self+n0", "num_batches"),
         ("lora+r0", "at least 1"),

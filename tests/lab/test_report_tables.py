@@ -465,7 +465,11 @@ def test_later_leaves_out_the_batches_that_the_initialisation_had_seen() -> None
     for method, read in (("eva", 3), ("eva+dora", 3), ("eva+unseen", 0), ("eva+foreign", 0), ("pissa", 0), ("lora", 0)):
         assert steps_on_read_batches({"method": method, "config": config}) == read, method
     fitted = {"init": None, "num_batches": 3}
-    assert [steps_on_read_batches({"method": m, "config": fitted}) for m in ("lora+fitted", "lora")] == [3, 0]
+    assert [steps_on_read_batches({"method": m, "config": fitted}) for m in ("lora+fitted", "lora+head", "lora")] == [
+        3,
+        3,
+        0,
+    ]
     of_peft = {"init": None, "num_batches": 8, "train": {"gradient_accumulation": 3}}
     assert steps_on_read_batches({"method": "peft:eva", "config": of_peft}) == 3  # 8 batches are two updates and a part
     assert steps_on_read_batches({"method": "peft:pissa", "config": of_peft}) == 0

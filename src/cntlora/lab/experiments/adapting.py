@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from ...analysis.head import fit_head
 from ...analysis.learning_rate import fit_learning_rate
 from ...api import apply_plan, compute_plan
 from ...data.batches import to_device
@@ -64,6 +65,8 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
         adapted = peft_model(arm.peft, model, options, some, steps)
     else:
         adapted = get_peft_model(model, LoraConfig(**options))  # type: ignore[assignment,arg-type]
+    if arm.fit_head:
+        fit_head(adapted, some, num_batches=len(some))
     if config is not None:
         plan = compute_plan(adapted, some, replace(config, num_batches=len(some)), progress=False)
         apply_plan(adapted, plan)

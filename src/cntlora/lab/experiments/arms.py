@@ -60,6 +60,7 @@ class Arm:
         full: all weights train and there is no adapter.
         fitted: its start is rescaled for the learning rate of the run: by `InitConfig.learning_rate` if its method is
             made for one rate, else by `cntlora.fit_learning_rate`.
+        fit_head: its new head starts by `cntlora.fit_head`, from the same batches.
     """
 
     name: str
@@ -70,6 +71,12 @@ class Arm:
     peft: str | None = None
     full: bool = False
     fitted: bool = False
+    fit_head: bool = False
+
+    @property
+    def reads_besides(self) -> bool:
+        """Whether batches are read by more than the initialisation of cntlora or PEFT."""
+        return self.fitted or self.fit_head
 
     @property
     def meaning(self) -> tuple[Any, ...]:
@@ -78,7 +85,7 @@ class Arm:
         if init is not None and self.init is not None:  # [init] may give what the arm does not name
             init |= {name: self.init.get(name) for name in ("strength", "rtol")}
         settings = (init and sorted(init.items()), sorted(self.lora.items()), sorted(self.data.items()))
-        return *map(str, settings), self.peft, self.full, self.fitted
+        return *map(str, settings), self.peft, self.full, self.fitted, self.fit_head
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,7 @@ MODIFIERS = (
     Modifier("shuffled", "shuffled", "content", "shuffled", " (shuffled data)", of="data"),
     Modifier("foreign", "foreign", "content", "foreign", " (other data)", of="data"),
     Modifier("fitted", "fitted", "fitted", True, " (fitted to the rate)", of="arm"),
+    Modifier("head", "head", "fit_head", True, " (fitted head)", of="arm"),
     Modifier("vas", "vas", "adaptive_ranks", True, " + VAS"),
 )
 
@@ -177,7 +185,7 @@ def parse_arm(name: str) -> Arm:
     if root == "full":
         return Arm(name, label, full=True)
     if root == "lora":
-        return Arm(name, label, lora=lora, **own)
+        return Arm(name, label, lora=lora, data=data, **own)
     if root.startswith("peft:"):
         return Arm(name, label, lora=lora, peft=root.removeprefix("peft:"), **own)
     arm = Arm(name, label, {"method": root, **options}, lora, data, **own)
@@ -202,6 +210,7 @@ def _check(name: str, root: str, found: list[tuple[Modifier, Any]]) -> None:
     seen: dict[str, Modifier] = {}
     unchanged = root in ("full", "peft:adalora")  # which take no modifier
     of_peft = root == "lora" or root.startswith("peft:")
+    reads = not root.startswith("peft:") and any(modifier.of == "arm" for modifier, _ in found)  # whatever the method
     for modifier, _ in found:
         shown = f"+{modifier.example}"
         if modifier.option in seen:
@@ -209,12 +218,12 @@ def _check(name: str, root: str, found: list[tuple[Modifier, Any]]) -> None:
             what = "comes twice" if other is modifier else f"and +{other.example} both set {modifier.option}"
             raise ValueError(f"method {name!r}: {shown} {what}; keep one of them")
         seen[modifier.option] = modifier
-        if unchanged or (of_peft and modifier.of in ("init", "data")):
+        if unchanged or (of_peft and (modifier.of == "init" or (modifier.of == "data" and not reads))):
             allowed = [] if unchanged else [f"+{m.example}" for m in MODIFIERS if m.of in ("lora", "arm")]
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}; it takes {allowed or 'no modifier'}")
         if modifier.option == "base" and root in METHODS and METHODS[root].zero_start:
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}, which starts at B = 0; leave it out")
-        if modifier.of == "data" and root in METHODS and METHODS[root].reads == "weights":
+        if modifier.of == "data" and not reads and root in METHODS and METHODS[root].reads == "weights":
             raise ValueError(f"method {name!r}: {shown} has no effect on {root!r}, which reads no data; leave it out")
         if modifier.only not in (None, root):
             raise ValueError(f"method {name!r}: {shown} works with {modifier.only!r} only; leave it out")

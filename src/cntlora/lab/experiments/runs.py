@@ -70,13 +70,15 @@ class Run:
             "lora": None if self.arm.full else {**asdict(e.lora), **self.arm.lora, "init": self.arm.peft},
             "init": None if init is None else {**init.stated(), **_code_of(init)},
             # of cntlora's arms it is in "init"
-            "num_batches": e.num_batches if self.arm.peft or (self.arm.fitted and init is None) else None,
+            "num_batches": e.num_batches if self.arm.peft or (self.arm.reads_besides and init is None) else None,
             "train": train,
         }
         if self.arm.data:
             config["init_data"] = dict(self.arm.data)
         if self.arm.fitted:
             config["fitted"] = True
+        if self.arm.fit_head:
+            config["fit_head"] = True
         plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
         return {**plain, "task": {key: _named(value) for key, value in plain["task"].items()}}
 

@@ -9,6 +9,7 @@ from ..record import RunRecord
 from .study import Estimate, Group
 
 _PEFT_READS = ("peft:eva", "peft:corda", "peft:lora_ga")
+_READ_BESIDES = frozenset({"fitted", "head"})
 _OTHER_DATA = frozenset({"unseen", "foreign"})
 
 
@@ -18,9 +19,10 @@ def steps_on_read_batches(run: RunRecord) -> int:
     base, *modifiers = str(run["method"]).split("+")
     if _OTHER_DATA.intersection(modifiers):
         return 0
-    if base in _PEFT_READS or (base == "lora" and "fitted" in modifiers):
+    besides = _READ_BESIDES.intersection(modifiers)
+    if base in _PEFT_READS or (base == "lora" and besides):
         batches = config.get("num_batches") or 0
-    elif _reads_data(base):
+    elif _reads_data(base) or besides:
         batches = (config.get("init") or {}).get("num_batches") or 0
     else:
         return 0
