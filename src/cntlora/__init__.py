@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # `X as X` is public for type checkers; `_HOMES` imports the 
     from .analysis.diagnostics import StartDiagnostics as StartDiagnostics
     from .analysis.diagnostics import start_curvature as start_curvature
     from .analysis.diagnostics import start_diagnostics as start_diagnostics
-    from .analysis.head import FittedHead as FittedHead
     from .analysis.head import fit_head as fit_head
     from .analysis.learning_rate import ProposedRate as ProposedRate
     from .analysis.learning_rate import fit_learning_rate as fit_learning_rate
@@ -35,6 +34,7 @@ if TYPE_CHECKING:  # `X as X` is public for type checkers; `_HOMES` imports the 
     from .api import initialize_from_trainer as initialize_from_trainer
     from .config import InitConfig as InitConfig
     from .files.saving import save_adapter as save_adapter
+    from .fitted_head import FittedHead as FittedHead
     from .methods import *  # noqa: F403 (its `__all__`: a method is added in one place)
     from .methods.function import from_function as from_function
     from .methods.method import methods as methods
@@ -48,11 +48,12 @@ __version__ = VERSION
 _HOMES: dict[str, tuple[str, ...]] = {
     "analysis.comparison": ("AdapterComparison", "compare_adapters", "snapshot"),
     "analysis.diagnostics": ("StartDiagnostics", "start_curvature", "start_diagnostics"),
-    "analysis.head": ("FittedHead", "fit_head"),
+    "analysis.head": ("fit_head",),
     "analysis.learning_rate": ("ProposedRate", "fit_learning_rate", "propose_learning_rate"),
     "api": ("apply_plan", "compute_plan", "initialize", "initialize_from_trainer"),
     "config": ("InitConfig",),
     "files.saving": ("save_adapter",),
+    "fitted_head": ("FittedHead",),
     "methods.function": ("from_function",),
     "model.writer": ("freeze_offset",),
     "plan": ("InitPlan",),

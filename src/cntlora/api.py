@@ -13,6 +13,7 @@ from .execution.arguments import Request, TrainerRequest, called_with
 from .execution.choice import with_method
 from .execution.distributed import choose_executor
 from .execution.executor import Executor, LocalExecutor
+from .execution.head import with_head
 from .execution.reached import reached_sites
 from .execution.reading import Statistics, read_statistics
 from .execution.site_plans import plan_sites, with_followers
@@ -128,11 +129,15 @@ def make_plan(request: Request, executor: Executor) -> InitPlan:
 
     Where there are several processes, all have to call it, and get the same plan.
     """
-    with with_method(request, executor) as (request, choice):
+    given = request.config or InitConfig()
+    with (
+        with_method(request, executor) as (request, choice),
+        with_head(request, executor, given) as (request, head, unfitted),
+    ):
         statistics = read_statistics(request, executor)
-    part = plan_from(statistics)
-    plan = executor.join(part, [site.name for site in statistics.sites])
-    plan = replace(with_step_size(plan, statistics), choice=choice)
+        part = plan_from(statistics)
+        plan = executor.join(part, [site.name for site in statistics.sites])
+        plan = replace(with_step_size(plan, statistics), choice=choice, head=head, unfitted=unfitted)
     if statistics.tied:
         order = [name for name, _ in lora_layers(request.model, request.adapter_name)]
         plan = with_followers(plan, statistics.tied, order)

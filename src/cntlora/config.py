@@ -55,6 +55,9 @@ class InitConfig:
             (whitened: 1e-3). A start for another rate is brought to it: A and B are divided by f and the scaling is
             multiplied by f², with f the method's rate divided by yours. It then learns at your rate what it learns at
             the method's own (docs/math/learning_rate.md). None leaves it as it is made.
+        fit_head: fit a new head (a linear layer that trains whole, as PEFT's `modules_to_save`) to the features of the
+            pretrained model first, so that gradients come through no random one (`cntlora.fit_head`). None does it
+            where there is such a head and no method is named; True raises where it cannot be done.
         fold_alpha: write the factors for scaling 1 (alpha = rank, no rsLoRA), so that a reader that ignores
             `rank_pattern` and `alpha_pattern` gets the same function. The scaling that trains is then 1.
         seed: of everything random: the Gaussian C of shift mode, the A of lora and gora, and the noise of a loss that
@@ -73,6 +76,7 @@ class InitConfig:
     max_rank: int | None
     exact_svd: bool
     learning_rate: float | None
+    fit_head: bool | None
     fold_alpha: bool
     seed: int
 
@@ -88,6 +92,7 @@ class InitConfig:
         max_rank: int | None = None,
         exact_svd: bool = False,
         learning_rate: float | None = None,
+        fit_head: bool | None = None,
         fold_alpha: bool = False,
         seed: int = 0,
         **options: Any,
@@ -121,6 +126,8 @@ class InitConfig:
         check_integer("seed", self.seed, 0)
         for name in ("adaptive_ranks", "exact_svd", "fold_alpha"):
             check_flag(name, getattr(self, name))
+        if self.fit_head is not None:
+            check_flag("fit_head", self.fit_head)
         check_integer("min_rank", self.min_rank, 0)
         if self.max_rank is not None:
             check_integer("max_rank", self.max_rank, max(self.min_rank, 1))
@@ -198,8 +205,9 @@ class InitConfig:
         for name, earlier in EARLIER_DEFAULTS.items():
             if name not in own or getattr(self.method, name) == own_default(self.method, name):
                 values[name] = earlier
-        if values["learning_rate"] is None:  # which earlier records do not have
-            del values["learning_rate"]
+        for name in ("learning_rate", "fit_head"):  # which earlier records do not have
+            if not values[name]:
+                del values[name]
         rtol = getattr(self.method, "rtol", 0.0)
         return {**values, "base": self.stated_base, "rtol": "rounding" if rtol is None else rtol or None}
 

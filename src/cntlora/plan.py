@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .atomic import write_atomically
 from .config import InitConfig
+from .fitted_head import FittedHead
 from .site_plan import FAR, OTHER_MODEL, PLAIN, TENSORS, SitePlan
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 6
 _KEY, _DIGEST = "cntlora_plan", "cntlora_digest"
+_HEAD = "head::"
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,6 +46,8 @@ class InitPlan:
         unreached: sites on which the loss of the first row does not depend, so that they would not train. Empty if this
             was not checked: if the output names no loss, hooks or `forward=` are the caller's, or weights are sharded.
         choice: why the method was chosen, where the configuration left it open; else empty.
+        head: the new head that was fitted; None without one.
+        unfitted: why no head was fitted, where one trains and none had to be; else empty.
     """
 
     sites: Mapping[str, SitePlan]
@@ -58,6 +62,8 @@ class InitPlan:
     shared: Mapping[str, str] = field(default_factory=dict)
     unreached: Sequence[str] = field(default_factory=list)
     choice: str = ""
+    head: FittedHead | None = None
+    unfitted: str = ""
 
     def __repr__(self) -> str:
         ranks = sum(site.rank for name, site in self.sites.items() if name not in self.shared)
@@ -82,6 +88,9 @@ class InitPlan:
             for name, site in self.sites.items()
             for key in TENSORS
         }
+        if self.head is not None:
+            kept = {"weight": self.head.weight, "bias": self.head.bias}
+            tensors |= {f"{_HEAD}{key}": t.contiguous().clone() for key, t in kept.items() if t is not None}
         head = {
             "format": FORMAT,
             "config": self.config.to_dict(),
@@ -96,6 +105,8 @@ class InitPlan:
             "shared": dict(self.shared),
             "unreached": list(self.unreached),
             "choice": self.choice,
+            "head": None if self.head is None else self.head.to_dict(),
+            "unfitted": self.unfitted,
             "digests": {key: _digest(tensor) for key, tensor in tensors.items()},
         }
         text = json.dumps(head)
@@ -126,6 +137,8 @@ class InitPlan:
                 sites=sites,
                 config=InitConfig.from_dict(head["config"]),
                 choice=head.get("choice", ""),
+                head=_head_of(head.get("head"), tensors),
+                unfitted=head.get("unfitted", ""),
                 **{key: head[key] for key in _REST},
             )
         except (KeyError, TypeError, AttributeError) as error:  # of right digests, but not written by this class
@@ -154,6 +167,12 @@ _REST = ("skipped", "batches", "seconds", "forward_seconds", "versions", "memory
 def _site_of(name: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SitePlan:
     values: dict[str, Any] = {**plain, **{key: tensors[f"{name}::{key}"] for key in TENSORS}}
     return SitePlan(**values)
+
+
+def _head_of(plain: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> FittedHead | None:
+    if plain is None:
+        return None
+    return FittedHead(**plain, weight=tensors[f"{_HEAD}weight"], bias=tensors.get(f"{_HEAD}bias"))
 
 
 def _digest_of_text(text: str) -> str:

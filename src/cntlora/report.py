@@ -38,6 +38,8 @@ class InitReport:
         shared: sites that have the factors of another site → the name of that site.
         unreached: sites on which the loss of the first row does not depend, see `InitPlan`.
         choice: why the method was chosen, see `InitPlan`.
+        head: of the new head that was fitted, see `FittedHead`, without its values; None without one.
+        head_line: the same in words, or why none was fitted; else empty.
         far: sites whose start is far beyond what trained adapters reach, see `InitPlan.far_starts`.
     """
 
@@ -53,6 +55,8 @@ class InitReport:
     unreached: Sequence[str] = field(default_factory=list)
     far: Mapping[str, float] = field(default_factory=dict)
     choice: str = ""
+    head: Mapping[str, Any] | None = None
+    head_line: str = ""
 
     @classmethod
     def of(cls, plan: InitPlan) -> InitReport:
@@ -61,7 +65,7 @@ class InitReport:
         rest = (plan.batches, plan.seconds, plan.forward_seconds, dict(plan.memory), dict(plan.step))
         return cls(
             plan.config, sites, dict(plan.skipped), *rest, dict(plan.shared), list(plan.unreached), plan.far_starts(),
-            plan.choice,
+            plan.choice, None if plan.head is None else plan.head.to_dict(), _head_line(plan),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +83,7 @@ class InitReport:
             "unreached": list(self.unreached),
             "far": dict(self.far),
             "choice": self.choice,
+            "head": None if self.head is None else dict(self.head),
         }
 
     def __str__(self) -> str:
@@ -123,6 +128,7 @@ class InitReport:
         lines += [_far_line(self.far, c)] if self.far else []
         lines += _unmasked_lines(self.sites)
         lines += [_step_line(self.step)] if self.step else []
+        lines += [self.head_line] if self.head_line else []
         lines += [_rate_line(c)] if c.chosen.rate is not None else []
         lines += _memory_lines(self.memory)
         lines += [f"{name}: shares the factors of {leader}, made there" for name, leader in self.shared.items()]
@@ -149,6 +155,13 @@ def _step_line(step: Mapping[str, float]) -> str:
     if losses and step["size"] == 0.0:
         return f"step: none (B = 0), since it would lower the loss of {step['loss_before']:.4f} by too little"
     return f"step: ‖s·B·A‖/‖W‖ is {step['size']:.3g} at the site where it is largest{losses}"
+
+
+def _head_line(plan: InitPlan) -> str:
+    """The head that was fitted, or why none was."""
+    if plan.head is not None:
+        return str(plan.head)
+    return f"head: not fitted, {plan.unfitted}" if plan.unfitted else ""
 
 
 def _rate_line(config: InitConfig) -> str:

@@ -11,7 +11,7 @@ from tests.processes import connect, run
 from tests.tiny import Batch, adapted, causal_batches, changed, image_batches, one_shot, state, text_batches
 from torch import Tensor, nn
 
-from cntlora import FittedHead, InitConfig, compute_plan, fit_head, initialize
+from cntlora import FittedHead, InitConfig, InitPlan, apply_plan, compute_plan, fit_head, initialize
 
 HEADS = {"bert": "classifier", "vit": "classifier"}
 
@@ -46,7 +46,7 @@ def test_the_head_alone_is_fitted_and_the_loss_falls_on_other_batches(kind: str)
         f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")
     }
     assert found.loss == "cross-entropy" and found.rows == 96 and found.batches == 6 and found.ridge
-    assert found.loss_after < 0.95 * found.loss_before
+    assert found.loss_after < 0.98 * found.loss_before
     assert mean_loss(adapter, others) < start - 0.5 * (found.loss_before - found.loss_after)  # on batches not read
     assert "fitted to 96 rows of 6 batches, cross-entropy" in str(found)
 
@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         model,
         lambda: [{k: v for k, v in b.items() if k != "labels"} for b in batches()],
         {},
-        "needs a loss",
+        "batch 0 gives no loss",
     ),
     "no batches": (model, list, {}, "expected at least one"),
     "two heads": (TwoHeads, drawn, {}, "of several heads"),
@@ -186,3 +186,49 @@ def test_processes_fit_one_head_to_the_batches_of_all(tmp_path: Path) -> None:
     found: FittedHead = fit_head(alone, batches())
     want = alone.base_model.model.classifier.modules_to_save.default.weight
     assert found.rows == 96 and torch.allclose(torch.tensor(first[2]), want, rtol=1e-3, atol=1e-4)
+
+
+def test_the_default_start_fits_a_new_head_and_says_so() -> None:
+    adapter, alone = model(), model()
+    report = initialize(adapter, batches())
+    fitted = fit_head(alone, batches())
+    name = "base_model.model.classifier.modules_to_save.default.weight"
+    assert torch.equal(state(adapter)[name], state(alone)[name]) and name in changed(state(model()), adapter)
+    assert str(fitted) in str(report) and report.to_dict()["head"] == fitted.to_dict()
+    plain = model()
+    named = initialize(plain, batches(), InitConfig("whitened"))
+    assert name not in changed(state(model()), plain) and named.head is None  # a method alone is that method
+    asked = model()
+    initialize(asked, batches(), InitConfig("whitened", fit_head=True))
+    assert not changed(state(asked), adapter)  # gradients were read through the same head
+    assert changed(state(plain), adapter) - {name, name.replace("weight", "bias")}  # control: through another
+
+
+def test_a_plan_holds_the_head_and_leaves_the_model_alone(tmp_path: Path) -> None:
+    adapter, other = model(), model()
+    before = state(adapter)
+    plan = compute_plan(adapter, one_shot(batches()))
+    assert not changed(before, adapter) and plan.head is not None
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = InitPlan.load(tmp_path / "plan.safetensors")
+    assert loaded.head is not None and str(loaded.head) == str(plan.head) and loaded.config.fit_head
+    apply_plan(other, loaded)
+    initialize(adapter, batches())
+    assert not changed(state(other), adapter)
+    with pytest.raises(ValueError, match="trains no such linear layer"):
+        apply_plan(adapted("bert"), loaded)
+
+
+def test_where_no_head_can_be_fitted_the_default_goes_on_and_says_why() -> None:
+    adapter = model()
+    before = state(adapter)
+    report = initialize(adapter, batches(), loss=hinge)
+    assert "head: not fitted, layer base_model.model.classifier" in str(report) and report.head is None
+    assert not any("classifier" in name for name in changed(before, adapter))
+    assert "head" not in str(initialize(adapted("bert"), batches()))  # none trains
+    with pytest.raises(ValueError, match="the loss is not one of"):
+        initialize(model(), batches(), InitConfig(fit_head=True), loss=hinge)
+    left = model()
+    assert initialize(left, batches(), InitConfig(fit_head=False)).head is None
+    with pytest.raises(TypeError, match="fit_head"):
+        InitConfig(fit_head="yes")  # type: ignore[arg-type]

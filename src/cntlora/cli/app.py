@@ -141,6 +141,10 @@ def init(
         float | None,
         typer.Option(help="whitened: peak rate of your AdamW; met by alpha.  [default: the method's, 1e-3]"),
     ] = None,
+    fit_head: Annotated[
+        bool | None,
+        typer.Option(help="Fit the new head of a classifier to your texts first.  [default: yes without --method]"),
+    ] = None,
     fold_alpha: Annotated[
         bool | None,
         typer.Option(help="Write alpha = rank, right for every reader.  [default: yes without --learning-rate]"),
@@ -197,7 +201,7 @@ def init(
 _CONFIG_OPTIONS = (
     "method", "base", "decomposition", "p", "strength", "adaptive_ranks", "rank_budget", "min_rank", "max_rank", "gram",
     "root", "rtol", "shift_constant", "center", "damping", "variance", "samples", "batch_weights", "initial_weight",
-    "num_batches", "seed", "learning_rate", "fold_alpha",
+    "num_batches", "seed", "learning_rate", "fit_head", "fold_alpha",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..config import InitConfig
 from ..data.batches import KeptBatches, default_forward, device_of, to_device, unwrapped
 from ..data.memory import Budget, readable
 from ..data.peak_memory import counted_memory
@@ -24,6 +25,7 @@ from ..model.sites import Site
 from .arguments import Request, called_with
 from .choice import with_method
 from .executor import LocalExecutor
+from .head import wants_head
 from .reading import Statistics, bound_by_free, prepared
 from .site_plans import plan_sites
 from .step_size import TRIED
@@ -89,7 +91,9 @@ def forecast(request: Request) -> Forecast:
         peak = _peak(_some(chosen, COUNTED), config.num_batches)
     reads = config.chosen.reads != "weights"
     data = passes * config.num_batches * statistics.seconds if reads else 0.0
-    trials = 2 * min(TRIED, config.num_batches) * _forward_seconds(statistics) if config.chosen.finds_step_size else 0.0
+    forwards = 2 * min(TRIED, config.num_batches) if config.chosen.finds_step_size else 0
+    forwards += config.num_batches if wants_head(request, request.config or InitConfig()) else 0
+    trials = forwards * _forward_seconds(statistics) if forwards else 0.0
     known = free if free < float("inf") else None
     seconds = data + sum(layer.seconds for layer in factors) + trials
     return Forecast(

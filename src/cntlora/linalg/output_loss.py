@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 
 import torch
 from torch import Tensor
@@ -145,7 +146,8 @@ class Fit:
 def fit_layer(X: Tensor, z: Tensor, targets: Targets, fold: Tensor, with_bias: bool) -> Fit:
     """The change D, e of a layer that lowers Σ w ℓ(z + D x + e, y)/Σ w + ½ ridge·v·‖D‖² most, v the mean variance of x.
 
-    The ridge is the one with the lowest loss on the rows left out, over folds; none where no ridge lowers that.
+    The ridge is the largest whose loss on the rows left out, over folds, is within one standard error of the lowest;
+    none where the lowest is not that much below the loss of the layer as it is.
 
     Args:
         X: inputs (n, d) in float64. z: outputs of the layer as it is.
@@ -155,20 +157,23 @@ def fit_layer(X: Tensor, z: Tensor, targets: Targets, fold: Tensor, with_bias: b
     held_out = [fold == number for number in fold.unique()]
     shares = [float(targets.w[rows].sum() / targets.w.sum()) for rows in held_out]
     changes = [problem.none()] * len(held_out)
-    scores: dict[float, float] = {}
+    losses: list[list[float]] = []
+    means: list[float] = []
     for ridge in RIDGES:
         changes = [problem.solved(ridge, ~rows, near) for rows, near in zip(held_out, changes, strict=True)]
-        scores[ridge] = math.fsum(
-            share * problem.loss(change, rows) for share, change, rows in zip(shares, changes, held_out, strict=True)
-        )
-        best = min(scores, key=scores.__getitem__)
-        if RIDGES.index(ridge) >= RIDGES.index(best) + PATIENCE:
+        losses.append([problem.loss(change, rows) for change, rows in zip(changes, held_out, strict=True)])
+        means.append(math.fsum(share * loss for share, loss in zip(shares, losses[-1], strict=True)))
+        lowest = means.index(min(means))
+        if len(means) > lowest + PATIENCE:
             break
-    if not scores[best] < before:
+    error = stdev(losses[lowest]) / len(held_out) ** 0.5
+    chosen = next(i for i, mean in enumerate(means) if mean <= means[lowest] + error)
+    if not means[lowest] + error < before:
         return Fit(X.new_zeros(z.shape[1], X.shape[1]), z.new_zeros(z.shape[1]), None, before, before)
+    best = RIDGES[chosen]
     everything = torch.ones_like(fold, dtype=torch.bool)
     delta, bias = problem.in_inputs(problem.solved(best, everything, problem.none()))
-    return Fit(delta, bias, best, before, scores[best])
+    return Fit(delta, bias, best, before, means[chosen])
 
 
 _Change = tuple[Tensor, Tensor]

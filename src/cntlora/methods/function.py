@@ -38,7 +38,7 @@ PARAMETERS = {
 
 OF_INPUTS = {"C", "mean", "n"}
 _FIELDS = ("base", "num_batches", "adaptive_ranks", "rank_budget", "min_rank", "max_rank", "exact_svd",
-           "learning_rate", "fold_alpha", "seed", "method")  # fmt: skip
+           "learning_rate", "fit_head", "fold_alpha", "seed", "method")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..interrupts import interrupts_deferred
 from .checks import check_fresh, check_writable
 from .freezing import freeze_sites, unmask
+from .heads import check_head, write_head
 from .holders import check_alone, check_holders
 from .layouts import shaped_like, weight_matrix, write_matrix
 from .lora_layers import adapters_of, factor_of, factor_slots
@@ -41,10 +42,14 @@ def write_plan(model: nn.Module, plan: InitPlan, adapter_name: str = "default") 
     check_holders(usable, plan, {name for name, t in tied.items() if not t.shares_memory})
     if plan.config.effective_base == "subtract":
         check_alone(model, usable)
+    if plan.head is not None:
+        check_head(model, plan.head)
     with interrupts_deferred():  # Ctrl-C waits until the model is whole again
         with torch.no_grad():
             for site in sorted(usable, key=lambda site: site.name in tied):  # those that others follow come first
                 _write(site, plan.sites[site.name], plan.config.effective_base, tied.get(site.name))
+        if plan.head is not None:
+            write_head(model, plan.head)
         _remove_empty(model, adapter_name, [s for s in usable if plan.sites[s.name].rank == 0])
         sync_config(model, adapter_name)
         if plan.config.effective_base == "offset":
