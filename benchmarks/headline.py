@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.lasting import FIXED, TOLD, tasks_of
+from benchmarks.lasting import DEFAULT, FIXED, tasks_of
 from benchmarks.overview import RUNS
 
 ROOT = Path(__file__).parents[1]
@@ -32,13 +32,13 @@ TASKS = {
 
 
 def rows(results: Path) -> list[list[str]]:
-    """Task, plain LoRA tuned and at one rate, whitened at that rate: held-out losses at the end, mean ± spread.
+    """Task, plain LoRA tuned and at one rate, the default at that rate: held-out losses at the end, mean ± spread.
 
     Of the seeds that all three have.
     """
     found = []
     for study, runs in tasks_of(results).items():
-        plain, ours = runs["lora"], runs["whitened"]
+        plain, ours = runs["lora"], runs[DEFAULT]
         columns = [plain.ends(plain.tuned), plain.ends(FIXED), ours.ends(FIXED)]
         seeds = sorted(set.intersection(*map(set, columns)))
         count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
@@ -62,7 +62,7 @@ def figure(results: Path) -> bytes:
     lines = (
         (f"plain LoRA at {SMALL:g}", runs["lora"].along[SMALL][seed], "#888888", "o", "-"),
         (f"plain LoRA at its best rate, {best:g}", runs["lora"].along[best][seed], "#888888", "s", "--"),
-        (f"whitened at {SMALL:g}, told the rate", runs[TOLD].along[SMALL][seed], "#3050b0", "D", "-"),
+        (f"whitened at {SMALL:g}, told the rate", runs["whitened+fitted"].along[SMALL][seed], "#3050b0", "D", "-"),
     )
     settings = {"svg.fonttype": "none", "svg.hashsalt": "cntlora", "font.family": "sans-serif", "font.size": 9}
     with pyplot.rc_context(settings):

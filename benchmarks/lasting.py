@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +38,7 @@ STUDIES = {
 """Study → head of its column. Those without records are left out."""
 METHODS = {
     "lora": "plain LoRA",
+    "lora+head": "plain LoRA, head fitted",
     "rslora": "rsLoRA",
     "pissa": "PiSSA",
     "olora": "OLoRA",
@@ -49,11 +50,18 @@ METHODS = {
     "descent": "descent",
     "whitened": "whitened",
     "whitened+fitted": "whitened, told the rate",
+    "whitened+head": "the default",
+    "whitened+fitted+head": "the default, told the rate",
     "whitened_descent": "whitened descent",
 }
 """The methods, where there are records, without the word that their batches are unseen ones."""
-TOLD = "whitened+fitted"
-"""Whose start is brought to the rate of the run. At `FIXED`, which whitened is made for, that changes nothing."""
+TOLD = {"whitened+fitted": "whitened", "whitened+fitted+head": "whitened+head"}
+"""Whose start is brought to the rate of the run → the same without. At `FIXED`, which whitened is made for, they are
+one."""
+DEFAULT, TOLD_DEFAULT = "whitened+head", "whitened+fitted+head"
+"""Whitened, with a new head fitted: what is done where no method is named."""
+OWN_HEAD = {"language_300": {DEFAULT: "whitened", TOLD_DEFAULT: "whitened+fitted"}}
+"""Studies without a new head, where the default is whitened alone."""
 UNTUNED = (1e-4, 2e-4, 1e-3)
 WITHIN = 0.01
 """How far above its lowest loss a rate is still a good one."""
@@ -120,15 +128,18 @@ def tasks_of(results: Path) -> Tasks:
             name = record["method"].replace("+unseen", "")
             if name in METHODS:
                 found.setdefault(study, {}).setdefault(name, Runs()).add(record)
-    for methods in found.values():
-        if TOLD in methods and FIXED in methods.get("whitened", Runs()).along:
-            methods[TOLD].along[FIXED] = methods["whitened"].along[FIXED]
+    for study, methods in found.items():
+        for name, plain in OWN_HEAD.get(study, {}).items():
+            methods[name] = replace(methods[plain], along=dict(methods[plain].along)) if plain in methods else Runs()
+        for told, plain in TOLD.items():
+            if told in methods and FIXED in methods.get(plain, Runs()).along:
+                methods[told].along[FIXED] = methods[plain].along[FIXED]
     return {study: {m: runs for m, runs in methods.items() if runs.along} for study, methods in found.items()}
 
 
 def known_methods(tasks: Tasks, told: bool = False) -> list[str]:
-    """The methods with records on any task, in their order; `TOLD` only where it is asked for."""
-    return [m for m in METHODS if (told or m != TOLD) and any(m in methods for methods in tasks.values())]
+    """The methods with records on any task, in their order; those of `TOLD` only where they are asked for."""
+    return [m for m in METHODS if (told or m not in TOLD) and any(m in methods for methods in tasks.values())]
 
 
 def ends(tasks: Tasks) -> str:
@@ -147,12 +158,14 @@ def _end(runs: Runs) -> str:
 
 
 def against(tasks: Tasks) -> str:
-    """Return whitened against plain LoRA and EVA, each at its tuned rate: how many of the paired seeds end lower."""
+    """Return starts against others, each at its tuned rate: how many of the paired seeds end lower."""
+    pairs = [("whitened", "lora"), ("whitened", "eva"), (DEFAULT, "lora"), (DEFAULT, "lora+head")]
+    pairs = [pair for pair in pairs if any(set(pair) <= set(runs) for runs in tasks.values())]
     rows = []
     for study, runs in tasks.items():
-        cells = [_against(runs["whitened"], runs[other]) if other in runs else "–" for other in ("lora", "eva")]
+        cells = [_against(runs[own], runs[other]) if {own, other} <= set(runs) else "–" for own, other in pairs]
         rows.append([STUDIES[study], *cells])
-    return table(["task", "whitened − plain LoRA", "whitened − EVA"], rows)
+    return table(["task", *(f"{METHODS[own]} − {METHODS[other]}" for own, other in pairs)], rows)
 
 
 def _against(own: Runs, other: Runs) -> str:

@@ -57,7 +57,7 @@ def test_steps_to_a_loss_are_interpolated_and_bear_the_initialisation(tmp_path: 
     tasks = found(tmp_path, [*LORA[:2], *WHITENED])
     # of the means over both seeds: from 1.5 at step 50 to 0.9 at step 100, plain LoRA's 1.1 lies at 5/6 of it
     assert lasting.reached(tasks).splitlines()[-1] == "| tweets | 0.83 (0.93; 2 seeds) |"
-    assert "−0.200 (2 of 2 seeds lower) | – |" in lasting.against(tasks)
+    assert lasting.against(tasks).splitlines()[-1] == "| tweets | −0.200 (2 of 2 seeds lower) |"
     worse = found(tmp_path, [run("whitened+unseen", 1e-3, s, (3.0, 2.9, 2.8)) for s in (0, 1)])  # control
     assert "not (2 seeds)" in lasting.reached(worse)
 
@@ -80,6 +80,16 @@ def test_told_the_rate_it_is_whitened_itself_at_the_rate_that_it_is_made_for(tmp
     ]
     assert own[-1] == "| whitened, told the rate | 0.900 (2) |" and own[-2] == "| whitened | 0.900 (2) |"
     assert "told" not in lasting.ends(tasks)
+
+
+def test_the_default_is_whitened_where_no_head_is_new(tmp_path: Path) -> None:
+    cases.write([*LORA[:2], *WHITENED], tmp_path / "language_300")
+    fitted = run("whitened+head+unseen", 1e-3, 0, (3.0, 1.0, 0.6))
+    tasks = found(tmp_path, [*LORA[:2], *WHITENED, fitted])
+    rows = lasting.at_rate(tasks, 1e-3).splitlines()
+    assert rows[0] == "| at 0.001 | tweets | dialogue |"
+    assert "| whitened | 0.900 (2) | 0.900 (2) |" in rows and "| the default | 0.600 (1) | 0.900 (2) |" in rows
+    assert "the default − plain LoRA" in lasting.against(tasks).splitlines()[0]
 
 
 def test_ranges_say_that_they_may_go_on(tmp_path: Path) -> None:
