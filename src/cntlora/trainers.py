@@ -67,7 +67,7 @@ def training_arguments(
         found = find_sites(trainer.model, adapter)
         refusal = gradient_refusal(trainer.model, found, adapter, InitConfig(WITH_LOSS), InitConfig(WITHOUT_LOSS))
         reads = "inputs" if refusal else "gradients"
-    if reads == "weights":
+    if reads == "weights" and not config.fit_head:
         return {"batches": None, "forward": forward, "loss": loss}
     if _generates(trainer) and forward is None and loss is None:
         raise ValueError(
@@ -77,8 +77,10 @@ def training_arguments(
             "(pissa, olora)"
         )
     loader = trainer.get_train_dataloader()
+    if forward is None and (reads == "gradients" or config.fit_head):
+        loss = loss or _OwnLoss(trainer)
     if reads == "gradients" and forward is None:
-        return {"batches": loader, "forward": None, "loss": loss or _OwnLoss(trainer)}
+        return {"batches": loader, "forward": None, "loss": loss}
     if callable(getattr(trainer, "collect_features", None)) and forward is None:
         return {"batches": Columns(loader, trainer.collect_features), "forward": _one_argument, "loss": loss}
     return {"batches": loader, "forward": forward or _for_the_model, "loss": loss}

@@ -198,3 +198,15 @@ def test_a_layer_that_a_fused_kernel_passes_by_is_named_and_a_plan_made_elsewher
     theirs(data[0]).square().sum().backward()
     optimizer.step()
     assert torch.equal(site.A[2:], second) and (theirs(data[0]) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", [None, InitConfig("whitened", fit_head=True), InitConfig("eva", fit_head=True),
+                                    InitConfig("pissa", fit_head=True)])  # fmt: skip
+def test_a_new_head_is_fitted_by_the_loss_of_the_trainer(config: InitConfig | None, tmp_path: Path) -> None:
+    """Whatever the method reads, and with smoothed labels too."""
+    model = adapted(modules_to_save=["classifier"])
+    trainer = trainer_for(model, tmp_path, per_device_train_batch_size=16, label_smoothing_factor=0.1)
+    trainer.train_dataset = [{**row, "labels": row["input_ids"][0] % 3} for row in rows(count=128)]
+    report = initialize_from_trainer(trainer, config)
+    assert report.head is not None and report.head["ridge"] and "cross-entropy" in str(report)
+    assert report.head["loss_after"] < report.head["loss_before"]
