@@ -165,6 +165,17 @@ def test_every_arm_works_without_masks_and_configuration(tmp_path: Path, method:
     assert list(tmp_path.iterdir()) == []  # no samples, no checkpoint: nothing stays
 
 
+def test_an_arm_with_a_fitted_head_begins_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = {"num_batches": 3}
+    plain, fitted = (run_one(run_of(m, init=init), tmp_path) for m in ("lora", "lora+head"))
+    before, after = (record["evaluations"][0]["loss"] for record in (plain, fitted))
+    assert after < before - 0.05 and fitted["config"]["fit_head"] and fitted["config"]["num_batches"] == 3
+    assert fitted["trainable_parameters"] == plain["trainable_parameters"]
+    monkeypatch.setattr(Trial, "modules_to_save", ())
+    with pytest.warns(UserWarning, match=r"\+head: the head is left as it is: no linear layer trains"):
+        run_one(run_of("self+head"), tmp_path)
+
+
 def test_without_bias_and_with_names_other_parameters_train(tmp_path: Path) -> None:
     record = run_one(run_of("lora", lora={"bias": "none", "targets": ["key"]}), tmp_path)
     assert set(record["sites"]) == {"blocks.0.key", "blocks.1.key"}

@@ -15,6 +15,8 @@ from ...analysis.head import fit_head
 from ...analysis.learning_rate import fit_learning_rate
 from ...api import apply_plan, compute_plan
 from ...data.batches import to_device
+from ...execution.head import NotFittedError
+from ...messages import warn_caller
 from ...plan import InitPlan
 from ..recipes.task import Task
 from .controls import read
@@ -66,7 +68,7 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
     else:
         adapted = get_peft_model(model, LoraConfig(**options))  # type: ignore[assignment,arg-type]
     if arm.fit_head:
-        fit_head(adapted, some, num_batches=len(some))
+        _fit_head(adapted, some)
     if config is not None:
         plan = compute_plan(adapted, some, replace(config, num_batches=len(some)), progress=False)
         apply_plan(adapted, plan)
@@ -77,6 +79,14 @@ def adapt(run: Run, task: Task, model: nn.Module, batches: Iterable[Mapping[str,
         adalora = AdaLoraTraining(adapted)
         return Adapted(adapted, adalora.inner, plan, seconds, adalora)
     return Adapted(adapted, adapted, plan, seconds)
+
+
+def _fit_head(model: nn.Module, batches: list[Any]) -> None:
+    """Fit a new head where there is one that can be fitted, as where no method is named."""
+    try:
+        fit_head(model, batches, num_batches=len(batches))
+    except NotFittedError as error:
+        warn_caller(f"+head: the head is left as it is: {error}")
 
 
 def lora_options(run: Run, task: Task) -> dict[str, Any]:
