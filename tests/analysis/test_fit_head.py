@@ -223,7 +223,7 @@ def test_where_no_head_can_be_fitted_the_default_goes_on_and_says_why() -> None:
     adapter = model()
     before = state(adapter)
     report = initialize(adapter, batches(), loss=hinge)
-    assert "head: not fitted, layer base_model.model.classifier" in str(report) and report.head is None
+    assert "head: not fitted, layer classifier" in str(report) and report.head is None
     assert not any("classifier" in name for name in changed(before, adapter))
     assert "head" not in str(initialize(adapted("bert"), batches()))  # none trains
     with pytest.raises(ValueError, match="the loss is not one of"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
     from ..fitted_head import FittedHead
 
 
+_PEFT = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+")
+"""What PEFT puts into the name of a module that trains whole."""
+
+
 def trained_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers whose own weight trains, by name: not those that LoRA adapts, not its factors.
 
-    Names are those inside of DistributedDataParallel. Sharded weights are left out, and weights that another module has
-    too, which would change with them.
+    Names are those of the base model, without PEFT's own. Sharded weights are left out, and weights that another module
+    has too, which would change with them.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     owners: dict[int, int] = {}
@@ -27,7 +32,7 @@ def trained_layers(model: nn.Module) -> dict[str, nn.Linear]:
         for parameter in module._parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return {
-        name: module
+        _PEFT.sub("", name): module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module.weight.requires_grad
