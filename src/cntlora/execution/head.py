@@ -107,7 +107,7 @@ def found_head(model: nn.Module, batches: Iterable[Any], call: Forward, count: i
 
 
 def _attempt(read: Callable[[], _Rows | None]) -> _Rows | str | None:
-    """What `read` gives, or why it cannot: a plain value, which processes can tell each other."""
+    """Return what `read` gives, or why it cannot: a plain value, which processes can tell each other."""
     try:
         return read()
     except NotFittedError as error:
@@ -116,7 +116,7 @@ def _attempt(read: Callable[[], _Rows | None]) -> _Rows | str | None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a head saw: inputs X (n, d) and outputs z (n, c) in float64, the targets, and each row's batch, from 0."""
+    """Inputs and outputs of a head: X (n, d) and z (n, c) in float64, the targets, and each row's batch, from 0."""
 
     name: str
     X: Tensor
@@ -126,7 +126,7 @@ class _Rows:
 
 
 def _read(model: nn.Module, batches: Iterable[Any], call: Forward, count: int) -> _Rows | None:
-    """What the head saw of the batches; None without batches. The model is left as found."""
+    """Read what the head sees of the batches; None without batches. The model is left as found."""
     heads = trained_layers(model)
     if not heads:
         raise NotFittedError(

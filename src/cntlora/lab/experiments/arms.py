@@ -75,7 +75,7 @@ class Arm:
 
     @property
     def reads_besides(self) -> bool:
-        """Whether batches are read by more than the initialisation of cntlora or PEFT."""
+        """Return whether batches are read by more than the initialisation of cntlora or PEFT."""
         return self.fitted or self.fit_head
 
     @property
