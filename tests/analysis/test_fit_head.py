@@ -179,6 +179,14 @@ def of_both(rank: int, world: int, folder: Path) -> Any:
     return [found.rows, found.batches, adapter.base_model.model.classifier.modules_to_save.default.weight.tolist()]
 
 
+def test_of_many_rows_some_are_taken_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cntlora.execution.head.MOST_ROWS", 200)
+    adapter, others = model(), batches(seed=5)
+    start = mean_loss(adapter, others)
+    found = fit_head(adapter, batches(rows=96))
+    assert found.rows == 200 and found.batches == 6 and mean_loss(adapter, others) < start
+
+
 def test_processes_fit_one_head_to_the_batches_of_all(tmp_path: Path) -> None:
     first, second = run(__file__, tmp_path, {"of_both": 2})["of_both"]
     assert first == second and first[:2] == [96, 6], first

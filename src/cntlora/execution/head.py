@@ -17,6 +17,7 @@ from ..fitted_head import FittedHead
 from ..linalg.output_loss import Targets, fit_layer, folds_of, targets_of
 from ..messages import counted
 from ..model.heads import put_head, trained_layers
+from ..model.sharded import is_sharded
 
 if TYPE_CHECKING:
     from ..config import InitConfig
@@ -128,6 +129,8 @@ class _Rows:
 def _read(model: nn.Module, batches: Iterable[Any], call: Forward, count: int) -> _Rows | None:
     """Read what the head sees of the batches; None without batches. The model is left as found."""
     heads = trained_layers(model)
+    if any(map(is_sharded, model.parameters())):
+        raise NotFittedError("the model's weights are split over processes; call fit_head before they are")
     if not heads:
         raise NotFittedError(
             "no linear layer trains with its own weight, so there is no new head; name it in LoraConfig's "
@@ -193,16 +196,23 @@ def _rows_of(heads: dict[str, nn.Linear], seen: dict[str, tuple[Tensor, Tensor]]
     inputs, outputs = seen[name]
     if outputs.shape[-1] > MOST_ROWS:
         raise NotFittedError(f"layer {name} has {counted(outputs.shape[-1], 'output')}, more than there are rows")
-    X, z, g = (part.detach().double().cpu().flatten(0, -2) for part in (inputs, outputs, gradient))
+    z, g = (part.detach().double().cpu().flatten(0, -2) for part in (outputs, gradient))
     taken = (g != 0).any(-1)
     rounding = max(1e-4, 16 * torch.finfo(outputs.dtype).eps)
     targets = targets_of(z[taken], g[taken], float(loss.detach()), rounding) if taken.any() else None
-    if targets is None or not bool(X[taken].isfinite().all()):
+    some = _spread(int(taken.sum()))
+    X = inputs.flatten(0, -2)[taken.nonzero()[some, 0].to(inputs.device)].double().cpu()
+    if targets is None or not bool(X.isfinite().all()):
         raise NotFittedError(
             f"layer {name}, batch {index}: the loss is not one of cross-entropy, binary cross-entropy and mean squares "
             "of its outputs, by its gradient"
         )
-    return _Rows(name, X[taken], z[taken], targets, [0] * int(taken.sum()))
+    return _Rows(name, X, z[taken][some], Targets(targets.loss, targets.y[some], targets.w[some]), [0] * len(some))
+
+
+def _spread(count: int) -> Tensor:
+    """At most MOST_ROWS of so many rows, evenly spaced."""
+    return torch.linspace(0, max(count - 1, 0), min(count, MOST_ROWS)).round().long()
 
 
 def _joined(parts: list[_Rows]) -> _Rows:
@@ -224,5 +234,5 @@ def _joined(parts: list[_Rows]) -> _Rows:
     for part in parts:
         first = batch[-1] + 1 if batch else 0
         batch += [first + number for number in part.batch]
-    some = torch.linspace(0, len(X) - 1, min(len(X), MOST_ROWS)).round().long()
+    some = _spread(len(X))
     return _Rows(name, X[some], z[some], Targets(loss, y[some], w[some]), [batch[i] for i in some.tolist()])
