@@ -211,7 +211,7 @@ def _rows_of(heads: dict[str, nn.Linear], seen: dict[str, tuple[Tensor, Tensor]]
 
 
 def _spread(count: int) -> Tensor:
-    """At most MOST_ROWS of so many rows, evenly spaced."""
+    """Return at most MOST_ROWS of so many rows, evenly spaced."""
     return torch.linspace(0, max(count - 1, 0), min(count, MOST_ROWS)).round().long()
 
 
