@@ -240,3 +240,22 @@ def test_where_no_head_can_be_fitted_the_default_goes_on_and_says_why() -> None:
     assert initialize(left, batches(), InitConfig(fit_head=False)).head is None
     with pytest.raises(TypeError, match="fit_head"):
         InitConfig(fit_head="yes")  # type: ignore[arg-type]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.inner(**batch)
+
+
+def test_a_head_has_the_name_of_the_base_model_however_it_is_wrapped() -> None:
+    bare, wrapped, named = model(), Wrapper(model()), model(adapter_name="other")
+    plan = compute_plan(bare, batches())
+    assert plan.head is not None and plan.head.name == "classifier"
+    apply_plan(wrapped, plan)
+    initialize(bare, batches())
+    assert not changed(state(bare), wrapped.inner)
+    assert fit_head(named, batches(), adapter_name="other").name == "classifier"

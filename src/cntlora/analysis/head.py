@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data.batches import default_forward, unwrapped
+from ..data.batches import default_forward
 from ..execution.distributed import choose_executor
 from ..execution.head import found_head
 from ..fitted_head import FittedHead
@@ -20,6 +20,7 @@ def fit_head(
     batches: Iterable[Any],
     *,
     loss: Callable[[nn.Module, Any], Any] | None = None,
+    adapter_name: str = "default",
     num_batches: int = 8,
 ) -> FittedHead:
     """Fit a new head to the features that the model has before training; call it before `initialize`.
@@ -44,6 +45,7 @@ def fit_head(
         model: with its adapter; the head has to train, as PEFT's `modules_to_save` do.
         batches: with labels, as the model takes them; the first `num_batches` are read.
         loss: `loss(model, batch)`, a scalar; None for the loss in the model's own output.
+        adapter_name: of the adapter.
         num_batches: of each process.
 
     Returns:
@@ -54,7 +56,6 @@ def fit_head(
             are rows (as the head of a language model), or its weight is sharded or tied. Nothing is changed then.
     """
     check_integer("num_batches", num_batches, 1)
-    bare = unwrapped(model)
-    head = found_head(bare, batches, loss or default_forward, num_batches, choose_executor(model))
-    write_head(bare, head)
+    head = found_head(model, adapter_name, batches, loss or default_forward, num_batches, choose_executor(model))
+    write_head(model, head, adapter_name)
     return head

@@ -48,7 +48,7 @@ def with_head(
     Raises:
         NotFittedError: if `fit_head` is True and there is none to fit.
     """
-    config, model = request.config, unwrapped(request.model)
+    config, model, adapter = request.config, request.model, request.adapter_name
     assert config is not None
     if not wants_head(request, given):
         yield request, None, ""
@@ -57,13 +57,13 @@ def with_head(
     kept = batches if isinstance(batches, KeptBatches) else KeptBatches(batches, config.num_batches)
     call = request.loss or request.forward or default_forward
     try:
-        head, why = found_head(model, kept, call, config.num_batches, executor), ""
+        head, why = found_head(model, adapter, kept, call, config.num_batches, executor), ""
     except NotFittedError as error:
         if given.fit_head:
             raise
         head, why = None, str(error)
     request = replace(request, batches=kept, config=replace(config, fit_head=head is not None))
-    with put_head(model, head):
+    with put_head(model, head, adapter):
         yield request, head, why
 
 
@@ -71,33 +71,35 @@ def wants_head(request: Request, given: InitConfig) -> bool:
     """Return whether a head is to be fitted, or to be tried at least: see `with_head`."""
     if given.fit_head is not None:
         return given.fit_head
-    return given.method is None and request.batches is not None and bool(trained_layers(unwrapped(request.model)))
+    return (
+        given.method is None
+        and request.batches is not None
+        and bool(trained_layers(request.model, request.adapter_name))
+    )
 
 
-def found_head(model: nn.Module, batches: Iterable[Any], call: Forward, count: int, executor: Executor) -> FittedHead:
+def found_head(
+    model: nn.Module, adapter: str, batches: Iterable[Any], call: Forward, count: int, executor: Executor
+) -> FittedHead:
     """The head of a model, fitted to the batches of all processes; nothing is written.
 
     Raises:
         NotFittedError: says what is missing, on all processes alike.
     """
-    read = executor.run(lambda: _attempt(lambda: _read(model, batches, call, count)), "reading the head")
-    found = executor.gather(read)
-    parts = [part for part in found if not isinstance(part, str)]
-    if len(parts) < len(found):
-        raise NotFittedError(next(part for part in found if isinstance(part, str)))
-    rows = _joined([part for part in parts if part is not None])
-    layer = trained_layers(model)[rows.name]
-    fit = executor.gather(fit_layer(rows.X, rows.z, rows.targets, folds_of(rows.batch), layer.bias is not None))[0]
-    old = [None if p is None else p.detach().cpu() for p in (layer.weight, layer.bias)]
-    new = [
-        None if p is None else (p if fit.ridge is None else p.double() + change).to(p.dtype).clone()
-        for p, change in zip(old, (fit.delta, fit.bias), strict=True)
-    ]
-    assert new[0] is not None
+    heads = trained_layers(model, adapter)
+    found = executor.gather(
+        executor.run(lambda: _rows_or_reason(unwrapped(model), heads, batches, call, count), "reading the head")
+    )
+    for part in found:
+        if isinstance(part, str):
+            raise NotFittedError(part)
+    rows = _joined([part for part in found if isinstance(part, _Rows)])
+    weight, bias = heads[rows.name].weight, heads[rows.name].bias
+    fit = executor.gather(fit_layer(rows.X, rows.z, rows.targets, folds_of(rows.batch), bias is not None))[0]
     return FittedHead(
         name=rows.name,
-        weight=new[0],
-        bias=new[1],
+        weight=_changed(weight, fit.delta),
+        bias=None if bias is None else _changed(bias, fit.bias),
         loss=rows.targets.loss.name,
         loss_before=fit.before,
         loss_after=fit.after,
@@ -107,12 +109,9 @@ def found_head(model: nn.Module, batches: Iterable[Any], call: Forward, count: i
     )
 
 
-def _attempt(read: Callable[[], _Rows | None]) -> _Rows | str | None:
-    """Return what `read` gives, or why it cannot: a plain value, which processes can tell each other."""
-    try:
-        return read()
-    except NotFittedError as error:
-        return str(error)
+def _changed(parameter: Tensor, change: Tensor) -> Tensor:
+    """The new values of a parameter on the CPU, in its dtype."""
+    return (parameter.detach().cpu().double() + change).to(parameter.dtype)
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,20 @@ class _Rows:
     batch: list[int]
 
 
-def _read(model: nn.Module, batches: Iterable[Any], call: Forward, count: int) -> _Rows | None:
+def _rows_or_reason(
+    model: nn.Module, heads: dict[str, nn.Linear], batches: Iterable[Any], call: Forward, count: int
+) -> _Rows | str | None:
+    """Return what the head sees, or why there is none: a plain value, which processes can tell each other."""
+    try:
+        return _read(model, heads, batches, call, count)
+    except NotFittedError as error:
+        return str(error)
+
+
+def _read(
+    model: nn.Module, heads: dict[str, nn.Linear], batches: Iterable[Any], call: Forward, count: int
+) -> _Rows | None:
     """Read what the head sees of the batches; None without batches. The model is left as found."""
-    heads = trained_layers(model)
     if any(map(is_sharded, model.parameters())):
         raise NotFittedError("the model's weights are split over processes; call fit_head before they are")
     if not heads:

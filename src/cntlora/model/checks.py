@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from .layouts import INSIDE_ATTENTION
 from .lora_layers import config_holder, factor_of, factor_slots
 from .offloaded import fetched
 from .sharded import check_rank
-from .ties import Group, Tied, groups, leader_of
+from .ties import Group, Tied, groups, leader_of, owners_of
 
 if TYPE_CHECKING:
     from ..config import InitConfig
@@ -41,7 +40,7 @@ def usable_sites(
     factors_weight = method.reads != "gradients" and not method.zero_start
     tied = {t.site.name: t for group in shared for t in group.led_by(leader_of(group, method.reads))}
     refused |= _unfit(shared, config)
-    owners = _owners(model)
+    owners = owners_of(model)
     for site in sites:
         check_fresh(site)
         if site.name in refused or site.name in tied:
@@ -72,7 +71,7 @@ def gradient_refusal(
     for name, reason in _unfit(shared, gradients).items():
         if name not in either:
             return f"site {name}: {reason}"
-    owners = _owners(model)
+    owners = owners_of(model)
     for site in sites:
         refusal = _out_of_reach(owners, site, gradients)
         if refusal is not None and site.name not in either and _out_of_reach(owners, site, inputs) is None:
@@ -96,20 +95,11 @@ def _unfit(found: Iterable[Group], config: InitConfig) -> dict[str, str]:
     return refused
 
 
-def _owners(model: nn.Module) -> Mapping[int, list[str]]:
-    """The id of every parameter → the paths of the modules that hold it."""
-    found: dict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            found[id(parameter)].append(path)
-    return found
-
-
 def _out_of_reach(owners: Mapping[int, list[str]], site: Site, config: InitConfig) -> str | None:
     """Return why a method cannot read what it needs of a site, or its adapter not hold what it gives, or None.
 
     Args:
-        owners: from `_owners`.
+        owners: from `owners_of`.
     """
     if config.adaptive_ranks and site.unseen == INSIDE_ATTENTION:
         return (

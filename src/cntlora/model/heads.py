@@ -10,45 +10,43 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .lora_layers import base_name, naming_root
 from .sharded import is_sharded
+from .ties import owners_of
 
 if TYPE_CHECKING:
     from ..fitted_head import FittedHead
 
 
-_PEFT = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+")
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+")
 """What PEFT puts into the name of a module that trains whole."""
 
 
-def trained_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def trained_layers(model: nn.Module, adapter: str) -> dict[str, nn.Linear]:
     """The linear layers whose own weight trains, by name: not those that LoRA adapts, not its factors.
 
-    Names are those of the base model, without PEFT's own. Sharded weights are left out, and weights that another module
-    has too, which would change with them.
+    Names are those of the base model. Sharded weights are left out, and weights that another module has too, which
+    would change with them.
     """
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    root, owners = naming_root(model, adapter), owners_of(model)
     return {
-        _PEFT.sub("", name): module
-        for name, module in model.named_modules()
+        _SAVED.sub("", base_name(path.removeprefix(root))): module
+        for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module.weight.requires_grad
-        and ".lora_" not in f".{name}"
+        and ".lora_" not in f".{path}"
         and not is_sharded(module.weight)
-        and owners[id(module.weight)] == 1
+        and len(owners[id(module.weight)]) == 1
     }
 
 
-def check_head(model: nn.Module, head: FittedHead) -> None:
+def check_head(model: nn.Module, head: FittedHead, adapter: str) -> None:
     """Check that a model has the layer of a fitted head.
 
     Raises:
         ValueError: says what the plan has and what the model has.
     """
-    layer = trained_layers(model).get(head.name)
+    layer = trained_layers(model, adapter).get(head.name)
     if layer is None:
         raise ValueError(
             f"head {head.name}: the plan fits it, and the model trains no such linear layer; wrap it with the same "
@@ -60,18 +58,18 @@ def check_head(model: nn.Module, head: FittedHead) -> None:
         raise ValueError(f"head {head.name}: the plan is for weight and bias of {planned}, the layer's are {found}")
 
 
-def write_head(model: nn.Module, head: FittedHead) -> None:
+def write_head(model: nn.Module, head: FittedHead, adapter: str) -> None:
     """Write the weight and bias of a fitted head."""
-    _write(trained_layers(model)[head.name], (head.weight, head.bias))
+    _write(trained_layers(model, adapter)[head.name], (head.weight, head.bias))
 
 
 @contextmanager
-def put_head(model: nn.Module, head: FittedHead | None) -> Iterator[None]:
+def put_head(model: nn.Module, head: FittedHead | None, adapter: str) -> Iterator[None]:
     """Context in which a head has its fitted values; afterwards it has its own."""
     if head is None:
         yield
         return
-    layer = trained_layers(model)[head.name]
+    layer = trained_layers(model, adapter)[head.name]
     kept = [None if p is None else p.detach().clone() for p in (layer.weight, layer.bias)]
     _write(layer, (head.weight, head.bias))
     try:

@@ -6,6 +6,7 @@ weights are one, and so is what is added to them. Any two layers may share their
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -212,3 +213,12 @@ def tie_factors(tied: Tied) -> None:
         if tied.crossed:  # a view: PEFT ties them the same way
             new = nn.Parameter(new.detach().mT, requires_grad=old.requires_grad)
         setattr(owner, name, new)
+
+
+def owners_of(model: nn.Module) -> Mapping[int, list[str]]:
+    """The id of every parameter → the paths of the modules that hold it."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            found[id(parameter)].append(path)
+    return found

@@ -43,13 +43,13 @@ def write_plan(model: nn.Module, plan: InitPlan, adapter_name: str = "default") 
     if plan.config.effective_base == "subtract":
         check_alone(model, usable)
     if plan.head is not None:
-        check_head(model, plan.head)
+        check_head(model, plan.head, adapter_name)
     with interrupts_deferred():  # Ctrl-C waits until the model is whole again
         with torch.no_grad():
             for site in sorted(usable, key=lambda site: site.name in tied):  # those that others follow come first
                 _write(site, plan.sites[site.name], plan.config.effective_base, tied.get(site.name))
         if plan.head is not None:
-            write_head(model, plan.head)
+            write_head(model, plan.head, adapter_name)
         _remove_empty(model, adapter_name, [s for s in usable if plan.sites[s.name].rank == 0])
         sync_config(model, adapter_name)
         if plan.config.effective_base == "offset":
