@@ -84,6 +84,7 @@ class InitReport:
             "far": dict(self.far),
             "choice": self.choice,
             "head": None if self.head is None else dict(self.head),
+            "head_line": self.head_line,
         }
 
     def __str__(self) -> str:

@@ -232,6 +232,7 @@ def test_where_no_head_can_be_fitted_the_default_goes_on_and_says_why() -> None:
     before = state(adapter)
     report = initialize(adapter, batches(), loss=hinge)
     assert "head: not fitted, layer classifier" in str(report) and report.head is None
+    assert report.to_dict()["head_line"] in str(report).splitlines()  # a program is told the reason too
     assert not any("classifier" in name for name in changed(before, adapter))
     assert "head" not in str(initialize(adapted("bert"), batches()))  # none trains
     with pytest.raises(ValueError, match="the loss is not one of"):

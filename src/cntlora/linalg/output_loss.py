@@ -15,7 +15,7 @@ from statistics import stdev
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 RIDGES = (10.0, 10**0.5, 1.0, 10**-0.5, 0.1, 10**-1.5, 0.01, 1e-3)
 """Of the penalty, in units of the mean variance of an input; from the largest, which is the nearest to no change."""
@@ -40,8 +40,8 @@ class OutputLoss:
     curvature: float
 
 
-def _cross_entropy(z: Tensor, y: Tensor) -> Tensor:
-    return -(y * z.log_softmax(-1)).sum(-1)
+def _classes(z: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(z, y, reduction="none")
 
 
 def _of_probabilities(z: Tensor, y: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _squares(z: Tensor, y: Tensor) -> Tensor:
     return 0.5 * (z - y).square().sum(-1)
 
 
-CROSS_ENTROPY = OutputLoss("cross-entropy", _cross_entropy, _of_probabilities, 0.25)
+CROSS_ENTROPY = OutputLoss("cross-entropy", _classes, _of_probabilities, 0.25)
 BINARY = OutputLoss("binary cross-entropy", _binary, _of_odds, 0.25)
 SQUARES = OutputLoss("squares", _squares, torch.sub, 1.0)
 
@@ -92,9 +92,9 @@ def targets_of(z: Tensor, g: Tensor, total: float, rounding: float) -> Targets |
     n, c = z.shape
     if c > 1 and bool((g.sum(-1).abs() <= rounding * max(float(g.abs().amax()), 1.0 / n)).all()):
         p = z.softmax(-1)
-        one_hot = torch.nn.functional.one_hot(g.argmin(-1), c).to(z)
-        if (w := _weights(g, p - one_hot, rounding)) is not None:
-            return Targets(CROSS_ENTROPY, one_hot, w)
+        classes = one_hot(g.argmin(-1), c).to(z)
+        if (w := _weights(g, p - classes, rounding)) is not None:
+            return Targets(CROSS_ENTROPY, classes, w)
         y = p - n * g
         if bool(((y >= -rounding) & (y <= 1 + rounding)).all()):
             return Targets(CROSS_ENTROPY, y.clamp(0.0, 1.0), z.new_full((n,), 1.0 / n))
