@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -60,8 +60,13 @@ TOLD = {"whitened+fitted": "whitened", "whitened+fitted+head": "whitened+head"}
 one."""
 DEFAULT, TOLD_DEFAULT = "whitened+head", "whitened+fitted+head"
 """Whitened, with a new head fitted: what is done where no method is named."""
-OWN_HEAD = {"language_300": {DEFAULT: "whitened", TOLD_DEFAULT: "whitened+fitted"}}
-"""Studies without a new head, where the default is whitened alone."""
+OWN_HEAD = {key: {DEFAULT: "whitened", TOLD_DEFAULT: "whitened+fitted"} for key in ("language_300", "pairs_300")}
+"""Studies where no head is fitted, and the default is whitened alone: there is no new one, or no ridge lowers the loss
+of what is left out (pairs; the loss at the start and after a step is that of whitened to the last digit)."""
+OURS = ("lora", "lora+head", "whitened", "whitened+head", "whitened_descent")
+TOLD_OURS = ("lora", "lora+head", *TOLD)
+PEERS = ("lora", *(method for method in METHODS if method not in (*OURS, *TOLD)))
+"""What stands in one table: our starts beside plain LoRA, the same told their rate, the others' beside plain LoRA."""
 UNTUNED = (1e-4, 2e-4, 1e-3)
 WITHIN = 0.01
 """How far above its lowest loss a rate is still a good one."""
@@ -132,19 +137,19 @@ def tasks_of(results: Path) -> Tasks:
         for name, plain in OWN_HEAD.get(study, {}).items():
             methods[name] = replace(methods[plain], along=dict(methods[plain].along)) if plain in methods else Runs()
         for told, plain in TOLD.items():
-            if told in methods and FIXED in methods.get(plain, Runs()).along:
-                methods[told].along[FIXED] = methods[plain].along[FIXED]
+            if FIXED in methods.get(plain, Runs()).along:
+                methods.setdefault(told, Runs()).along[FIXED] = methods[plain].along[FIXED]
     return {study: {m: runs for m, runs in methods.items() if runs.along} for study, methods in found.items()}
 
 
-def known_methods(tasks: Tasks, told: bool = False) -> list[str]:
-    """The methods with records on any task, in their order; those of `TOLD` only where they are asked for."""
-    return [m for m in METHODS if (told or m not in TOLD) and any(m in methods for methods in tasks.values())]
+def known_methods(tasks: Tasks, among: Sequence[str]) -> list[str]:
+    """The methods among some that have records on any task."""
+    return [m for m in among if any(m in methods for methods in tasks.values())]
 
 
-def ends(tasks: Tasks) -> str:
+def ends(tasks: Tasks, among: Sequence[str] = OURS) -> str:
     """Return the held-out loss at the end at each method's tuned rate, with its spread over seeds."""
-    methods = known_methods(tasks)
+    methods = known_methods(tasks, among)
     rows = []
     for study, runs in tasks.items():
         rows.append([STUDIES[study], *(_end(runs[m]) if m in runs else "–" for m in methods)])
@@ -185,13 +190,13 @@ def step_reached(along: Sequence[tuple[float, float]], loss: float) -> float | N
     return None
 
 
-def reached(tasks: Tasks) -> str:
+def reached(tasks: Tasks, among: Sequence[str] = OURS) -> str:
     """Return when each method has plain LoRA's loss at the end, both at their tuned rates.
 
     Shares of plain LoRA's steps; in brackets of its time, with the initialisation in units of the method's own steps,
     which take as long as plain LoRA's.
     """
-    methods = [m for m in known_methods(tasks) if m != "lora"]
+    methods = [m for m in known_methods(tasks, among) if m != "lora"]
     rows = []
     for study, runs in tasks.items():
         rows.append([STUDIES[study], *(_reached(runs[m], runs["lora"]) if m in runs else "–" for m in methods)])
@@ -216,9 +221,9 @@ def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int,
     return [(step, mean(dict(curve)[step] for curve in curves)) for step in steps]
 
 
-def widths(tasks: Tasks) -> str:
+def widths(tasks: Tasks, among: Sequence[str] = (*OURS, *TOLD)) -> str:
     """Return the factor between the smallest and the largest good rate; ≥ where the range may go on."""
-    methods = known_methods(tasks)
+    methods = known_methods(tasks, among)
     rows = []
     for study, runs in tasks.items():
         rows.append([STUDIES[study], *(_width(runs[m]) if m in runs else "–" for m in methods)])
@@ -230,10 +235,10 @@ def _width(runs: Runs) -> str:
     return f"{'≥ ' if cut else ''}{high / low:.1f} ({_count(runs.along, 'rate')}, {_count(runs.shared_seeds, 'seed')})"
 
 
-def untuned(tasks: Tasks) -> str:
+def untuned(tasks: Tasks, among: Sequence[str] = TOLD_OURS) -> str:
     """Return how far the loss at one rate is above that of tuned plain LoRA: median and worst over the tasks."""
     rows = []
-    for method in known_methods(tasks, told=True):
+    for method in known_methods(tasks, among):
         cells = []
         for rate in UNTUNED:
             found = [
@@ -243,18 +248,31 @@ def untuned(tasks: Tasks) -> str:
             ]
             excess = [value for value in found if value is not None]
             cells.append(f"{_percent(median(excess))} ({_percent(max(excess))}; {len(excess)})" if excess else "–")
-        rows.append([METHODS[method], *cells])
+        if set(cells) != {"–"}:
+            rows.append([METHODS[method], *cells])
     return table(["above tuned plain LoRA: median (worst; tasks)", *(f"{rate:g}" for rate in UNTUNED)], rows)
 
 
 def at_rate(tasks: Tasks, rate: float) -> str:
-    """Return the held-out loss at the end at one rate, a column a task, below that of tuned plain LoRA."""
-    rows = [["plain LoRA, tuned", *(_mean(runs["lora"].ends(runs["lora"].tuned)) for runs in tasks.values())]]
-    for method in known_methods(tasks, told=True):
-        cells = [_mean(runs[method].ends(rate)) if _has(runs, method, rate) else "–" for runs in tasks.values()]
-        if set(cells) != {"–"}:
-            rows.append([METHODS[method], *cells])
-    return table([f"at {rate:g}", *(STUDIES[study] for study in tasks)], rows)
+    """Return the held-out loss at the end of every method at one rate, a row a task, beside tuned plain LoRA's."""
+    methods = [
+        m for m in known_methods(tasks, (*TOLD_OURS, *PEERS[1:])) if any(_has(r, m, rate) for r in tasks.values())
+    ]
+    rows = []
+    for study, runs in tasks.items():
+        cells = [_mean(runs[m].ends(rate)) if _has(runs, m, rate) else "–" for m in methods]
+        rows.append([STUDIES[study], _mean(runs["lora"].ends(runs["lora"].tuned)), *cells])
+    return table([f"at {rate:g}", "plain LoRA, tuned", *(METHODS[m] for m in methods)], rows)
+
+
+def along_rates(tasks: Tasks, method: str) -> str:
+    """Return the held-out loss at the end of one method at every rate of the studies, a row a task."""
+    rates = sorted({rate for runs in tasks.values() for m in ("lora", method) if m in runs for rate in runs[m].along})
+    rows = []
+    for study, runs in tasks.items():
+        cells = [_mean(runs[method].ends(rate)) if _has(runs, method, rate) else "–" for rate in rates]
+        rows.append([STUDIES[study], *cells])
+    return table([METHODS[method], *(f"{rate:g}" for rate in rates)], rows)
 
 
 def _has(runs: Mapping[str, Runs], method: str, rate: float) -> bool:
@@ -271,10 +289,10 @@ def _excess(mine: Mapping[int, float], its: Mapping[int, float]) -> float | None
     return mean(mine[seed] for seed in seeds) / mean(its[seed] for seed in seeds) - 1 if seeds else None
 
 
-def one_rate(tasks: Tasks) -> str:
+def one_rate(tasks: Tasks, among: Sequence[str] = (*OURS, *TOLD)) -> str:
     """Return the best single rate for the tasks with two rates or more, and how far above its lowest loss each is."""
     rows = []
-    for method in known_methods(tasks):
+    for method in known_methods(tasks, among):
         curves = [c for runs in tasks.values() if method in runs and len(c := runs[method].curve) > 1]
         if not curves:
             continue
@@ -287,8 +305,12 @@ def one_rate(tasks: Tasks) -> str:
     return table(["method", *heads], rows)
 
 
-TABLES = {"ends": ends, "against": against, "reached": reached, "widths": widths, "untuned": untuned}
-TABLES |= {"one_rate": one_rate, **{f"at_{rate:g}".replace(".", "_"): partial(at_rate, rate=rate) for rate in UNTUNED}}
+TABLES: dict[str, Callable[[Tasks], str]] = {"against": against}
+for _make in (ends, reached, widths, untuned, one_rate):
+    TABLES |= {_make.__name__: _make, f"{_make.__name__}_peers": partial(_make, among=PEERS)}
+TABLES |= {"rates_lora": partial(along_rates, method="lora")}
+TABLES |= {"rates_default": partial(along_rates, method=TOLD_DEFAULT)}
+TABLES |= {f"at_{rate:g}".replace(".", "_"): partial(at_rate, rate=rate) for rate in UNTUNED}
 """Name in the template → its table."""
 
 

@@ -65,31 +65,43 @@ def test_steps_to_a_loss_are_interpolated_and_bear_the_initialisation(tmp_path: 
 def test_only_seeds_of_both_are_compared(tmp_path: Path) -> None:
     tasks = found(tmp_path, [*LORA[:2], WHITENED[1]])
     assert "−0.200 (1 of 1 seed lower)" in lasting.against(tasks)
-    assert "| whitened | – | – | −16.7 % (−16.7 %; 1) |" in lasting.untuned(tasks)
+    assert "| whitened, told the rate | – | – | −16.7 % (−16.7 %; 1) |" in lasting.untuned(tasks)
 
 
 def test_told_the_rate_it_is_whitened_itself_at_the_rate_that_it_is_made_for(tmp_path: Path) -> None:
-    assert "told" not in lasting.at_rate(found(tmp_path, [*LORA[:2], *WHITENED]), 1e-3)  # control
     told = run("whitened+fitted+unseen", 2e-4, 0, (3.0, 2.0, 0.9))
     tasks = found(tmp_path, [*LORA[:2], *WHITENED, run("lora", 2e-4, 0, (3.0, 3.0, 2.0)), told])
     small, own = (lasting.at_rate(tasks, rate).splitlines() for rate in (2e-4, 1e-3))
-    assert small[2:] == [
-        "| plain LoRA, tuned | 1.100 (2) |",
-        "| plain LoRA | 2.000 (1) |",
-        "| whitened, told the rate | 0.900 (1) |",
-    ]
-    assert own[-1] == "| whitened, told the rate | 0.900 (2) |" and own[-2] == "| whitened | 0.900 (2) |"
-    assert "told" not in lasting.ends(tasks)
+    assert small[0] == "| at 0.0002 | plain LoRA, tuned | plain LoRA | whitened, told the rate |"
+    assert small[2:] == ["| tweets | 1.100 (2) | 2.000 (1) | 0.900 (1) |"]
+    assert own[2:] == ["| tweets | 1.100 (2) | 1.100 (2) | 0.900 (2) |"]  # of the runs of whitened
+    assert "told" not in lasting.ends(tasks) and "| whitened, told the rate |" in lasting.widths(tasks).splitlines()[0]
 
 
 def test_the_default_is_whitened_where_no_head_is_new(tmp_path: Path) -> None:
     cases.write([*LORA[:2], *WHITENED], tmp_path / "language_300")
     fitted = run("whitened+head+unseen", 1e-3, 0, (3.0, 1.0, 0.6))
     tasks = found(tmp_path, [*LORA[:2], *WHITENED, fitted])
-    rows = lasting.at_rate(tasks, 1e-3).splitlines()
-    assert rows[0] == "| at 0.001 | tweets | dialogue |"
-    assert "| whitened | 0.900 (2) | 0.900 (2) |" in rows and "| the default | 0.600 (1) | 0.900 (2) |" in rows
+    head, _, tweets, dialogue = lasting.ends(tasks).splitlines()
+    assert head.endswith("| whitened | the default |")
+    assert tweets.endswith("(0.001; 2 seeds, 1 rate) | 0.600 (0.001; 1 seed, 1 rate) |")
+    assert dialogue.split(" | ")[2] == dialogue.removesuffix(" |").split(" | ")[3]
     assert "the default − plain LoRA" in lasting.against(tasks).splitlines()[0]
+
+
+def test_a_method_along_the_rates_has_those_of_plain_lora_beside(tmp_path: Path) -> None:
+    tasks = found(tmp_path, [*LORA, run("whitened+fitted+head+unseen", 2e-4, 0, (3.0, 1.0, 0.7))])
+    lora, default = (lasting.TABLES[name](tasks).splitlines() for name in ("rates_lora", "rates_default"))
+    assert lora == ["| plain LoRA | 0.001 | 0.003 |", "| --- | --- | --- |", "| tweets | 1.100 (2) | 0.900 (1) |"]
+    assert default[0] == "| the default, told the rate | 0.0002 | 0.001 | 0.003 |"
+    assert default[2] == "| tweets | 0.700 (1) | – | – |"
+
+
+def test_tables_of_ours_and_of_others_have_plain_lora_in_common(tmp_path: Path) -> None:
+    tasks = found(tmp_path, [*LORA[:2], *WHITENED, run("eva+unseen", 1e-3, 0, (3.0, 1.4, 0.8))])
+    ours, others = (lasting.TABLES[name](tasks).splitlines()[0] for name in ("ends", "ends_peers"))
+    assert ours == "| task | plain LoRA | whitened |" and others == "| task | plain LoRA | EVA |"
+    assert set(lasting.OURS) | set(lasting.TOLD) | set(lasting.PEERS) == set(lasting.METHODS)
 
 
 def test_ranges_say_that_they_may_go_on(tmp_path: Path) -> None:
