@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,6 +258,23 @@ def test_folded_config_has_alpha_equal_to_rank_everywhere(checkpoints: Checkpoin
     assert not config["use_rslora"]
     ranks = {A.shape[0] for key, A in state.items() if ".lora_A" in key or ".lora_embedding_A" in key}
     assert ranks == {config["r"], *config["rank_pattern"].values()}
+
+
+def test_folding_what_is_not_trained_yet_warns_that_the_rate_means_something_else(tmp_path: Path) -> None:
+    """B = 0 adds nothing, so the file is there to be trained, and what the start was told lies in the scaling."""
+    told = adapted("bert")
+    initialize(told, text_batches(), InitConfig("whitened", learning_rate=2e-4))  # alpha 2 becomes 50
+    with pytest.warns(UserWarning, match=r"not trained yet .* scaling of 50 is 1 in the file.* fold_alpha=False"):
+        save_adapter(told, tmp_path / "folded")
+    for_one = adapted("bert")
+    initialize(for_one, text_batches(), InitConfig("whitened", fold_alpha=True))
+    trained = adapted("bert")
+    initialize(trained, text_batches(), InitConfig("descent", strength=0.01))
+    with warnings.catch_warnings():  # controls
+        warnings.simplefilter("error", UserWarning)
+        save_adapter(told, tmp_path / "kept", fold_alpha=False)
+        save_adapter(for_one, tmp_path / "for one")
+        save_adapter(trained, tmp_path / "trained")
 
 
 # --- names of classes ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.processes import on_first_process
+from ..messages import warn_caller
 from ..model.layouts import shaped_like
 from ..model.lora_layers import base_name, config_holder, lora_paths, uses_rslora
 from ..model.peft_config import anchored, as_integer, selecting
@@ -57,7 +58,8 @@ def save_adapter(
         path: the folder. A new one appears complete or not at all; in an existing one each file is replaced at once.
         adapter_name: of the adapter.
         fold_alpha: rewrite the factors so that alpha = rank everywhere (scaling 1, no rsLoRA), which is right also for
-            readers that ignore `alpha_pattern`.
+            readers that ignore `alpha_pattern`. Of an adapter that is not trained yet this changes what a learning rate
+            means in a training from the file, and a warning says so where every product B·A is still zero.
         plan: for base "subtract", if the model in memory is not the object that was initialised (resumed in another
             process, or copied): the plan that was applied then. The model card describes it too.
         model_card: whether README.md is written.
@@ -90,6 +92,7 @@ def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | No
     pairs = [t for g in groups(model, sites, adapter) if not g.unfit for t in g.led_by(g.sites[0].name)]
     pairs = [t for t in pairs if _as_one(state, paths, t)]
     shapes = {}
+    folded = 1.0
     config: Any = holder[1].peft_config[adapter]  # type: ignore[index,union-attr]
     for inner, layer in lora_paths(model, adapter):
         name = base_name(inner, layer)
@@ -100,9 +103,12 @@ def _files(model: nn.Module, adapter: str, fold_alpha: bool, plan: InitPlan | No
         rank = r + _for_pristine_base(state, f"{PREFIX}{inner}.", _start(name, layer, adapter, plan))
         scaling = alpha / (r**0.5 if uses_rslora(layer, adapter) else r)
         if fold_alpha:
+            folded = max(folded, scaling)
             _fold(state, f"{PREFIX}{inner}.", scaling)
         plain_alpha = as_integer(scaling * (rank**0.5 if config.use_rslora else rank))
         shapes[name] = (rank, rank if fold_alpha else plain_alpha)
+    if folded > 1.0:
+        _warn_if_untrained(state, paths, folded)
     for tied in pairs:  # what was appended or folded, at one of the two: a reload may keep the other's
         _follow(state, paths, tied)
     values = _file_config(config, shapes, fold_alpha)
@@ -165,6 +171,16 @@ def _fold(state: dict[str, Tensor], site: str, scaling: float) -> None:
     for key in (f"{site}lora_B.weight", f"{site}lora_B.bias", f"{site}lora_embedding_B"):
         if key in state and scaling != 1.0:
             state[key] = state[key] * scaling
+
+
+def _warn_if_untrained(state: dict[str, Tensor], paths: dict[str, str], scaling: float) -> None:
+    """Warn of an adapter whose A or B is zero at every site: it is saved to be trained, at another scaling."""
+    if not any(all(bool(state[key].any()) for key in factor_keys(state, site)) for site in paths.values()):
+        warn_caller(
+            f"the adapter is not trained yet (every B·A is zero), and its scaling of {scaling:g} is 1 in the file, "
+            "so that a training from it is that much slower at the same learning rate; save it with fold_alpha=False, "
+            "or initialise it with InitConfig(fold_alpha=True), whose start is made for scaling 1"
+        )
 
 
 def _pair(state: dict[str, Tensor], paths: dict[str, str], tied: Tied) -> list[tuple[str, Tensor]]:
