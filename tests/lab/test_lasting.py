@@ -101,7 +101,7 @@ def test_tables_of_ours_and_of_others_have_plain_lora_in_common(tmp_path: Path) 
     tasks = found(tmp_path, [*LORA[:2], *WHITENED, run("eva+unseen", 1e-3, 0, (3.0, 1.4, 0.8))])
     ours, others = (lasting.TABLES[name](tasks).splitlines()[0] for name in ("ends", "ends_peers"))
     assert ours == "| task | plain LoRA | whitened |" and others == "| task | plain LoRA | EVA |"
-    assert set(lasting.OURS) | set(lasting.TOLD) | set(lasting.PEERS) == set(lasting.METHODS)
+    assert set(lasting.OURS) | set(lasting.TOLD_OURS) | set(lasting.PEERS) == set(lasting.METHODS)
 
 
 def test_ranges_say_that_they_may_go_on(tmp_path: Path) -> None:
