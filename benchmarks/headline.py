@@ -11,11 +11,10 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.lasting import FIXED, TOLD_DEFAULT, Runs, tasks_of
+from benchmarks.lasting import FIXED, TOLD_DEFAULT, Runs, tasks_of, with_spread
 from benchmarks.overview import RUNS
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +54,7 @@ def _cell(runs: Runs, rate: float | None) -> str:
     values = list(runs.ends(rate).values()) if rate in runs.along else []
     if not values:
         return "–"
-    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread}" + (f" ({len(values)})" if len(values) < SEEDS else "")
+    return with_spread(values) + (f" ({len(values)})" if len(values) < SEEDS else "")
 
 
 def figure(results: Path) -> bytes:

@@ -150,17 +150,25 @@ def known_methods(tasks: Tasks, among: Sequence[str]) -> list[str]:
 
 def ends(tasks: Tasks, among: Sequence[str] = OURS) -> str:
     """Return the held-out loss at the end at each method's tuned rate, with its spread over seeds."""
-    methods = known_methods(tasks, among)
+    return _by_task("task", tasks, known_methods(tasks, among), lambda runs, method: _end(runs[method]))
+
+
+def _by_task(head: str, tasks: Tasks, methods: Sequence[str], cell: Callable[[Mapping[str, Runs], str], str]) -> str:
+    """A row a task and a column a method, with `cell` of the task's runs and the method; – where it was not run."""
     rows = []
     for study, runs in tasks.items():
-        rows.append([STUDIES[study], *(_end(runs[m]) if m in runs else "–" for m in methods)])
-    return table(["task", *(METHODS[m] for m in methods)], rows)
+        rows.append([STUDIES[study], *(cell(runs, m) if m in runs else "–" for m in methods)])
+    return table([head, *(METHODS[m] for m in methods)], rows)
 
 
 def _end(runs: Runs) -> str:
     values = list(runs.ends(runs.tuned).values())
-    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread} ({runs.tuned:g}; {_count(values, 'seed')}, {_count(runs.along, 'rate')})"
+    return f"{with_spread(values)} ({runs.tuned:g}; {_count(values, 'seed')}, {_count(runs.along, 'rate')})"
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """The mean, and where there are several the standard deviation."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def against(tasks: Tasks) -> str:
@@ -198,10 +206,7 @@ def reached(tasks: Tasks, among: Sequence[str] = OURS) -> str:
     which take as long as plain LoRA's.
     """
     methods = [m for m in known_methods(tasks, among) if m != "lora"]
-    rows = []
-    for study, runs in tasks.items():
-        rows.append([STUDIES[study], *(_reached(runs[m], runs["lora"]) if m in runs else "–" for m in methods)])
-    return table(["task", *(METHODS[m] for m in methods)], rows)
+    return _by_task("task", tasks, methods, lambda runs, method: _reached(runs[method], runs["lora"]))
 
 
 def _reached(own: Runs, plain: Runs) -> str:
@@ -224,11 +229,8 @@ def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int,
 
 def widths(tasks: Tasks, among: Sequence[str] = ("lora", *TOLD)) -> str:
     """Return the factor between the smallest and the largest good rate; ≥ where the range may go on."""
-    methods = known_methods(tasks, among)
-    rows = []
-    for study, runs in tasks.items():
-        rows.append([STUDIES[study], *(_width(runs[m]) if m in runs else "–" for m in methods)])
-    return table([f"within {100 * WITHIN:.0f} % of its lowest loss", *(METHODS[m] for m in methods)], rows)
+    head = f"within {100 * WITHIN:.0f} % of its lowest loss"
+    return _by_task(head, tasks, known_methods(tasks, among), lambda runs, method: _width(runs[method]))
 
 
 def _width(runs: Runs) -> str:
@@ -256,28 +258,24 @@ def untuned(tasks: Tasks, among: Sequence[str] = TOLD_OURS) -> str:
 
 def at_rate(tasks: Tasks, rate: float) -> str:
     """Return the held-out loss at the end of every method at one rate, a row a task, beside tuned plain LoRA's."""
-    methods = [
-        m for m in known_methods(tasks, (*TOLD_OURS, *PEERS[1:])) if any(_has(r, m, rate) for r in tasks.values())
-    ]
+    known = known_methods(tasks, (*TOLD_OURS, *PEERS[1:]))
+    methods = [m for m in known if any(m in runs and rate in runs[m].along for runs in tasks.values())]
     rows = []
     for study, runs in tasks.items():
-        cells = [_mean(runs[m].ends(rate)) if _has(runs, m, rate) else "–" for m in methods]
-        rows.append([STUDIES[study], _mean(runs["lora"].ends(runs["lora"].tuned)), *cells])
+        tuned = _mean(runs["lora"].ends(runs["lora"].tuned))
+        rows.append([STUDIES[study], tuned, *(_mean_at(runs, m, rate) for m in methods)])
     return table([f"at {rate:g}", "plain LoRA, tuned", *(METHODS[m] for m in methods)], rows)
 
 
 def along_rates(tasks: Tasks, method: str) -> str:
     """Return the held-out loss at the end of one method at every rate of the studies, a row a task."""
     rates = sorted({rate for runs in tasks.values() for m in ("lora", method) if m in runs for rate in runs[m].along})
-    rows = []
-    for study, runs in tasks.items():
-        cells = [_mean(runs[method].ends(rate)) if _has(runs, method, rate) else "–" for rate in rates]
-        rows.append([STUDIES[study], *cells])
+    rows = [[STUDIES[study], *(_mean_at(runs, method, rate) for rate in rates)] for study, runs in tasks.items()]
     return table([METHODS[method], *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _has(runs: Mapping[str, Runs], method: str, rate: float) -> bool:
-    return method in runs and rate in runs[method].along
+def _mean_at(runs: Mapping[str, Runs], method: str, rate: float) -> str:
+    return _mean(runs[method].ends(rate)) if method in runs and rate in runs[method].along else "–"
 
 
 def _mean(ends: Mapping[int, float]) -> str:
