@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import RunFresh
-from tests.tiny import adapted, base_model, changed, logits, lora_config, state, text_batches
+from tests.tiny import Wrapper, adapted, base_model, changed, logits, lora_config, state, text_batches
 from torch import nn
 
 from cntlora import InitConfig, InitPlan, apply_plan, compute_plan, initialize
@@ -304,11 +304,6 @@ def test_the_sketch_tells_rounding_from_another_weight() -> None:
 
 
 def test_a_plan_fits_the_model_however_it_is_wrapped(plan: InitPlan) -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
     plain, wrapped = adapted(), adapted()
     apply_plan(plain, plan)
     apply_plan(Wrapper(Wrapper(wrapped)), plan)

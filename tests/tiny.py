@@ -24,6 +24,17 @@ Batch = dict[str, Tensor]
 VOCABULARY = 40
 
 
+class Wrapper(nn.Module):
+    """Stand-in for what DDP, compile or an own module put around a model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A family of models: how to make one, what LoRA targets in it, and its batches."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.processes import connect, run
-from tests.tiny import Batch, adapted, causal_batches, changed, image_batches, one_shot, state, text_batches
+from tests.tiny import Batch, Wrapper, adapted, causal_batches, changed, image_batches, one_shot, state, text_batches
 from torch import Tensor, nn
 
 from cntlora import FittedHead, InitConfig, InitPlan, apply_plan, compute_plan, fit_head, initialize
@@ -243,20 +243,11 @@ def test_where_no_head_can_be_fitted_the_default_goes_on_and_says_why() -> None:
         InitConfig(fit_head="yes")  # type: ignore[arg-type]
 
 
-class Wrapper(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, **batch: Tensor) -> Any:
-        return self.inner(**batch)
-
-
 def test_a_head_has_the_name_of_the_base_model_however_it_is_wrapped() -> None:
     bare, wrapped, named = model(), Wrapper(model()), model(adapter_name="other")
     plan = compute_plan(bare, batches())
     assert plan.head is not None and plan.head.name == "classifier"
     apply_plan(wrapped, plan)
     initialize(bare, batches())
-    assert not changed(state(bare), wrapped.inner)
+    assert not changed(state(bare), wrapped.module)
     assert fit_head(named, batches(), adapter_name="other").name == "classifier"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from tests.tiny import KINDS, adapted, base_model, denoise, lora_config, unet, unet_batches
+from tests.tiny import KINDS, Wrapper, adapted, base_model, denoise, lora_config, unet, unet_batches
 from tests.versions import before
 from torch import Tensor, nn
 
@@ -23,17 +23,6 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 
 def names(model: nn.Module, adapter: str = "default") -> list[str]:
     return [site.name for site in find_sites(model, adapter)[0]]
-
-
-class Wrapper(nn.Module):
-    """Stand-in for what DDP, compile or an own module put around a model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, **batch: Any) -> Any:
-        return self.module(**batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
